@@ -1,0 +1,204 @@
+"""CLIP's image tower from transformers, run layer by layer so that what relevance maps need is a return value, not a hook.
+
+The weights and modules are transformers' own (any CLIP with CLS pooling: OpenAI, LAION, MetaCLIP in that format); the forward
+over them is ours. It computes, for layers l = 1..L over tokens x_0 (CLS), x_1..x_P (patches):
+
+    x <- x + W_O concat_h(softmax(q k' / sqrt(Dh)) v) + b_O          x <- x + MLP(LN2(x))          e = W LN(x_0)
+
+Two things differ from transformers' forward, neither changes the embedding: attention is always fused
+(`scaled_dot_product_attention`; the one attention row that maps read is recomputed from q_CLS and K), and the last layer
+computes only the CLS token, since no other token of it reaches the embedding: about 1/L of a forward saved.
+
+Left out: the text tower (names need it, maps do not), towers without a CLS token (SigLIP), position interpolation.
+
+Shapes: B images, L layers, N = 1 + P tokens, P patches, H heads, Dh head width, D = H Dh width, E embedding width, k read-outs.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, CLIPVisionModelWithProjection
+
+from saecore.images import Preprocess, load_preprocess
+
+DEMO = Path(__file__).parent / "demo" / "clip"
+
+SINK_DEVIATIONS = 4.0
+"""A patch is a sink if its norm lies this many standard deviations above the mean patch norm of its image."""
+
+
+class Trace(NamedTuple):
+    """What one forward leaves for relevance maps. Lists have one entry a layer, first layer first."""
+
+    values: list[Tensor]
+    """(B, N, D) value vectors of all tokens, heads side by side."""
+    cls_attention: list[Tensor]
+    """float32 (B, H, N): the CLS token's attention over all tokens, after softmax."""
+    cls_before: list[Tensor]
+    """(B, D) CLS residual stream entering the layer."""
+    cls_after: list[Tensor]
+    """(B, D) CLS residual stream between attention and MLP."""
+    cls_final: Tensor
+    """(B, D) CLS residual stream leaving the last layer, before the final LayerNorm."""
+    sinks: Tensor
+    """bool (B, P): patches whose norm was an outlier where they enter any layer of the upper half."""
+
+
+class ReadOut(NamedTuple):
+    """Linear read-outs of the embedding, pulled back to the CLS residual stream x_0 with the final LayerNorm frozen.
+
+    read-out . e = direction . x_0 / sigma + constant, where sigma is the standard deviation of x_0 as LayerNorm takes it.
+    """
+
+    direction: Tensor
+    """float32 (B, k, D), divided by sigma already."""
+    constant: Tensor
+    """float32 (B, k): what LayerNorm's shift contributes."""
+
+
+class ImageTower(nn.Module):
+    """The image side of a CLIP model: uint8 pixels in, embedding and `Trace` out."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: CLIPVisionModelWithProjection, preprocess: Preprocess) -> None:
+        super().__init__()
+        self.vision = model.vision_model
+        self.projection = model.visual_projection
+        self.preprocess = preprocess
+        config = model.config
+        self.n_heads: int = config.num_attention_heads
+        self.n_outputs: int = config.projection_dim
+        height, width = preprocess.size
+        if (height, width) != (config.image_size, config.image_size):
+            raise ValueError(
+                f"the model's image processor makes {height} x {width} pixels, "
+                f"its tower takes {config.image_size} x {config.image_size}"
+            )
+        self.grid = (height // config.patch_size, width // config.patch_size)
+        self.register_buffer("mean", torch.tensor(preprocess.mean), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocess.std), persistent=False)
+        self.rescale = preprocess.rescale_factor
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """uint8 (B, height, width, 3) -> (B, 3, height, width) in the tower's type, as the image processor normalises."""
+        scaled = (pixels.float() * self.rescale - self.mean) / self.std
+        return scaled.permute(0, 3, 1, 2).to(self.vision.embeddings.patch_embedding.weight.dtype)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Trace]:
+        """uint8 pixels (B, height, width, 3) -> float32 embedding (B, E), not L2-normalised, and the trace."""
+        steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        hidden, norms = self._run(pixels, steps)
+        values, attention, before, after = (list(column) for column in zip(*steps, strict=True))
+        return self.embed_cls(hidden), Trace(values, attention, before, after, hidden, _outliers(norms))
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """The embedding alone: the plain forward that the cost of maps is measured against."""
+        return self.embed_cls(self._run(pixels, None)[0])
+
+    def _run(
+        self, pixels: Tensor, steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """CLS residual (B, D) after all layers; each layer's (values, CLS attention, CLS before, CLS after) into `steps`."""
+        hidden = self.vision.pre_layrnorm(self.vision.embeddings(self.normalise(pixels)))
+        layers = self.vision.encoder.layers
+        norms: list[Tensor] = []
+        for index, layer in enumerate(layers):
+            attention = layer.self_attn
+            normed = layer.layer_norm1(hidden)
+            if steps is not None and index >= len(layers) // 2:
+                norms.append(torch.linalg.vector_norm(hidden[:, 1:], dim=-1, dtype=torch.float32))
+            if index + 1 == len(layers):
+                hidden = hidden[:, :1]  # only CLS reaches the embedding; keys and values still need every token
+            k, v = attention.k_proj(normed), attention.v_proj(normed)
+            q = attention.q_proj(normed[:, : hidden.shape[1]])
+            q_BHND, k_BHND, v_BHND = (self._split(t) for t in (q, k, v))
+            mixed = nn.functional.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, scale=attention.scale)
+            before = hidden
+            hidden = hidden + attention.out_proj(mixed.transpose(1, 2).flatten(2))
+            after = hidden
+            hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
+            if steps is None:
+                continue
+            scores = q_BHND[:, :, 0].unsqueeze(2).float() @ k_BHND.transpose(2, 3).float()
+            row = torch.softmax(scores.squeeze(2) * attention.scale, dim=-1)
+            # clones, since a view would keep every layer's whole residual stream in memory
+            steps.append((v, row, before[:, 0].clone(), after[:, 0].clone()))
+        return hidden[:, 0], norms
+
+    def _split(self, tokens: Tensor) -> Tensor:
+        """(B, N, D) -> (B, H, N, Dh)."""
+        return tokens.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+
+    def embed_cls(self, cls: Tensor) -> Tensor:
+        """CLS residual (B, D) -> float32 embedding (B, E). One token, so float32 costs nothing even in a bfloat16 tower."""
+        norm = self.vision.post_layernorm
+        normed = nn.functional.layer_norm(
+            cls.float(), (cls.shape[-1],), norm.weight.float(), norm.bias.float(), norm.eps
+        )
+        return normed @ self.projection.weight.float().T
+
+    def pull_back(self, read_outs: Tensor, cls: Tensor) -> ReadOut:
+        """Read-outs of the embedding (B, k, E) -> read-outs of the CLS residual `cls` (B, D) that give the same numbers.
+
+        The final LayerNorm's sigma is data, frozen at its value for this image; its mean subtraction is linear and moves
+        into the direction, which centres every term of the residual stream exactly.
+        """
+        norm = self.vision.post_layernorm
+        normed = read_outs.float() @ self.projection.weight.float()
+        scaled = normed * norm.weight.float()
+        sigma = (cls.float().var(dim=-1, correction=0) + norm.eps).sqrt()
+        direction = (scaled - scaled.mean(dim=-1, keepdim=True)) / sigma[:, None, None]
+        return ReadOut(direction, normed @ norm.bias.float())
+
+    def sha256(self) -> str:
+        """Hash of everything that changes an embedding: weights, head count, LayerNorm epsilon, activation, preprocessing."""
+        vision = self.vision.config
+        digest = hashlib.sha256(
+            repr((self.n_heads, vision.layer_norm_eps, vision.hidden_act, vision.patch_size, self.preprocess)).encode()
+        )
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _outliers(norms: list[Tensor]) -> Tensor:
+    """Patch norms (B, P) of some layers -> bool (B, P): an outlier in any of them.
+
+    Registers as in Darcet et al. 2024 (arXiv:2309.16588), found per image so that no threshold belongs to one model.
+    """
+    flagged = []
+    for norm in norms:
+        above = norm - norm.mean(1, keepdim=True)
+        flagged.append(above > SINK_DEVIATIONS * above.square().mean(1, keepdim=True).sqrt())
+    return torch.stack(flagged).any(dim=0)
+
+
+def load_tower(model_id: str, revision: str | None = None) -> ImageTower:
+    """The image tower of a Hub id, a local directory, or `demo` (the embedded model), in float32 on the CPU.
+
+    Raises ValueError, in one sentence, for what a user can get wrong: no such model, not a CLIP, weights missing.
+    """
+    source = str(DEMO) if model_id == "demo" else model_id
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision)
+        if config.model_type not in ("clip", "clip_vision_model"):
+            raise ValueError(
+                f"--clip {model_id} is a {config.model_type!r} model; supported are CLIP models with a CLS token (type 'clip')"
+            )
+        model, report = CLIPVisionModelWithProjection.from_pretrained(
+            source, revision=revision, attn_implementation="sdpa", dtype=torch.float32, output_loading_info=True
+        )
+        preprocess = load_preprocess(source, revision)
+    except OSError as error:
+        raise ValueError(f"--clip {model_id}: {' '.join(str(error).split())}") from error
+    if report["missing_keys"]:
+        raise ValueError(
+            f"--clip {model_id} lacks the weights {', '.join(sorted(report['missing_keys']))}: not a CLIP with its projection"
+        )
+    return ImageTower(model.eval().requires_grad_(False), preprocess)

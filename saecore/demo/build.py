@@ -1,0 +1,323 @@
+"""Train the embedded default: a small CLIP on drawn scenes and captions, then a small TopK SAE on its embeddings.
+
+    python -m saecore.demo.build clip          # FIGURES
+    python -m saecore.demo.build sae
+    python -m saecore.demo.build evaluate
+
+The CLIP is an ordinary `transformers.CLIPModel` with its own word-level tokenizer. It learns from two captions of each scene,
+one of all objects and one of the largest object only, by the contrastive loss, and from an auxiliary loss that reads the
+attributes off the image embedding through linear heads, which are thrown away. Scenes are endless and never repeat.
+Written for one small machine: no distribution, no mixed precision.
+"""
+
+import json
+import math
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+import tyro
+from torch import Tensor, nn
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerFast
+
+from saecore.demo import scenes as world
+from saecore.demo.figures import embed, sae_figures, text_embeddings, zero_shot
+from saecore.demo.lessons import FACETS, MEAN, PIXELS, STD, WORDS, Batch, make_batch, make_tokenizer, normalise
+from saecore.sae import SAE, SAEConfig, load_folder
+
+CLIP_FOLDER, SAE_FOLDER = Path(__file__).parent / "clip", Path(__file__).parent / "sae"
+
+
+def make_clip(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
+    ends = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    text: dict[str, object] = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 40,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+    }
+    text |= {"num_hidden_layers": 2, "num_attention_heads": 4, "projection_dim": 128, "hidden_act": "quick_gelu"} | ends
+    vision: dict[str, object] = {"image_size": PIXELS, "patch_size": 8, "hidden_size": 128, "intermediate_size": 512}
+    vision |= {"num_hidden_layers": 5, "num_attention_heads": 4, "projection_dim": 128, "hidden_act": "quick_gelu"}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
+
+
+class Heads(nn.Module):
+    """Linear read-outs of the image embedding and of the patch tokens, for training only."""
+
+    def __init__(self, embedding: int, width: int) -> None:
+        super().__init__()
+        self.largest = nn.ModuleDict({facet: nn.Linear(embedding, len(words)) for facet, words in FACETS.items()})
+        self.present = nn.Linear(embedding, len(WORDS))
+        self.patches = nn.ModuleList(nn.Linear(width, 1 + len(FACETS[facet])) for facet in ("colour", "shape"))
+
+    def forward(self, images: Tensor, tokens: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss of the embedding (facets of the largest, presence of every word) and loss of the patches, both to be added."""
+        facets = [F.cross_entropy(head(images), batch.truth_BF[:, i]) for i, head in enumerate(self.largest.values())]
+        present = F.binary_cross_entropy_with_logits(self.present(images), batch.present_BW)
+        patches = [
+            F.cross_entropy(head(tokens).transpose(1, 2), batch.patches_BFP[:, i])
+            for i, head in enumerate(self.patches)
+        ]
+        return torch.stack(facets).mean() + 3 * present, 2 * torch.stack(patches).sum()
+
+
+def contrast(image: Tensor, text: Tensor, scale: Tensor, same: Tensor) -> Tensor:
+    """CLIP's loss, where `same[i, j]` (text j is true of image i too) takes a pair out of the negatives."""
+    logits = scale * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
+    logits = logits.masked_fill(same & ~torch.eye(len(logits), dtype=torch.bool), -math.inf)
+    target = torch.arange(len(logits))
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def whiten(model: CLIPModel) -> None:
+    """Start the patch embedding as a random rotation of whitened patches.
+
+    Flat colour has 10,000 times the variance of edges here; without this, shapes stay at chance for 100,000 scenes.
+    """
+    pixels = normalise(np.stack([world.render(scene, PIXELS) for scene in world.scenes(world.SEED_SAE, 400)]))
+    weight = model.vision_model.embeddings.patch_embedding.weight
+    width, size = len(weight), weight.shape[-1]
+    patches = pixels.unfold(2, size, size).unfold(3, size, size).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
+    spread, axes = torch.linalg.eigh((patches - patches.mean(dim=0)).T.cov())
+    spread, axes = spread.flip(0)[:width], axes.flip(1)[:, :width]
+    rotation = torch.linalg.qr(torch.randn(width, width)).Q
+    whitened = (axes / (spread + 1e-4 * spread[0]).sqrt()).T
+    with torch.no_grad():
+        weight.copy_((0.5 * rotation @ whitened).view_as(weight))
+        model.vision_model.embeddings.position_embedding.weight.normal_(0, 0.3)  # to the patches' new size
+
+
+def losses(model: CLIPModel, heads: Heads, batch: Batch) -> tuple[tuple[Tensor, ...], float]:
+    """To be added: contrast of the largest, contrast of all, and the two of `Heads`; and the share of shapes told right."""
+    seen = model.vision_model(pixel_values=batch.pixels)
+    image = model.visual_projection(seen.pooler_output)
+    scale = model.logit_scale.exp().clamp(max=100)
+    told, truth = batch.told_BF[None, :, :], batch.truth_BF[:, None, :]
+    true_too = ((told == -1) | (told == truth)).all(dim=-1)
+    ids = batch.all_text["input_ids"]
+    alike = (ids[:, None] == ids[None]).all(dim=-1)
+    largest = contrast(image, text_embeddings(model, batch.largest_text), scale, true_too)
+    everything = contrast(image, text_embeddings(model, batch.all_text), scale, alike)
+    right = heads.largest["shape"](image).argmax(dim=1) == batch.truth_BF[:, list(FACETS).index("shape")]
+    return (largest, everything, *heads(image, seen.last_hidden_state[:, 1:], batch)), right.float().mean().item()
+
+
+@dataclass(frozen=True)
+class ClipBuild:
+    """Train the small CLIP."""
+
+    minutes: float = 50
+    """Wall-clock budget, minutes, resumed runs included; the learning rate decays over its second half."""
+    batch: int = 128
+    """Scenes a step."""
+    rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    decay: float = 0.05
+    """Weight decay of matrices."""
+    pass_mark: float = 0.75
+    """Share of a batch's shapes told right at which the lessons become harder."""
+    lessons: int = 500
+    """Such batches from the easiest level to scenes as they are."""
+    threads: int = 2
+    """PyTorch threads."""
+    checkpoint: Path = Path("runs/demo-build/clip.pt")
+    """Where to save every two minutes, and to resume from if it exists."""
+    out: Path = CLIP_FOLDER
+    """Folder for the finished model, tokenizer and image processor."""
+
+
+def train_clip(config: ClipBuild) -> None:
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    model = make_clip(tokenizer)
+    heads = Heads(model.config.projection_dim, model.config.vision_config.hidden_size)
+    weights = [*model.named_parameters(), *heads.named_parameters()]
+    matrices = [p for name, p in weights if p.ndim >= 2 and "embedding" not in name]
+    others = [p for name, p in weights if not (p.ndim >= 2 and "embedding" not in name)]
+    optimiser = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": config.decay}, {"params": others, "weight_decay": 0.0}],
+        lr=config.rate,
+        betas=(0.9, 0.98),
+    )
+    whiten(model)
+    done, spent, level = 0, 0.0, 0.0
+    if config.checkpoint.exists():
+        state = torch.load(config.checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        heads.load_state_dict(state["heads"])
+        optimiser.load_state_dict(state["optimiser"])
+        done, spent, level = state["done"], state["spent"], state["level"]
+    sample = list(world.scenes(world.SEED_EVALUATION, 256))
+    queue: Queue[Batch] = Queue(4)
+
+    def produce(start: int) -> None:
+        while True:
+            queue.put(make_batch(tokenizer, start, config.batch, level))
+            start += config.batch
+
+    threading.Thread(target=produce, args=(done,), daemon=True).start()
+    mark, saved = time.monotonic(), spent
+    recent: list[list[float]] = []
+    while (progress := spent / (60 * config.minutes)) < 1:
+        pace = min(1.0, (done + config.batch) / 5_000, max(2 * (1 - progress), 0.01))
+        for group in optimiser.param_groups:
+            group["lr"] = config.rate * pace
+        parts, right = losses(model, heads, queue.get())
+        if right >= config.pass_mark:
+            level = min(1.0, level + 1 / config.lessons)
+        optimiser.zero_grad()
+        torch.stack(parts).sum().backward()
+        nn.utils.clip_grad_norm_([p for _, p in weights], 1.0)
+        optimiser.step()
+        # A pause (a suspended laptop) is no training: a step counts two seconds at most.
+        now = time.monotonic()
+        done, spent, mark = done + config.batch, spent + min(now - mark, 2.0), now
+        recent.append([part.item() for part in parts])
+        if len(recent) == 150:
+            seen = zero_shot(model, tokenizer, embed(model, world.SEED_EVALUATION, len(sample)), sample)
+            named = dict(zip(("largest", "all", "attributes", "patches"), np.mean(recent, axis=0), strict=True)) | seen
+            figures = ", ".join(f"{name} {value:.3f}" for name, value in named.items())
+            print(f"{spent / 60:5.1f} min {done:7d} scenes, level {level:.2f}: {figures}", flush=True)
+            recent = []
+        if spent - saved > 120 or spent > 60 * config.minutes:
+            saved = spent
+            state = {"model": model.state_dict(), "heads": heads.state_dict(), "optimiser": optimiser.state_dict()}
+            config.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(state | {"done": done, "spent": spent, "level": level}, config.checkpoint.with_suffix(".new"))
+            config.checkpoint.with_suffix(".new").replace(config.checkpoint)
+            save_clip(model, tokenizer, config.out)
+    print(f"{done} scenes in {spent / 60:.0f} minutes; written to {config.out}")
+
+
+def save_clip(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    from transformers import CLIPImageProcessor
+
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    # transformers 5 writes its new name for the class; 4 knows the old one only, 5 knows both.
+    described = json.loads((folder / "tokenizer_config.json").read_text())
+    described = {key: value for key, value in described.items() if key != "backend"}
+    described["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n")
+    CLIPImageProcessor(
+        size={"shortest_edge": PIXELS}, crop_size={"height": PIXELS, "width": PIXELS}, image_mean=MEAN, image_std=STD
+    ).save_pretrained(folder)
+
+
+# The SAE
+
+
+@dataclass(frozen=True)
+class SaeBuild:
+    """Train the small SAE on embeddings of fresh scenes."""
+
+    scenes: int = 60_000
+    """How many scenes to embed."""
+    latents: int = 384
+    """Number of latents."""
+    k: int = 16
+    """How many latents may fire for one image."""
+    steps: int = 10_000
+    """Optimiser steps."""
+    batch: int = 1024
+    """Embeddings a step."""
+    rate: float = 1e-3
+    """Peak learning rate of Adam; falls linearly to zero over the second half."""
+    embeddings: Path = Path("runs/demo-build/embeddings.npy")
+    """Cache of the embeddings; used if it exists, so remove it after another `clip`."""
+    clip: Path = CLIP_FOLDER
+    """Folder of the CLIP model."""
+    out: Path = SAE_FOLDER
+    """Folder for the finished SAE."""
+
+
+def train_sae(config: SaeBuild) -> None:
+    """TopK with unit-norm decoder rows; dead latents learn to explain what is left over (Gao et al. 2024, appendix A.2)."""
+    torch.manual_seed(0)
+    if config.embeddings.exists():
+        x = torch.from_numpy(np.load(config.embeddings))
+    else:
+        x = embed(CLIPModel.from_pretrained(config.clip), world.SEED_SAE, config.scenes)
+        config.embeddings.parent.mkdir(parents=True, exist_ok=True)
+        np.save(config.embeddings, x.numpy())
+    d, n = x.shape[1], config.latents
+    sae = SAE(SAEConfig(d, n, config.k, source="python -m saecore.demo.build sae"))
+    sae.mean.copy_(x.mean(dim=0))
+    sae.scale.copy_(math.sqrt(d) / (x - sae.mean).square().sum(dim=1).mean().sqrt())
+    sae.decoder.data = F.normalize(torch.randn(n, d), dim=1)
+    sae.encoder.data = sae.decoder.data.T.clone()
+    optimiser = torch.optim.Adam(sae.parameters(), lr=config.rate)
+    idle = torch.zeros(n)
+    for step in range(config.steps):
+        optimiser.param_groups[0]["lr"] = config.rate * min(1.0, 2 - 2 * step / config.steps)
+        u = sae.standardise(x[torch.randint(len(x), (config.batch,))])
+        p = (u - sae.pre_bias) @ sae.encoder + sae.latent_bias
+        top = p.topk(config.k, dim=1)
+        acts = torch.zeros_like(p).scatter(1, top.indices, top.values.relu())
+        left = u - acts @ sae.decoder - sae.pre_bias
+        loss = left.square().sum(dim=1).mean() / d
+        idle = torch.where((acts > 0).any(dim=0), 0, idle + 1)
+        dead = idle > 50
+        if dead.any():
+            spare = p.masked_fill(~dead, -math.inf).topk(min(2 * config.k, int(dead.sum())), dim=1)
+            revived = torch.zeros_like(p).scatter(1, spare.indices, spare.values.relu())
+            loss = loss + (left.detach() - revived @ sae.decoder).square().sum(dim=1).mean() / d / 32
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        sae.decoder.data = F.normalize(sae.decoder.data, dim=1)
+        if (step + 1) % 1000 == 0:
+            print(
+                f"step {step + 1}: unexplained {left.square().sum(dim=1).mean() / d:.4f}, idle {int(dead.sum())}",
+                flush=True,
+            )
+    sae.save(config.out)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Print the figures of both on scenes never seen."""
+
+    scenes: int = 4000
+    """How many scenes."""
+    clip: Path = CLIP_FOLDER
+    """Folder of the CLIP model."""
+    sae: Path = SAE_FOLDER
+    """Folder of the SAE."""
+
+
+def evaluate(config: Evaluate) -> None:
+    model, tokenizer = CLIPModel.from_pretrained(config.clip).eval(), AutoTokenizer.from_pretrained(config.clip)
+    sample = list(world.scenes(world.SEED_EVALUATION, config.scenes))
+    x = embed(model, world.SEED_EVALUATION, config.scenes)
+    figures = zero_shot(model, tokenizer, x, sample) | sae_figures(load_folder(config.sae), x, sample)
+    for name, value in figures.items():
+        print(f"{name:26s} {value:.4g}")
+
+
+def main() -> None:
+    steps = tyro.extras.subcommand_type_from_defaults(
+        {"clip": ClipBuild(), "sae": SaeBuild(), "evaluate": Evaluate()}  # the names on the command line
+    )
+    match tyro.cli(steps, description=__doc__):
+        case ClipBuild() as config:
+            train_clip(config)
+        case SaeBuild() as config:
+            train_sae(config)
+        case Evaluate() as config:
+            evaluate(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""How good the embedded default is: zero-shot accuracy of its CLIP, reconstruction and meaning of its SAE's latents.
+
+All on scenes it never saw, brought to it as the job brings images: a JPEG at 192 pixels, resized to 64.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from transformers import CLIPModel, PreTrainedTokenizerFast
+
+from saecore.demo import scenes as world
+from saecore.demo.lessons import FACETS, PROMPTS, TOKEN_KEYS, WORDS, normalise, photo
+from saecore.demo.scenes import Scene
+from saecore.sae import SAE
+
+
+def image_embeddings(model: CLIPModel, pixels: Tensor) -> Tensor:
+    """Before any normalisation, as the job stores and the SAE reads them."""
+    return model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
+
+
+def text_embeddings(model: CLIPModel, tokens: dict[str, Tensor]) -> Tensor:
+    return model.text_projection(model.text_model(**tokens).pooler_output)
+
+
+@torch.no_grad()
+def embed(model: CLIPModel, seed: int, count: int) -> Tensor:
+    """Embeddings [count, d] of scenes 0 to `count`, as the job sees them."""
+    with ThreadPoolExecutor() as pool:
+        return torch.cat(
+            [
+                image_embeddings(
+                    model, normalise(np.stack(list(pool.map(photo, world.scenes(seed, min(256, count - at), at)))))
+                )
+                for at in range(0, count, 256)
+            ]
+        )
+
+
+@torch.no_grad()
+def zero_shot(
+    model: CLIPModel, tokenizer: PreTrainedTokenizerFast, images: Tensor, sample: list[Scene]
+) -> dict[str, float]:
+    """Accuracy of text prompts for the colour and shape of the only object, and of the largest of several."""
+    figures: dict[str, float] = {}
+    single = torch.tensor([len(scene.things) == 1 for scene in sample])
+    for facet in ("colour", "shape"):
+        words = FACETS[facet]
+        texts = [
+            p.format(word if facet == "shape" or p == "{}" else f"{word} object") for word in words for p in PROMPTS
+        ]
+        tokens = tokenizer([t.replace("a orange", "an orange") for t in texts], padding=True, return_tensors="pt")
+        text = F.normalize(text_embeddings(model, {k: tokens[k] for k in TOKEN_KEYS}), dim=-1)
+        guess = (F.normalize(images, dim=-1) @ text.view(len(words), len(PROMPTS), -1).mean(dim=1).T).argmax(dim=-1)
+        right = guess == torch.tensor([words.index(getattr(scene.things[0], facet)) for scene in sample])
+        figures |= {f"single {facet}": right[single].float().mean().item()}
+        figures |= {f"mixed {facet}": right[~single].float().mean().item()}
+    return figures
+
+
+def followed(activations: Tensor, sample: list[Scene]) -> Tensor:
+    """How well each latent tells scenes that show a word of WORDS from those that do not: area under the ROC curve [n, words].
+
+    0.5 is chance. Scenes in which a latent is off tie: they share their mean rank.
+    """
+    there = torch.tensor(
+        [[any(w in (t.colour, t.shape, t.texture) for t in s.things) for w in WORDS] for s in sample]
+    ).double()
+    ranks = activations.argsort(dim=0).argsort(dim=0).double() + 1
+    off = activations <= 0
+    ranks = torch.where(off, (off.sum(dim=0, keepdim=True) + 1) / 2, ranks)
+    yes = there.sum(dim=0)
+    return ((ranks.T @ there - yes * (yes + 1) / 2) / (yes * (len(sample) - yes))).float()
+
+
+@torch.no_grad()
+def sae_figures(sae: SAE, x: Tensor, sample: list[Scene]) -> dict[str, float]:
+    """Reconstruction and use of the latents on embeddings of `sample`."""
+    code = sae.encode_sparse(x)
+    activations = torch.zeros(len(x), sae.config.n_latents).scatter(1, code.latents, code.activations)
+    best = followed(activations, sample).max(dim=1)
+    return {
+        "cosine": F.cosine_similarity(sae(x), x).mean().item(),
+        "cosine, centred": F.cosine_similarity(sae(x) - sae.mean, x - sae.mean).mean().item(),
+        "dead": (activations.max(dim=0).values <= 0).float().mean().item(),
+        "l0": (activations > 0).sum(dim=1).float().mean().item(),
+        "latents following a word": float((best.values > 0.95).sum()),
+        "words followed": float(best.indices[best.values > 0.95].unique().numel()),
+    }

@@ -1,0 +1,299 @@
+"""Encoded bytes -> the exact uint8 pixels that a CLIP model's own image processor makes, or a reason why not.
+
+Pixels are those of transformers' Pillow-backed CLIP processor to the last bit: Pillow resizes the whole image, then the
+centre is cut out. What that processor leaves open is decided here: EXIF rotation is applied, as viewers do; alpha is
+composed on white; 16-bit grey is scaled to 8 bits (Pillow would saturate it); of animations the first frame counts.
+
+Reasons, short and stable; the detail has the rest:
+
+    empty           no bytes at all
+    not-an-image    none of JPEG, PNG, WebP, GIF, BMP, TIFF by its first bytes
+    truncated       the end is missing
+    corrupt         begins as one of them, and cannot be decoded
+    unsupported     pixels without a defined way to 8-bit RGB (floating point, 32-bit integers, CIE Lab)
+    too-large       more pixels than allowed, as stored or as resized; refused before anything is decoded
+
+Left out: normalisation (the tower does it on its device), faster decoders that change pixels.
+"""
+
+import dataclasses
+import io
+import json
+import re
+import struct
+import warnings
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import huggingface_hub
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""No other Pillow plug-in ever sees the bytes."""
+
+MAX_PIXELS = 178_000_000
+"""Pillow refuses more than 178,956,970 whatever it is told."""
+
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+# What Pillow's decoders raise for bytes that are not right: found by cutting and flipping bits of real files (130,000
+# cases). MemoryError was never among them: it means what it says, and is left to end the process.
+_DATA_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+    """What a model's image processor does to an image."""
+
+    resize: int | tuple[int, int]
+    """Shortest edge, or (height, width), in pixels."""
+    crop: tuple[int, int] | None
+    """(height, width) cut out of the centre, in pixels; None leaves all."""
+    resample: int
+    """Pillow's number of the filter."""
+    mean: tuple[float, float, float]
+    """Subtracted from rescaled pixels, by channel."""
+    std: tuple[float, float, float]
+    """Then divided by, by channel."""
+    rescale_factor: float
+    """Multiplies uint8 pixels before that."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.resize, int) and self.crop is None:
+            raise ValueError("an image processor that resizes the shortest edge and does not crop makes no fixed size")
+        if min(*self.size, self.resize if isinstance(self.resize, int) else min(self.resize)) < 1:
+            raise ValueError(f"an image processor that resizes to {self.resize} and crops {self.crop} makes no pixels")
+        Image.Resampling(self.resample)  # ValueError for a number that is none
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the pixels that come out."""
+        if self.crop is not None:
+            return self.crop
+        assert not isinstance(self.resize, int)
+        return self.resize
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Preprocess":
+        """From the content of preprocessor_config.json or processor_config.json, in old and new spelling."""
+        config = config.get("image_processor", config)
+        kind = config.get("image_processor_type") or config.get("feature_extractor_type") or "CLIPImageProcessor"
+        defaults = _DEFAULTS.get(re.sub("(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", kind))
+        if defaults is None:
+            raise ValueError(f"an image processor of type {kind} is not supported; these are: {', '.join(_DEFAULTS)}")
+        config = {**defaults, **{name: value for name, value in config.items() if value is not None}}
+        if not config["do_resize"] or config.get("do_pad"):
+            raise ValueError("an image processor that does not resize, or pads, is not supported")
+        size, crop = config["size"], config["crop_size"] if config["do_center_crop"] else None
+        if isinstance(size, Mapping):
+            if set(size) not in ({"shortest_edge"}, {"height", "width"}):
+                raise ValueError(f"an image processor with size = {size} is not supported")
+            size = size["shortest_edge"] if "shortest_edge" in size else (size["height"], size["width"])
+        elif not config["do_center_crop"]:
+            size = (size, size)  # as transformers reads a bare number where nothing is cropped
+        if isinstance(crop, Mapping):
+            if set(crop) != {"height", "width"}:
+                raise ValueError(f"an image processor with crop_size = {crop} is not supported")
+            crop = (crop["height"], crop["width"])
+        return cls(
+            resize=size,
+            crop=(crop, crop) if isinstance(crop, int) else crop,
+            resample=int(config["resample"]),
+            mean=tuple(config["image_mean"]) if config["do_normalize"] else (0.0, 0.0, 0.0),
+            std=tuple(config["image_std"]) if config["do_normalize"] else (1.0, 1.0, 1.0),
+            rescale_factor=config["rescale_factor"] if config["do_rescale"] else 1.0,
+        )
+
+
+_STEPS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255, "crop_size": 224}
+_CLIP = {
+    **_STEPS,
+    "do_center_crop": True,
+    "size": {"shortest_edge": 224},
+    "resample": Image.Resampling.BICUBIC,
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+}
+_SIGLIP = {
+    **_CLIP,
+    "do_center_crop": False,
+    "size": {"height": 224, "width": 224},
+    "image_mean": (0.5, 0.5, 0.5),
+    "image_std": (0.5, 0.5, 0.5),
+}
+_DEFAULTS = {"CLIP": _CLIP, "Siglip": _SIGLIP}
+"""What transformers' processors do where their config is silent."""
+
+
+def load_preprocess(model: str, revision: str | None = None) -> Preprocess:
+    """The image processor's settings of a model folder or Hub id; OSError if it has none."""
+    names = ("preprocessor_config.json", "processor_config.json")
+    if Path(model).is_dir():
+        found = [Path(model) / name for name in names if (Path(model) / name).is_file()]
+        if not found:
+            raise FileNotFoundError(f"no {names[0]} in {model}")
+        return Preprocess.from_config(json.loads(found[0].read_text()))
+    for name in names:
+        try:
+            path = huggingface_hub.hf_hub_download(model, name, revision=revision)
+        except huggingface_hub.errors.EntryNotFoundError:
+            continue
+        return Preprocess.from_config(json.loads(Path(path).read_text()))
+    raise FileNotFoundError(f"no {names[0]} in {model}")
+
+
+class ImageError(Exception):
+    """An image that is refused: `reason` from the table above, and a detail."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+class Opened(NamedTuple):
+    """A decoded image as a viewer shows it."""
+
+    image: Image.Image
+    """RGB, rotated."""
+    format: str
+    """One of `FORMATS`."""
+
+
+class Decoded(NamedTuple):
+    """What CLIP sees of an image."""
+
+    pixels: np.ndarray
+    """uint8 (height, width, 3)."""
+    width: int
+    """Of the decoded image, in pixels."""
+    height: int
+    format: str
+    crop: tuple[int, int, int, int]
+    """(left, top, right, bottom) of the area that CLIP sees, in pixels of the decoded image, rounded. It reaches over the
+    edges only for a processor that crops more than it resizes to: zeros are there, as in transformers."""
+
+
+def open_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Opened:
+    """Decode to RGB; raises ImageError and nothing else for bytes that are not right."""
+    if not data:
+        raise ImageError("empty", "0 bytes")
+    try:
+        with warnings.catch_warnings():
+            # Damaged metadata, and sizes that are judged here. Not in threads: Python keeps one list for all of them.
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            _check_size(image.width, image.height, max_pixels)
+            # Pillow calls a JPEG with further pictures behind it, as many cameras write, MPO.
+            form = "JPEG" if image.format == "MPO" else str(image.format)
+            image.load()
+    except Image.DecompressionBombError as error:
+        raise ImageError("too-large", str(error)) from error
+    except _DATA_ERRORS as error:
+        raise _refusal(data, error) from error
+    return Opened(_rgb(_upright(image)), form)
+
+
+def _refusal(data: bytes, error: Exception) -> ImageError:
+    if isinstance(error, UnidentifiedImageError):
+        if not data.startswith(_SIGNATURES):
+            return ImageError("not-an-image", f"{len(data)} bytes starting with {data[:8]!r}")
+        text = f"the header is damaged or cut, {len(data)} bytes in all"
+    else:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+    # libwebp does not say it; the second word of the file is its size.
+    short = data.startswith(b"RIFF") and len(data) < 8 + int.from_bytes(data[4:8], "little")
+    cut = short or isinstance(error, EOFError) or "truncated" in text.lower() or "unexpected end" in text.lower()
+    return ImageError("truncated" if cut else "corrupt", text)
+
+
+def decode(data: bytes, preprocess: Preprocess, max_pixels: int = MAX_PIXELS) -> Decoded:
+    """Decode, resize and crop; raises ImageError and nothing else for an image that must be refused."""
+    image, form = open_rgb(data, max_pixels)
+    width, height = image.size
+    resized_width, resized_height = _resized(width, height, preprocess.resize)
+    _check_size(resized_width, resized_height, max_pixels)  # 1 x 4,000 pixels become 224 x 896,000
+    resized = image.resize((resized_width, resized_height), Image.Resampling(preprocess.resample))
+    crop_height, crop_width = preprocess.size
+    left, top = (resized_width - crop_width) // 2, (resized_height - crop_height) // 2
+    pixels = np.asarray(resized.crop((left, top, left + crop_width, top + crop_height)))
+    x, y = width / resized_width, height / resized_height
+    crop = (round(left * x), round(top * y), round((left + crop_width) * x), round((top + crop_height) * y))
+    return Decoded(pixels, width, height, form, crop)
+
+
+def _resized(width: int, height: int, resize: int | tuple[int, int]) -> tuple[int, int]:
+    """(width, height) after resizing, rounded as transformers rounds it."""
+    if not isinstance(resize, int):
+        return resize[1], resize[0]
+    longest = int(resize * max(width, height) / min(width, height))
+    return (resize, longest) if width <= height else (longest, resize)
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise ImageError("too-large", f"{width} x {height} pixels, {max_pixels} are allowed")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Rotated as its EXIF orientation says."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except _DATA_ERRORS:
+        return image  # the metadata is damaged, the picture is not: shown as it lies, as viewers do
+    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    turned.info = image.info  # holds the transparent colour
+    return turned
+
+
+# EXIF orientation -> what undoes it.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Any mode that Pillow decodes -> RGB."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65_535:
+            raise ImageError("unsupported", f"{image.mode} pixels from {values.min()} to {values.max()}")
+        # Pillow would saturate; 65,535 is 255 x 257.
+        grey = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+        if isinstance(clear := image.info.get("transparency"), int):
+            grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+            return _on_white(grey)
+        return grey.convert("RGB")
+    if image.mode in ("F", "LAB"):
+        raise ImageError("unsupported", f"{image.mode} pixels")
+    return _on_white(image) if image.has_transparency_data else image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    picture = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, (255, 255, 255, 255)), picture).convert("RGB")

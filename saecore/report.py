@@ -1,0 +1,183 @@
+"""A run -> something to look at: map overlays, a preview picture, and the summary that ends a job.
+
+Left out: pages for every latent and image.
+"""
+
+import itertools
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from PIL import Image, ImageDraw, ImageFont
+
+from saecore import images, runs, shards
+from saecore.storage import filesystem_of, join_uri, write_atomic
+
+# Blue-orange keeps its two ends apart for every common kind of colour blindness; centred at no colour at all.
+POSITIVE = np.array([226, 88, 12], np.float32)
+NEGATIVE = np.array([24, 90, 219], np.float32)
+MOST_OPAQUE = 0.8
+
+
+def overlay(picture: np.ndarray, relevance: np.ndarray, limit: float, smooth: bool = True) -> np.ndarray:
+    """A signed map over the picture it explains: orange where it is positive, blue where negative, clear at zero.
+
+    picture: uint8 (height, width, 3), the crop that CLIP saw. relevance: float (H, W) patch grid. limit: the |relevance|
+    of full colour; share it between maps that are to be compared. smooth: bilinear between patch centres, else nearest.
+    Returns uint8 (height, width, 3).
+    """
+    height, width = picture.shape[:2]
+    way = cv2.INTER_LINEAR if smooth else cv2.INTER_NEAREST
+    spread = cv2.resize(relevance.astype(np.float32), (width, height), interpolation=way)
+    strength = np.clip(np.abs(spread) / max(limit, np.finfo(np.float32).tiny), 0, 1)[..., None]
+    # Grey under the colours: a red object must not be taken for relevance.
+    grey = picture.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+    base = 0.75 * np.repeat(grey[..., None], 3, axis=2) + 0.25 * picture
+    colour = np.where(spread[..., None] > 0, POSITIVE, NEGATIVE)
+    opacity = MOST_OPAQUE * strength
+    return np.clip(base * (1 - opacity) + colour * opacity, 0, 255).astype(np.uint8)
+
+
+class Example(NamedTuple):
+    """One image of a run with its strongest latents."""
+
+    key: str
+    picture: np.ndarray  # uint8 (height, width, 3): the crop that CLIP saw, in the file's own pixels
+    latents: list[int]
+    activations: list[float]
+    maps: np.ndarray  # float32 (n latents, H, W), pre-activation units
+
+
+def examples(run: runs.Run, n_images: int, n_latents: int) -> Iterator[Example]:
+    """The first images of a run that were not refused, read from the run's own files and the shards they came from."""
+    return itertools.islice(_examples(run, n_latents), n_images)
+
+
+def _examples(run: runs.Run, n_latents: int) -> Iterator[Example]:
+    for chunk in run.plan().to_pylist():
+        tables = {name: _chunk_table(run, name, chunk["chunk_id"]) for name in runs.TABLES}
+        metadata = tables["maps"].schema.metadata
+        grid = int(metadata[b"grid_height"]), int(metadata[b"grid_width"])
+        shown = {row["image_id"]: row for row in tables["images"].to_pylist() if row["error"] is None}
+        for raw in shards.read_chunk(chunk):
+            for row in raw.to_pylist():
+                if row["image_id"] not in shown:
+                    continue
+                image = shown[row["image_id"]]
+                picture = images.open_rgb(row["data"]).image
+                left, top, right, bottom = (image[f"crop_{side}"] for side in ("left", "top", "right", "bottom"))
+                strongest = _rows_of(tables["activations"], row["image_id"])[:n_latents]
+                maps = {found["latent"]: found for found in _rows_of(tables["maps"], row["image_id"])}
+                yield Example(
+                    key=row["key"],
+                    picture=np.asarray(picture.crop((left, top, right, bottom))),
+                    latents=[found["latent"] for found in strongest],
+                    activations=[found["activation"] for found in strongest],
+                    maps=np.stack([_decode(maps[found["latent"]], grid) for found in strongest]),
+                )
+
+
+def _decode(row: Mapping[str, Any], grid: tuple[int, int]) -> np.ndarray:
+    """A MAPS row -> float32 (H, W) in pre-activation units."""
+    return np.frombuffer(row["map"], np.int8).reshape(grid).astype(np.float32) * row["scale"]
+
+
+def _rows_of(table: pa.Table, image_id: int) -> list[dict[str, Any]]:
+    return table.filter(pc.equal(table["image_id"], image_id)).to_pylist()
+
+
+def _chunk_table(run: runs.Run, name: str, chunk_id: int) -> pa.Table:
+    filesystem, path = filesystem_of(join_uri(run.uri, name, f"chunk-{chunk_id:08d}.parquet"))
+    return pq.read_table(path, filesystem=filesystem)
+
+
+def preview(found: list[Example], side: int = 232, gap: int = 12) -> Image.Image:
+    """One row per image: the crop that CLIP saw, then the maps of its strongest latents on a scale shared in the row."""
+    caption = 22
+    columns = 1 + max(len(example.latents) for example in found)
+    size = (gap + columns * (side + gap), gap + len(found) * (side + caption + gap))
+    sheet = Image.new("RGB", size, (255, 255, 255))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
+    for line, example in enumerate(found):
+        picture = np.asarray(Image.fromarray(example.picture).resize((side, side), Image.Resampling.BICUBIC))
+        limit = float(np.abs(example.maps).max())
+        tiles = [picture, *(overlay(picture, relevance, limit) for relevance in example.maps)]
+        texts = [example.key.rsplit("/", 1)[-1][-32:]]
+        texts += [
+            f"latent {latent}   {value:.2f}" for latent, value in zip(example.latents, example.activations, strict=True)
+        ]
+        for column, (tile, text) in enumerate(zip(tiles, texts, strict=True)):
+            left, top = gap + column * (side + gap), gap + line * (side + caption + gap)
+            sheet.paste(Image.fromarray(tile), (left, top))
+            draw.text((left, top + side + 3), text, fill=(60, 60, 60), font=font)
+    return sheet
+
+
+def write_preview(run: runs.Run, n_images: int = 3, n_latents: int = 3) -> str | None:
+    """`preview.png` in the run; returns where it is, or None if every image was refused."""
+    found = list(examples(run, n_images, n_latents))
+    if not found:
+        return None
+    sink = pa.BufferOutputStream()
+    preview(found).save(sink, "PNG", optimize=True)
+    address = join_uri(run.uri, "preview.png")
+    write_atomic(address, sink.getvalue())
+    return address
+
+
+def summary(uri: str, record: Mapping[str, Any]) -> str:
+    """run.json of a complete run, as a person reads it."""
+    refused, steps, size = record["refused"], record["step_seconds"], record["bytes"]
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(refused.items())) or "none"
+    total = sum(steps.values()) or 1.0
+    shares = ", ".join(f"{step} {seconds / total:.0%}" for step, seconds in steps.items())
+    sizes = ", ".join(f"{table} {_bytes(count)}" for table, count in size.items())
+    lines = [
+        f"images        {record['images']:,}, refused: {reasons}",
+        f"speed         {record['session_images'] / max(record['session_seconds'], 1e-9):,.1f} images/s "
+        f"over {record['session_seconds']:.1f} s, models' loading included",
+        f"time by step  {shares}",
+        f"exactness     {record['worst_completeness_error']:.1e} worst error of map + remainder = pre-activation",
+        f"on disk       {sizes} in {uri}",
+    ]
+    return "\n".join(lines)
+
+
+QUERY = """SELECT latent, count(*) AS images, round(avg(activation), 2) AS mean, round(max(activation), 2) AS strongest,
+       arg_max(key, activation) AS strongest_image
+FROM '{uri}/activations/*.parquet' JOIN '{uri}/images/*.parquet' USING (image_id)
+WHERE activation > 0 GROUP BY latent ORDER BY images DESC LIMIT 5"""
+
+
+def next_steps(uri: str) -> str:
+    """What to do with a complete run: commands to paste."""
+    return (
+        f"\nLook at {uri}/preview.png, then ask which latents fire most often, and where most strongly:\n\n"
+        f'{sys.executable} - <<\'END\'\nimport duckdb\nduckdb.sql("""\n{QUERY.format(uri=uri)}\n""").show()\nEND'
+    )
+
+
+def outline(plan: pa.Table, out: str, made_by: Mapping[str, Any], replicas: int) -> str:
+    """What a plan holds and what would be done with it: the answer to --dry-run."""
+    n_images = int(pc.sum(pc.subtract(plan["end"], plan["start"])).as_py() or 0)
+    n_shards = len(pc.unique(plan["shard_id"]))
+    damaged = plan.num_rows - plan["damage"].null_count
+    lines = [
+        f"would explain {n_images:,} images of {n_shards:,} shards in {plan.num_rows:,} chunks into {out}",
+        f"with CLIP {made_by['clip']} and SAE {made_by['sae']}",
+        f"{made_by['k']} latents and maps ({made_by['method']}) per image",
+        f"{replicas} replicas on {made_by['device']}, {made_by['batch_size']} images per forward",
+    ]
+    return "\n".join([*lines, f"{damaged} shards are damaged"] if damaged else lines)
+
+
+def _bytes(count: int) -> str:
+    value, units = float(count), ["B", "KB", "MB", "GB", "TB"]
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.3g} {units[0]}"

@@ -1,0 +1,283 @@
+"""A run folder: plan, fingerprint, chunk files, commit records, manifest; how it is resumed, finished and read.
+
+    RUN/run.json           what made it, and, once complete, what came of it
+    RUN/plan.parquet       the chunks (schema.PLAN)
+    RUN/images/ activations/ maps/     chunk-00000017.parquet in each
+    RUN/commits/           chunk-00000017.json
+    RUN/manifest.parquet   every file of a complete run, with rows, bytes and sha256
+
+A chunk is done if and only if its commit record is valid: it can be read, carries this run's fingerprint, and the files it
+names are there in the size it says. Names follow from the chunk id, files appear whole under their final name or not at
+all, and the record comes last: a worker may die anywhere, or run twice, and readers see each image once. Resuming is the
+plan less the valid records. Works on any pyarrow filesystem.
+
+Left out: a lock. Two jobs with one fingerprint on one folder do the work twice and write the same files.
+"""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset
+import pyarrow.fs
+import pyarrow.parquet as pq
+
+from saecore import schema
+from saecore.storage import filesystem_of, join_uri, write_atomic
+
+TABLES = ("images", "activations", "maps")
+
+# One image's rows should be one small read (about 10 ms), a whole table's scan few large ones.
+ROW_GROUP_ROWS = {"images": 4096, "activations": 131_072, "maps": 2048}
+
+MANIFEST = pa.schema(
+    [
+        pa.field("chunk_id", pa.int64(), nullable=False),
+        pa.field("table", pa.string(), nullable=False),
+        pa.field("path", pa.string(), nullable=False),  # below the run
+        pa.field("rows", pa.int64(), nullable=False),
+        pa.field("bytes", pa.int64(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),
+    ]
+)
+
+_RECORD_READERS = 32
+"""Threads that read commit records: one is a round trip on an object store."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Commit:
+    """The record that makes a chunk done."""
+
+    chunk_id: int
+    fingerprint: str
+    images: int
+    """All images of the chunk, refused ones too."""
+    refused: dict[str, int]
+    """Refused images by reason."""
+    completeness: float
+    """Worst completeness error of the chunk's maps."""
+    seconds: dict[str, float]
+    """Time in each step."""
+    files: list[dict[str, Any]]
+    """The MANIFEST rows of the chunk, without chunk_id."""
+
+
+def fingerprint(parts: Mapping[str, Any]) -> str:
+    """Hash of everything that changes results."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def listing_hash(shards: Iterable[tuple[Any, ...]]) -> str:
+    """Hash of the input's listing: names, sizes and times of change, as `saecore.shards.list_shards` gives them."""
+    digest = hashlib.sha256()
+    for shard in shards:
+        digest.update(json.dumps(list(shard)).encode())
+    return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """An open run. Small enough to travel to every worker."""
+
+    uri: str
+    parts: dict[str, Any]
+    """What the fingerprint is made of."""
+    fingerprint: str
+
+    def plan(self) -> pa.Table:
+        """All chunks."""
+        return _read_parquet(self.uri, "plan.parquet")
+
+    def commits(self) -> list[Commit]:
+        """The valid commit records, in the order of their chunks."""
+        sizes = {
+            f"{table}/{info.base_name}": info.size for table in TABLES for info in _listing(join_uri(self.uri, table))
+        }
+        names = [info.base_name for info in _listing(join_uri(self.uri, "commits")) if info.base_name.endswith(".json")]
+        with ThreadPoolExecutor(_RECORD_READERS) as pool:
+            found = pool.map(lambda name: self._commit(name, sizes), sorted(names))
+            return [commit for commit in found if commit is not None]
+
+    def _commit(self, name: str, sizes: Mapping[str, int]) -> Commit | None:
+        try:
+            commit = Commit(**json.loads(_read_bytes(join_uri(self.uri, "commits", name))))
+        except (ValueError, TypeError):  # not JSON, or not a record: the chunk is not done
+            return None
+        whole = all(sizes.get(file["path"]) == file["bytes"] for file in commit.files)
+        return commit if whole and commit.fingerprint == self.fingerprint else None
+
+    def write_chunk(
+        self, chunk_id: int, explained: pa.Table, seconds: dict[str, float], tags: dict[str, str]
+    ) -> Commit:
+        """EXPLAINED rows of one chunk -> its file in every table, then its commit record. `tags` go into Parquet metadata."""
+        started = time.perf_counter()
+        metadata = {**tags, "fingerprint": self.fingerprint}
+        tables = {
+            "images": explained.select(schema.IMAGES.names).cast(schema.IMAGES),
+            "activations": schema.unnest(explained, "activations"),
+            "maps": schema.unnest(explained, "maps"),
+        }
+        files = []
+        for name, table in tables.items():
+            data = _parquet_bytes(table.replace_schema_metadata(metadata), ROW_GROUP_ROWS[name])
+            path = f"{name}/chunk-{chunk_id:08d}.parquet"
+            write_atomic(join_uri(self.uri, path), data)
+            digest = hashlib.sha256(data).hexdigest()
+            files.append({"table": name, "path": path, "rows": table.num_rows, "bytes": len(data), "sha256": digest})
+        errors = [error for error in explained["error"].to_pylist() if error is not None]
+        commit = Commit(
+            chunk_id=chunk_id,
+            fingerprint=self.fingerprint,
+            images=explained.num_rows,
+            refused=dict(Counter(errors)),
+            completeness=max(explained["completeness"].drop_null().to_pylist(), default=0.0),
+            seconds={**seconds, "write": time.perf_counter() - started},
+            files=files,
+        )
+        record = json.dumps(dataclasses.asdict(commit)).encode()
+        write_atomic(join_uri(self.uri, f"commits/chunk-{chunk_id:08d}.json"), record)
+        return commit
+
+    def pending(self) -> pa.Table:
+        """The chunks without a valid commit record."""
+        done = pa.array([commit.chunk_id for commit in self.commits()], pa.int64())
+        plan = self.plan()
+        return plan.filter(pc.invert(pc.is_in(plan["chunk_id"], done)))
+
+    def record(self) -> dict[str, Any]:
+        """The content of run.json."""
+        return json.loads(_read_bytes(join_uri(self.uri, "run.json")))
+
+    def update(self, **fields: Any) -> None:
+        """Add to, or replace in, run.json."""
+        _write_json(join_uri(self.uri, "run.json"), {**self.record(), **fields})
+
+    def finish(self, images: int, wall_seconds: float) -> dict[str, Any]:
+        """Check that every planned image was written once, write the manifest, complete run.json; returns its content.
+
+        `images` and `wall_seconds` are those of the session that ends here: a resumed run had others before.
+        """
+        commits, plan = self.commits(), self.plan()
+        lengths = pc.subtract(plan["end"], plan["start"])
+        planned = dict(zip(plan["chunk_id"].to_pylist(), lengths.to_pylist(), strict=True))
+        written = {commit.chunk_id: commit.images for commit in commits}
+        if written != planned:
+            wrong = sorted(chunk for chunk in planned if written.get(chunk) != planned[chunk])
+            raise RuntimeError(
+                f"{len(wrong)} of {len(planned)} chunks are not done, the first is {wrong[:1]}; run it again"
+            )
+        rows = [{"chunk_id": commit.chunk_id, **file} for commit in commits for file in commit.files]
+        manifest = pa.Table.from_pylist(rows, schema=MANIFEST)
+        write_atomic(join_uri(self.uri, "manifest.parquet"), _parquet_bytes(manifest, 65_536))
+        session = {"session_images": images, "session_seconds": round(wall_seconds, 3)}
+        self.update(status="complete", **session, **summarise(commits))
+        return self.record()
+
+
+def summarise(commits: Iterable[Commit]) -> dict[str, Any]:
+    """What the commit records of a run add up to, for run.json."""
+    refused, seconds, rows, size = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
+    images, completeness = 0, 0.0
+    for commit in commits:
+        images += commit.images
+        completeness = max(completeness, commit.completeness)
+        refused.update(commit.refused)
+        seconds.update(commit.seconds)
+        for file in commit.files:
+            rows[file["table"]] += file["rows"]
+            size[file["table"]] += file["bytes"]
+    return {
+        "images": images,
+        "refused": dict(refused),
+        "rows": dict(rows),
+        "bytes": dict(size),
+        "step_seconds": {step: round(value, 3) for step, value in seconds.items()},
+        "worst_completeness_error": completeness,
+    }
+
+
+def open_run(uri: str, parts: dict[str, Any], made_by: dict[str, Any], make_plan: Callable[[], pa.Table]) -> Run:
+    """Start a run in an empty or new folder, or take up the one that is there.
+
+    `parts` is what the fingerprint is made of; `made_by` goes into run.json beside it; `make_plan` is called for a new run
+    only. ValueError if the folder holds a run with another fingerprint (the sentence names what differs), or anything else.
+    """
+    run = Run(uri, parts, fingerprint(parts))
+    names = {info.base_name for info in _listing(uri)}
+    if "run.json" not in names:
+        # plan.parquet alone is a start that was interrupted.
+        if names - {"plan.parquet"} - {name for name in names if name.startswith(".")}:
+            raise ValueError(f"--out {uri} holds other files and no run; name a new or empty folder")
+        write_atomic(join_uri(uri, "plan.parquet"), _parquet_bytes(make_plan(), 65_536))
+        record = {"status": "running", "fingerprint": run.fingerprint, "parts": parts, **made_by}
+        _write_json(join_uri(uri, "run.json"), record)
+        return run
+    before = run.record()["parts"]
+    changed = [
+        f"{key} was {before.get(key)!r}, now {parts.get(key)!r}"
+        for key in sorted(before.keys() | parts.keys())
+        if before.get(key) != parts.get(key)
+    ]
+    if changed:
+        raise ValueError(
+            f"--out {uri} holds a run made otherwise ({'; '.join(changed)}); name another folder for this one"
+        )
+    return run
+
+
+def dataset(uri: str, table: str) -> pyarrow.dataset.Dataset:
+    """One table of a complete run, through its manifest: `images`, `activations` or `maps`."""
+    manifest = _read_parquet(uri, "manifest.parquet")
+    filesystem, root = filesystem_of(uri)
+    names = manifest.filter(pc.equal(manifest["table"], table))["path"].to_pylist()
+    return pyarrow.dataset.dataset([f"{root}/{name}" for name in names], filesystem=filesystem, format="parquet")
+
+
+def _parquet_bytes(table: pa.Table, row_group_rows: int) -> pa.Buffer:
+    """Parquet in memory (a chunk's file is a few MB), so that it is hashed and written in one piece.
+
+    Floats are byte-stream-split and not dictionary-coded: 7 % smaller than defaults on activations.
+    """
+    leaves = [field.name for field in table.schema]
+    floats = [name for name in leaves if pa.types.is_floating(table.schema.field(name).type)]
+    words = [name for name in leaves if pa.types.is_string(table.schema.field(name).type)]
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table,
+        sink,
+        row_group_size=row_group_rows,
+        compression="zstd",
+        use_dictionary=words,
+        column_encoding=dict.fromkeys(floats, "BYTE_STREAM_SPLIT"),
+        write_page_checksum=True,
+    )
+    return sink.getvalue()
+
+
+def _write_json(uri: str, content: Mapping[str, Any]) -> None:
+    write_atomic(uri, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _read_bytes(uri: str) -> bytes:
+    filesystem, path = filesystem_of(uri)
+    with filesystem.open_input_stream(path) as stream:
+        return stream.read()
+
+
+def _read_parquet(uri: str, name: str) -> pa.Table:
+    filesystem, path = filesystem_of(join_uri(uri, name))
+    return pq.read_table(path, filesystem=filesystem)
+
+
+def _listing(uri: str) -> list[pyarrow.fs.FileInfo]:
+    """What lies directly in a folder; nothing if there is no such folder."""
+    filesystem, path = filesystem_of(uri)
+    return filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))

@@ -1,0 +1,50 @@
+"""What several tests need: one Ray for the session, and a finished run over the demo's scenes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import transformers.utils.logging
+
+transformers.utils.logging.set_verbosity_error()
+
+N_SCENES = 48
+"""Scenes of the shared small run: 3 shards of 16, in 6 chunks of 8."""
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """A real Ray on this machine, started once: it takes seconds."""
+    import ray
+
+    from jobs import session
+
+    session.connect(replicas=2)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tar shards of drawn scenes."""
+    from saecore.demo import scenes
+
+    folder = tmp_path_factory.mktemp("scenes")
+    scenes.write_shards(folder, N_SCENES, 3)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def local_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete run over `shards`, made in process: what every other way of running is compared with."""
+    from jobs import explain
+
+    out = tmp_path_factory.mktemp("runs") / "local"
+    assert explain.main(command(shards, out, "--local")) == 0
+    return out
+
+
+def command(images: Path, out: Path, *more: str) -> list[str]:
+    """The arguments of a small run with the embedded models."""
+    fixed = ["--clip", "demo", "--sae", "demo", "--chunk-size", "8", "--embeddings"]
+    return ["--images", str(images), "--out", str(out), *fixed, *more]

@@ -1,0 +1,285 @@
+"""The main job end to end, on a real local Ray: the same rows whatever happens, a row for every image, clear mistakes."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from jobs import explain, session
+from saecore import isolation, runs, schema
+from saecore.demo import scenes
+from saecore.stages import Decode
+from tests.conftest import N_SCENES, command
+
+ROOT = Path(__file__).parent.parent
+
+
+def rows(run: Path, table: str) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """A table's rows by (image_id, latent), or by image_id."""
+    found = runs.dataset(str(run), table).to_table().to_pylist()
+    by_key = {(row["image_id"], row.get("latent")): row for row in found}
+    assert len(by_key) == len(found), "a row was written twice"
+    return by_key
+
+
+def assert_same_rows(one: Path, other: Path) -> None:
+    """Ids and latents are equal, numbers within 1e-4, maps within one step of their 8 bits."""
+    for table, close, exact in (
+        ("images", ("embedding", "cosine", "fvu"), ("uri", "key", "width", "height", "format", "l0", "error")),
+        ("activations", ("activation", "pre_activation"), ("rank",)),
+        ("maps", ("scale", "remainder", "sink_share"), ("method",)),
+    ):
+        a, b = rows(one, table), rows(other, table)
+        assert a.keys() == b.keys()
+        for key in a:
+            assert [a[key][name] for name in exact] == [b[key][name] for name in exact]
+            for name in close:
+                np.testing.assert_allclose(a[key][name], b[key][name], rtol=1e-4, atol=1e-4)
+    a, b = rows(one, "maps"), rows(other, "maps")
+    steps = np.array(
+        [np.abs(np.subtract(*(np.frombuffer(r[key]["map"], np.int8).astype(int) for r in (a, b)))) for key in a]
+    )
+    assert steps.max() <= 1
+    assert (steps > 0).mean() < 1e-3  # a value on the edge between two steps falls to either side
+
+
+def test_tables_are_as_the_design_says(local_run: Path) -> None:
+    for table, expected in (
+        ("images", schema.IMAGES),
+        ("activations", schema.ACTIVATIONS),
+        ("maps", schema.maps_schema(64)),
+    ):
+        assert runs.dataset(str(local_run), table).schema.remove_metadata() == expected
+    images, k = rows(local_run, "images"), 16
+    assert len(images) == N_SCENES
+    assert {row["error"] for row in images.values()} == {None}
+    assert {key[0] >> schema.INDEX_BITS for key in images} == {0, 1, 2}
+    assert len(rows(local_run, "activations")) == len(rows(local_run, "maps")) == N_SCENES * k
+    record = json.loads((local_run / "run.json").read_text())
+    assert record["status"] == "complete"
+    assert record["worst_completeness_error"] < 1e-5
+    assert (local_run / "preview.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("batch_size", "replicas"), [(1, 1), (7, 2), (64, 2)])
+def test_rows_do_not_depend_on_batches_or_replicas(
+    batch_size: int, replicas: int, ray_session: None, shards: Path, local_run: Path, tmp_path: Path
+) -> None:
+    more = ("--batch-size", str(batch_size), "--replicas", str(replicas))
+    assert explain.main(command(shards, tmp_path / "run", *more)) == 0
+    assert_same_rows(tmp_path / "run", local_run)
+
+
+def test_the_same_command_again_does_nothing(shards: Path, local_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in local_run.rglob("*")}
+    assert explain.main(command(shards, local_run, "--local")) == 0
+    assert "is complete: nothing to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in local_run.rglob("*")} == before
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below `pid`, from /proc: Ray's live in sessions of their own."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+    found, layer = [], [pid]
+    while layer:
+        layer = [child for child, parent in parents.items() if parent in layer]
+        found += layer
+    return found
+
+
+def test_killed_in_the_middle_and_run_again(tmp_path: Path) -> None:
+    """SIGKILL of the driver and of every Ray process, then the same command: the rest is done, and nothing else."""
+    folder, out = tmp_path / "scenes", tmp_path / "run"
+    scenes.write_shards(folder, 400, 4)
+    arguments = command(folder, out, "--batch-size", "4")
+    with (tmp_path / "output").open("w") as output:
+        job = subprocess.Popen(
+            [sys.executable, "-m", "jobs.explain", *arguments], cwd=ROOT, stdout=output, stderr=output
+        )
+        deadline = time.monotonic() + 120
+        while len(list((out / "commits").glob("*.json"))) < 3:
+            assert job.poll() is None, (tmp_path / "output").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        family = [job.pid, *descendants(job.pid)]
+        for pid in family:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        job.wait()
+    done = {path.name: path.stat().st_mtime_ns for path in (out / "commits").glob("*.json")}
+    assert 3 <= len(done) < 52
+    assert json.loads((out / "run.json").read_text())["status"] == "running"
+
+    assert explain.main([*arguments, "--local"]) == 0
+    assert {name: (out / "commits" / name).stat().st_mtime_ns for name in done} == done
+    assert explain.main([*command(folder, tmp_path / "unbroken", "--batch-size", "4"), "--local"]) == 0
+    assert_same_rows(out, tmp_path / "unbroken")
+
+
+class DeadlyDecode(Decode):
+    """A decoder that takes its process down on some images, as a fault in native code would."""
+
+    deadly: frozenset[str] = frozenset()
+
+    def _row(self, row: dict[str, Any]) -> dict[str, Any]:
+        if row["error"] is None and row["key"] in self.deadly:
+            os._exit(1)
+        return super()._row(row)
+
+
+def test_an_image_that_kills_its_worker_becomes_a_row(
+    ray_session: None, shards: Path, local_run: Path, tmp_path: Path
+) -> None:
+    arguments = command(shards, tmp_path / "run")
+    with session.mistakes():
+        job = explain.prepare(explain.parse(arguments), arguments)
+    assert job is not None
+    decode = DeadlyDecode(job.decode.preprocess)
+    decode.deadly = frozenset({"000003.jpg", "000030.jpg"})
+    for _ in explain.on_ray(job._replace(decode=decode), job.run.pending()):
+        pass
+    job.run.finish(0, 0.0)
+    found = rows(tmp_path / "run", "images")
+    refused = {row["key"]: row["error"] for row in found.values() if row["error"] is not None}
+    assert refused == dict.fromkeys(decode.deadly, isolation.REASON)
+    expected = {key for key, row in rows(local_run, "maps").items() if found[key[0], None]["error"] is None}
+    assert rows(tmp_path / "run", "maps").keys() == expected
+
+
+def real_photographs(folder: Path) -> list[str]:
+    """The photographs that scikit-image and scikit-learn carry, as JPEG and PNG files; returns their names."""
+    import skimage.data
+    from sklearn.datasets import load_sample_images
+
+    photographs = {name: getattr(skimage.data, name)() for name in ("astronaut", "chelsea", "coffee", "rocket")}
+    photographs |= dict(zip(("china", "flower"), load_sample_images().images, strict=True))
+    for index, (name, pixels) in enumerate(sorted(photographs.items())):
+        Image.fromarray(pixels).save(folder / f"{name}.{'png' if index % 2 else 'jpg'}")
+    return [path.name for path in folder.iterdir()]
+
+
+def test_photographs_with_a_broken_file_of_each_kind(ray_session: None, tmp_path: Path) -> None:
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    good = real_photographs(folder)
+    whole = (folder / "astronaut.jpg").read_bytes()
+    broken = {
+        "empty.jpg": (b"", "empty"),
+        "page.jpg": (b"<!DOCTYPE html><title>404</title>" * 30, "not-an-image"),
+        "cut.jpg": (whole[: len(whole) // 2], "truncated"),
+    }
+    for name, (content, _) in broken.items():
+        (folder / name).write_bytes(content)
+    Image.new("L", (20_000, 20_000)).save(folder / "bomb.png")
+    gif = folder / "wrong-extension.png"
+    Image.new("P", (30, 40)).save(gif, "GIF")
+    assert explain.main(command(folder, tmp_path / "run", "--k", "4")) == 0
+    found = {row["key"]: row for row in rows(tmp_path / "run", "images").values()}
+    assert {name: row["error"] for name, row in found.items() if row["error"]} == {
+        "bomb.png": "too-large",
+        **{name: reason for name, (_, reason) in broken.items()},
+    }
+    assert found.keys() == {*good, *broken, "bomb.png", gif.name}
+    assert found[gif.name]["format"] == "GIF"
+    assert (found["china.png"]["width"], found["china.png"]["height"]) == (640, 427) if "china.png" in found else True
+    assert len(rows(tmp_path / "run", "maps")) == 4 * (len(good) + 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--images", "/no/such/folder", "--clip", "demo", "--sae", "demo"], "/no/such/folder"),
+        (["--images", "{shards}", "--clip", "/no/clip", "--sae", "demo"], "--clip /no/clip"),
+        (["--images", "{shards}", "--clip", "demo", "--sae", "/no/sae"], "--sae /no/sae"),
+        (["--images", "{shards}", "--clip", "demo", "--sae", "demo", "--k", "17"], "--k 17"),
+        (["--images", "{shards}", "--clip", "demo", "--sae", "demo", "--batch-size", "0"], "--batch-size 0"),
+        (["--images", "{shards}", "--clip", "demo", "--sae", "demo", "--gpus-per-replica", "1"], "GPU"),
+        (["--images", "{shards}", "--clip", "demo", "--sae", "demo", "--method", "tea-leaves"], "tea-leaves"),
+        (["--images", "{shards}", "--clip", "demo"], "--sae"),
+    ],
+)
+def test_a_mistake_is_one_sentence(
+    arguments: list[str],
+    complaint: str,
+    ray_session: None,
+    shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = [argument.format(shards=shards) for argument in arguments]
+    assert explain.main([*given, "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr()
+    assert complaint in said.err
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_argument_that_does_not_exist_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        explain.main(["--imagse", "x"])
+    assert ended.value.code == 2
+
+
+def test_another_configuration_into_the_same_run_is_refused(
+    shards: Path, local_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert explain.main(command(shards, local_run, "--local", "--k", "4")) == 2
+    assert "k was 16, now 4" in capsys.readouterr().err
+
+
+def test_changed_images_behind_the_same_path_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = tmp_path / "scenes", tmp_path / "run"
+    scenes.write_shards(folder, 16, 2)
+    assert explain.main(command(folder, out, "--local")) == 0
+    scenes.write_shards(folder, 18, 2)
+    assert explain.main(command(folder, out, "--local")) == 2
+    assert "inputs was" in capsys.readouterr().err
+
+
+def test_dry_run_says_what_and_writes_nothing(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert explain.main(command(shards, tmp_path / "run", "--local", "--dry-run", "--limit", "20")) == 0
+    assert "would explain 20 images of 2 shards in 4 chunks" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_query_that_is_printed_can_be_pasted(local_run: Path) -> None:
+    from saecore.report import next_steps
+
+    pasted = next_steps(str(local_run)).split("\n\n", 1)[1]
+    said = subprocess.run(["bash", "-c", pasted], capture_output=True, text=True, check=True).stdout
+    assert "strongest_image" in said
+    assert ".jpg" in said
+
+
+def test_duckdb_reads_what_was_written(local_run: Path) -> None:
+    """Without this package: the stored map, decoded by hand, and its remainder add up to the pre-activation."""
+    table = duckdb.sql(
+        f"""SELECT map, scale, remainder, pre_activation FROM '{local_run}/maps/*.parquet'
+            JOIN '{local_run}/activations/*.parquet' USING (image_id, latent)"""
+    ).to_arrow_table()
+    maps = (
+        np.frombuffer(b"".join(table["map"].to_pylist()), np.int8).reshape(-1, 64) * table["scale"].to_numpy()[:, None]
+    )
+    total = maps.sum(1) + table["remainder"].to_numpy()
+    rounding = table["scale"].to_numpy() * 0.5 * 64**0.5 * 3  # 64 errors of at most half a step, as a random walk
+    assert (np.abs(total - table["pre_activation"].to_numpy()) < rounding + 1e-4).all()
+
+
+def test_arrow_tables_of_a_run_are_plain(local_run: Path) -> None:
+    for table in runs.TABLES:
+        assert not any(isinstance(field.type, pa.ExtensionType) for field in runs.dataset(str(local_run), table).schema)

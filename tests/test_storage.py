@@ -1,0 +1,54 @@
+import errno
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.fs
+import pytest
+
+from saecore import storage
+
+
+def test_a_path_is_local_and_absolute_and_an_address_is_taken_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    filesystem, path = storage.filesystem_of("a b/c%20d#?.tar")
+    assert isinstance(filesystem, pyarrow.fs.LocalFileSystem)
+    assert path == str(tmp_path / "a b/c%20d#?.tar")
+    assert storage.filesystem_of(f"file://{tmp_path}/x y")[1] == f"{tmp_path}/x y"
+    # The in-memory filesystem of pyarrow stands for an object store.
+    assert storage.filesystem_of("mock://bucket/a b/c%20d[1]?.tar")[1].endswith("a b/c%20d[1]?.tar")
+    s3, path = storage.filesystem_of("s3://bucket/a b/c?.tar?endpoint_override=host:9000&scheme=http&region=eu-1")
+    assert path == "bucket/a b/c?.tar"
+    assert s3.region == "eu-1"
+
+
+def test_join_uri_keeps_an_addresss_settings_at_the_end() -> None:
+    assert storage.join_uri("/a/", "b", "c") == "/a/b/c"
+    assert storage.join_uri("/", "b") == "/b"
+    assert storage.join_uri("gs://bucket/", "b?") == "gs://bucket/b?"
+    assert storage.join_uri("s3://bucket/a?region=eu-1", "b") == "s3://bucket/a/b?region=eu-1"
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "deep" / "file"
+    storage.write_atomic(str(target), b"first")
+    storage.write_atomic(str(target), pa.py_buffer(b"second"))
+    assert target.read_bytes() == b"second"
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        storage.write_atomic(str(target), b"third")
+    assert target.read_bytes() == b"second"
+    assert [path.name for path in target.parent.iterdir()] == ["file"], "a temporary file stays behind"
+
+
+def test_an_object_store_gets_one_put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = pyarrow.fs.SubTreeFileSystem(str(tmp_path), pyarrow.fs.LocalFileSystem())
+    monkeypatch.setattr(storage, "filesystem_of", lambda uri: (store, uri.removeprefix("s3://")))
+    storage.write_atomic("s3://file", b"content")
+    assert (tmp_path / "file").read_bytes() == b"content"
