@@ -30,8 +30,9 @@ from saecore import report, runs, schema
 from saecore.demo import scenes
 from saecore.images import MAX_PIXELS
 from saecore.isolation import Suspects, Witness, pieces, refuse
-from saecore.shards import list_shards, plan_chunks, read_chunk
-from saecore.stages import METHODS, Decode, Explain, ExplainConfig, load_models
+from saecore.listing import list_shards
+from saecore.shards import plan_chunks, read_chunk
+from saecore.stages import Decode, Explain, ExplainConfig, load_models
 
 MAX_BLOCKS = 10_000
 """Blocks of the pipeline's input: one per chunk up to here, then several chunks each, since Ray's driver tracks every block."""
@@ -97,8 +98,6 @@ class Arguments:
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
-        if self.method not in METHODS:
-            raise ValueError(f"--method {self.method}: must be one of {', '.join(METHODS)}")
 
 
 # ---- The three steps: a one-row table in, a new one out.
@@ -261,6 +260,10 @@ def finish(job: Job, pending: pa.Table, flow: Callable[[Job, pa.Table], Iterator
 def prepare(arguments: Arguments, argv: list[str]) -> Job | None:
     """Resolve the arguments to a `Job`, or print what it would be for --dry-run; ValueError for what the user can mend."""
     images = arguments.images or demo_images(arguments.out)
+    from saecore.inference import METHODS  # and with it PyTorch: --help and the workers that decode do without
+
+    if arguments.method not in METHODS:
+        raise ValueError(f"--method {arguments.method}: must be one of {', '.join(METHODS)}")
     clip, sae_address = arguments.clip or "demo", arguments.sae or "demo"
     tower, sae = load_models(clip, sae_address)
     if arguments.k > sae.config.k:
@@ -280,7 +283,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> Job | None:
         embeddings=arguments.embeddings,
         threads=pool.threads,
     )
-    parts = {
+    parts: dict[str, Any] = {
         "schema": schema.VERSION,
         "clip": tower.sha256()[:16],
         "sae": sae.sha256()[:16],

@@ -99,7 +99,7 @@ def read_msae(path: Path) -> SAE:
 def _load_checked(path: Path) -> dict[str, Any]:
     """`torch.load` that can build nothing but tensors and NumPy float64 scalars."""
     scalar = np.float64(0).__reduce__()[0]  # the constructor, wherever this NumPy keeps it
-    allowed = [
+    allowed: list[Any] = [
         (scalar, "numpy.core.multiarray.scalar"),
         (scalar, "numpy._core.multiarray.scalar"),
         np.dtype,

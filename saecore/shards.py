@@ -1,14 +1,10 @@
-"""Shards of images: list them, cut them into chunks, read a chunk as a stream.
+"""Shards of images: cut them into chunks, read a chunk as a stream.
 
     list_shards -> Shard -> plan_chunks -> PLAN rows -> read_chunk -> RAW tables        (schemas in `saecore.schema`)
 
-A shard is a tar (`.tar`, `.tar.gz`, `.tgz`; webdataset or any other), a Parquet file with a column of encoded images, or a
-group of files of a folder tree. Everything is on any pyarrow filesystem: local, s3://, gs://. A tar's chunks are read in
-parallel, each by one seek; those of a compressed tar too, but each decompresses all that lies before it: many chunks of a
-large `.tar.gz` are slow, and it should be unpacked first.
-
-What is an image goes by the name's ending (`EXTENSIONS`, any case) in tars and folders, whatever lies beside it is passed
-over, as are hidden files and macOS's `._x` and `__MACOSX`. Every image gets one row, damaged ones with a reason:
+A tar's chunks are read in parallel, each by one seek; those of a compressed tar too, but each decompresses all that lies
+before it: many chunks of a large `.tar.gz` are slow, and it should be unpacked first. What is an image in a tar goes by
+`saecore.listing`. Every image gets one row, damaged ones with a reason:
 
     truncated       the shard ends inside the image
     no-data         a null in Parquet
@@ -21,7 +17,6 @@ Bad data becomes rows. Storage that fails (network, disk, a whole folder gone) r
 and never written as if its images were at fault.
 """
 
-import fnmatch
 import functools
 import gzip
 import io
@@ -38,16 +33,11 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from saecore import schema
-from saecore.storage import filesystem_of, join_uri, split_settings
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-KINDS = {".tar": "tar", ".tar.gz": "tar.gz", ".tgz": "tar.gz", ".parquet": "parquet"}
+from saecore.listing import EXTENSIONS, Shard, extension, is_hidden
+from saecore.storage import filesystem_of
 
 MAX_IMAGE_BYTES = 1 << 30
 """Encoded bytes above which an image is not read: far more than any picture of the pixels allowed."""
-
-FILES_PER_SHARD = 4096
-"""Files of a folder tree that make one shard."""
 
 SCANNERS = 16
 """Threads that scan shards for the plan: on an object store one waits for a round trip per member."""
@@ -71,19 +61,6 @@ _IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "bytes", "data", "conte
 _KEY_COLUMNS = ("key", "__key__", "id", "image_id", "url", "file_name", "path")
 
 
-class Shard(NamedTuple):
-    """A unit of input."""
-
-    uri: str
-    """Of the file, or of the folder."""
-    kind: str
-    """tar, tar.gz, parquet or folder."""
-    bytes: int
-    mtime_ns: int
-    members: list[str] | None
-    """The files of a folder shard, below `uri`."""
-
-
 class _Cut(NamedTuple):
     """What a scan finds out about a shard."""
 
@@ -92,106 +69,6 @@ class _Cut(NamedTuple):
     """Tar: where the first member of each chunk begins, in uncompressed bytes."""
     column: str | None
     damage: str | None
-
-
-# ---- Listing.
-
-
-def list_shards(paths: Sequence[str], files_per_shard: int = FILES_PER_SHARD) -> list[Shard]:
-    """The shards under files, folders, globs and addresses, each once, in an order that depends on their names alone.
-
-    A folder gives the tar and Parquet files of its tree and, in groups, its image files. A shard's place in the list is
-    its id. ValueError names the path under which there is nothing.
-    """
-    shards: dict[str, Shard] = {}
-    loose: dict[str, tuple[str, pyarrow.fs.FileInfo]] = {}
-    for path in paths:
-        found = 0
-        for base, name, info in _files(path):
-            uri, extension = join_uri(base, name), _extension(name)
-            if extension in KINDS:
-                shards[uri] = Shard(uri, KINDS[extension], info.size, info.mtime_ns or 0, None)
-            elif extension in EXTENSIONS:
-                # Found by two paths, a file belongs to the shorter: not to the one that came first.
-                loose[uri] = min(loose.get(uri, (base, info)), (base, info), key=lambda held: len(held[0]))
-            else:
-                continue
-            found += 1
-        if not found:
-            raise ValueError(f"--images {path}: no images there; looked for {', '.join((*KINDS, *EXTENSIONS))}")
-    assert len(shards) + len(loose) < 1 << 31, "shard ids take 31 bits"
-    folders: dict[str, list[str]] = {}
-    for uri in sorted(loose):
-        folders.setdefault(loose[uri][0], []).append(uri)
-    grouped = [
-        Shard(
-            uri=base,
-            kind="folder",
-            bytes=sum(loose[uri][1].size for uri in group),
-            mtime_ns=max(loose[uri][1].mtime_ns or 0 for uri in group),
-            members=[uri[len(base) :].lstrip("/") for uri in group],
-        )
-        for base, uris in folders.items()
-        for group in (uris[start : start + files_per_shard] for start in range(0, len(uris), files_per_shard))
-    ]
-    return sorted([*shards.values(), *grouped], key=lambda shard: (shard.uri, shard.members or []))
-
-
-def _files(path: str) -> Iterator[tuple[str, str, pyarrow.fs.FileInfo]]:
-    """(base, name below it, info) of every visible file at a path, in its tree, or in what a glob matches."""
-    base, patterns = path, []
-    try:
-        filesystem, root = filesystem_of(base)
-        if filesystem.get_file_info(root).type == pyarrow.fs.FileType.NotFound:
-            # A glob only where nothing is called that: a name may hold brackets.
-            address, settings = split_settings(path)
-            parts = address.split("/")
-            fixed = len(list(itertools.takewhile(lambda part: not set("*?[") & set(part), parts)))
-            patterns = [part for part in parts[fixed:] if part]
-            base = ("/".join(parts[:fixed]) or ("/" if address.startswith("/") else ".")) + settings
-            filesystem, root = filesystem_of(base)
-        if isinstance(filesystem, pyarrow.fs.LocalFileSystem):
-            base = root  # absolute, so that ids do not depend on where the command was given
-        for top in _expand(filesystem, root, patterns):
-            if top.is_file and not patterns:
-                yield posixpath.dirname(base), top.base_name, top
-                continue
-            tree = pyarrow.fs.FileSelector(top.path, recursive=True, allow_not_found=True)
-            for info in [top] if top.is_file else filesystem.get_file_info(tree):
-                if info.is_file and not _hidden(info.path[len(top.path.rstrip("/")) :]):
-                    yield base, info.path[len(root.rstrip("/")) :].lstrip("/"), info
-    except (OSError, ValueError) as error:  # the latter: an unknown kind of address, a name that is not UTF-8
-        raise ValueError(f"--images {path}: {' '.join(str(error).split())}") from error
-
-
-def _expand(filesystem: pyarrow.fs.FileSystem, folder: str, patterns: list[str]) -> Iterator[pyarrow.fs.FileInfo]:
-    """Files and folders below `folder` that match shell patterns, one a level; `**` is any number of levels."""
-    if not patterns or patterns == ["**"]:
-        yield filesystem.get_file_info(folder)
-        return
-    first, *rest = patterns
-    if first == "**":
-        yield from _expand(filesystem, folder, rest)
-    selector = pyarrow.fs.FileSelector(folder, recursive=first == "**", allow_not_found=True)
-    for info in filesystem.get_file_info(selector):
-        is_folder = info.type == pyarrow.fs.FileType.Directory
-        if first == "**":
-            if is_folder and not _hidden(info.path[len(folder) :]):
-                yield from _expand(filesystem, info.path, rest)
-        elif fnmatch.fnmatchcase(info.base_name, first) and (not _hidden(info.base_name) or first.startswith(".")):
-            if not rest:
-                yield info
-            elif is_folder:
-                yield from _expand(filesystem, info.path, rest)
-
-
-def _hidden(name: str) -> bool:
-    return any(part == "__MACOSX" or (part.startswith(".") and part not in (".", "..")) for part in name.split("/"))
-
-
-def _extension(name: str) -> str:
-    lower = name.lower()
-    return ".tar.gz" if lower.endswith(".tar.gz") else posixpath.splitext(lower)[1]
 
 
 # ---- Planning.
@@ -430,7 +307,7 @@ def _images(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """Members that are images, without keeping the list of all that tarfile would make."""
     while (member := tar.next()) is not None:
         tar.members.clear()  # type: ignore[attr-defined]
-        if member.isreg() and _extension(member.name) in EXTENSIONS and not _hidden(member.name):
+        if member.isreg() and extension(member.name) in EXTENSIONS and not is_hidden(member.name):
             yield member
 
 

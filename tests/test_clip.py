@@ -1,5 +1,7 @@
 """Our forward against transformers' own, on random small CLIPs and on the embedded model."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -9,7 +11,7 @@ from tests.towers import SHAPES, random_pixels, random_tower
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_embedding_equals_transformers(shape: dict[str, object]) -> None:
+def test_embedding_equals_transformers(shape: dict[str, Any]) -> None:
     model, tower = random_tower(**shape)
     pixels = random_pixels(tower, 5)
     with torch.inference_mode():
@@ -29,7 +31,7 @@ def test_embedding_equals_transformers_on_the_embedded_model() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_trace_is_what_transformers_computes(shape: dict[str, object]) -> None:
+def test_trace_is_what_transformers_computes(shape: dict[str, Any]) -> None:
     """Attention rows against eager attention's weights, residual streams against hidden_states."""
     model, tower = random_tower(**shape)
     model.set_attn_implementation("eager")

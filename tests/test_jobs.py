@@ -104,7 +104,7 @@ def descendants(pid: int) -> list[int]:
 def test_killed_in_the_middle_and_run_again(tmp_path: Path) -> None:
     """SIGKILL of the driver and of every Ray process, then the same command: the rest is done, and nothing else."""
     folder, out = tmp_path / "scenes", tmp_path / "run"
-    scenes.write_shards(folder, 400, 4)
+    scenes.write_shards(folder, 192, 4)
     arguments = command(folder, out, "--batch-size", "4")
     with (tmp_path / "output").open("w") as output:
         job = subprocess.Popen(
@@ -121,7 +121,7 @@ def test_killed_in_the_middle_and_run_again(tmp_path: Path) -> None:
                 os.kill(pid, signal.SIGKILL)
         job.wait()
     done = {path.name: path.stat().st_mtime_ns for path in (out / "commits").glob("*.json")}
-    assert 3 <= len(done) < 52
+    assert 3 <= len(done) < 24
     assert json.loads((out / "run.json").read_text())["status"] == "running"
 
     assert explain.main([*arguments, "--local"]) == 0
@@ -149,7 +149,7 @@ def test_an_image_that_kills_its_worker_becomes_a_row(
         job = explain.prepare(explain.parse(arguments), arguments)
     assert job is not None
     decode = DeadlyDecode(job.decode.preprocess)
-    decode.deadly = frozenset({"000003.jpg", "000030.jpg"})
+    decode.deadly = frozenset({"000030.jpg"})
     for _ in explain.on_ray(job._replace(decode=decode), job.run.pending()):
         pass
     job.run.finish(0, 0.0)
@@ -253,7 +253,7 @@ def test_changed_images_behind_the_same_path_are_refused(tmp_path: Path, capsys:
 
 def test_dry_run_says_what_and_writes_nothing(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert explain.main(command(shards, tmp_path / "run", "--local", "--dry-run", "--limit", "20")) == 0
-    assert "would explain 20 images of 2 shards in 4 chunks" in capsys.readouterr().out
+    assert "would explain 20 images of 2 shards in 3 chunks" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 

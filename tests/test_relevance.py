@@ -1,6 +1,7 @@
 """`contrib` against its invariant, a derivation by autograd on a linearised model, and its cost."""
 
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def linearised(tower: ImageTower, sae: SAE, pixels: Tensor, latents: Tensor) -> 
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_patches_and_remainder_add_up_to_the_pre_activation(shape: dict[str, object]) -> None:
+def test_patches_and_remainder_add_up_to_the_pre_activation(shape: dict[str, Any]) -> None:
     _, tower = random_tower(**shape)
     sae = random_sae()
     pixels = random_pixels(tower, 6)
@@ -71,7 +72,7 @@ def test_patches_and_remainder_add_up_to_the_pre_activation(shape: dict[str, obj
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_equals_autograd_on_the_linearised_model(shape: dict[str, object]) -> None:
+def test_equals_autograd_on_the_linearised_model(shape: dict[str, Any]) -> None:
     _, tower = random_tower(**shape)
     sae = random_sae()
     pixels = random_pixels(tower, 4)

@@ -16,8 +16,9 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 
-from saecore import schema, shards, storage
-from saecore.shards import list_shards, plan_chunks, read_chunk
+from saecore import listing, schema, shards, storage
+from saecore.listing import list_shards
+from saecore.shards import plan_chunks, read_chunk
 
 Members = Sequence[tuple[str, bytes]]
 GENERATOR = np.random.default_rng(5)
@@ -437,6 +438,7 @@ def test_any_pyarrow_filesystem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         return filesystem, uri.removeprefix("s3://bucket").strip("/")
 
     monkeypatch.setattr(shards, "filesystem_of", store)
+    monkeypatch.setattr(listing, "filesystem_of", store)
     for paths in (["s3://bucket"], ["s3://bucket/"], ["s3://bucket/*.tar*", "s3://bucket/d.*", "s3://bucket/**/*.jpg"]):
         found = list_shards(paths)
         assert [shard.kind for shard in found] == ["folder", "tar", "tar.gz", "parquet"]

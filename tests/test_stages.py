@@ -21,7 +21,7 @@ def explain() -> Explain:
 
 @pytest.fixture(scope="module")
 def decode(explain: Explain) -> Decode:
-    return Decode(explain.tower.preprocess)
+    return Decode(explain.infer.tower.preprocess)
 
 
 def raw(*data: bytes | None) -> pa.Table:
@@ -74,15 +74,15 @@ def test_rows_say_what_the_models_computed(decode: Decode, explain: Explain) -> 
     """Every written number against the model called by hand on the one image."""
     explained = explain(decode(raw(scene(0), b"", scene(1))))
     for index, row in ((0, explained.slice(0, 1).to_pylist()[0]), (1, explained.slice(2, 1).to_pylist()[0])):
-        pixels = torch.from_numpy(images.decode(scene(index), explain.tower.preprocess).pixels.copy())[None]
+        pixels = torch.from_numpy(images.decode(scene(index), explain.infer.tower.preprocess).pixels.copy())[None]
         with torch.inference_mode():
-            embedding, trace = explain.tower(pixels)
-            code, reconstruction = explain.sae.encode_sparse(embedding), explain.sae(embedding)
-            maps = relevance.contrib(explain.tower, trace, *explain.sae.read_outs(code.latents[:, :5]))
+            embedding, trace = explain.infer.tower(pixels)
+            code, reconstruction = explain.infer.sae.encode_sparse(embedding), explain.infer.sae(embedding)
+            maps = relevance.contrib(explain.infer.tower, trace, *explain.infer.sae.read_outs(code.latents[:, :5]))
         np.testing.assert_allclose(row["embedding"], embedding[0], rtol=1e-4, atol=1e-4)
         assert row["l0"] == int((code.activations > 0).sum())
         assert row["cosine"] == pytest.approx(float(torch.cosine_similarity(embedding, reconstruction)), abs=1e-5)
-        fvu = (embedding - reconstruction).square().sum() / (embedding - explain.sae.mean).square().sum()
+        fvu = (embedding - reconstruction).square().sum() / (embedding - explain.infer.sae.mean).square().sum()
         assert row["fvu"] == pytest.approx(float(fvu), rel=1e-3)
         assert row["completeness"] < 1e-5
         assert [found["latent"] for found in row["activations"]] == code.latents[0, :5].tolist()
@@ -106,14 +106,14 @@ def test_embeddings_are_written_only_where_asked_for(decode: Decode) -> None:
 
 def test_a_map_of_nothing_is_zero(explain: Explain) -> None:
     """A latent that no patch contributes to has scale 0 and decodes to 0, not to NaN."""
-    tower = explain.tower
+    tower = explain.infer.tower
     values = [layer.self_attn.v_proj for layer in tower.vision.encoder.layers]
     before = [(layer.weight.clone(), layer.bias.clone()) for layer in values]
     try:
         for layer in values:
             layer.weight.zero_()
             layer.bias.zero_()
-        rows = explain._batch(np.zeros((1, *tower.preprocess.size, 3), np.uint8))
+        rows = explain.infer(np.zeros((1, *tower.preprocess.size, 3), np.uint8))
     finally:
         for layer, (weight, bias) in zip(values, before, strict=True):
             layer.weight.copy_(weight)

@@ -1,5 +1,7 @@
 """Random small CLIP towers of the true architecture, for tests that must not depend on one set of weights."""
 
+from typing import Any
+
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -7,7 +9,7 @@ from saecore.clip import ImageTower
 from saecore.images import Preprocess
 from saecore.sae import SAE, SAEConfig
 
-SHAPES: list[dict[str, object]] = [
+SHAPES: list[dict[str, Any]] = [
     {"image_size": 32, "patch_size": 8, "width": 32, "heads": 4, "layers": 3, "activation": "quick_gelu"},
     {"image_size": 48, "patch_size": 8, "width": 48, "heads": 3, "layers": 1, "activation": "gelu"},
     {"image_size": 56, "patch_size": 14, "width": 64, "heads": 2, "layers": 6, "activation": "quick_gelu"},

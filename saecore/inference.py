@@ -1,0 +1,91 @@
+"""Pixels -> everything a run says about an image, as NumPy arrays: CLIP, SAE and maps for one batch on one device.
+
+Shapes: B images, E embedding width, k kept latents, P patches.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from saecore import relevance
+from saecore.clip import ImageTower
+from saecore.sae import SAE
+
+METHODS = {"contrib": relevance.contrib}
+"""How maps can be computed."""
+
+INT8_MAX = 127
+
+
+class Findings(NamedTuple):
+    """What was found in B images; the columns of the tables that a run writes."""
+
+    embedding: np.ndarray
+    """float32 (B, E), not L2-normalised."""
+    l0: np.ndarray
+    """int32 (B,)."""
+    cosine: np.ndarray
+    """float32 (B,)."""
+    fvu: np.ndarray
+    """float32 (B,)."""
+    completeness: np.ndarray
+    """float32 (B,): the worst of the image's maps, before rounding to 8 bits."""
+    latent: np.ndarray
+    """int32 (B, k), strongest first."""
+    activation: np.ndarray
+    """float32 (B, k)."""
+    pre_activation: np.ndarray
+    """float32 (B, k)."""
+    map: np.ndarray
+    """int8 (B, k, P): relevance / scale."""
+    scale: np.ndarray
+    """float32 (B, k)."""
+    remainder: np.ndarray
+    """float32 (B, k)."""
+    sink_share: np.ndarray
+    """float32 (B, k)."""
+
+
+class Inference:
+    """CLIP, SAE and method on their device. bfloat16 tower on CUDA, float32 on the CPU; SAE and sums of maps in float32."""
+
+    def __init__(self, tower: ImageTower, sae: SAE, k: int, method: str, device: str) -> None:
+        self.device = torch.device(device)
+        self.tower = tower.to(self.device, torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        self.sae = sae.to(self.device)
+        self.method = METHODS[method]
+        self.k = k
+
+    def __call__(self, pixels: np.ndarray) -> Findings:
+        """uint8 (B, height, width, 3), B of any size, none included."""
+        if not len(pixels):  # the shapes and types of nothing are those of something, cut to none
+            return Findings(*(column[:0] for column in self(np.zeros((1, *pixels.shape[1:]), np.uint8))))
+        with torch.inference_mode():
+            # .copy(): Arrow's buffers are read-only, which PyTorch refuses to share.
+            return self._find(torch.from_numpy(pixels.copy()).to(self.device, non_blocking=True))
+
+    def _find(self, pixels: torch.Tensor) -> Findings:
+        embedding, trace = self.tower(pixels)
+        code = self.sae.encode_sparse(embedding)
+        reconstruction = self.sae.decode_sparse(code.latents, code.activations)
+        latents, pre_activations = code.latents[:, : self.k], code.pre_activations[:, : self.k]
+        maps = self.method(self.tower, trace, *self.sae.read_outs(latents))
+        scale = maps.relevance.abs().amax(-1) / INT8_MAX
+        rounded = (maps.relevance / scale.clamp(min=torch.finfo(scale.dtype).tiny)[..., None]).round().to(torch.int8)
+        squared_error = (embedding - reconstruction).square().sum(-1)
+        found = {
+            "embedding": embedding,
+            "l0": (code.activations > 0).sum(-1, dtype=torch.int32),
+            "cosine": torch.cosine_similarity(embedding, reconstruction),
+            "fvu": squared_error / (embedding - self.sae.mean).square().sum(-1),
+            "completeness": relevance.completeness_error(maps, pre_activations).amax(-1),
+            "latent": latents.int(),
+            "activation": code.activations[:, : self.k],
+            "pre_activation": pre_activations,
+            "map": rounded,
+            "scale": scale,
+            "remainder": maps.remainder,
+            "sink_share": relevance.sink_share(maps, trace.sinks),
+        }
+        return Findings(**{name: tensor.cpu().numpy() for name, tensor in found.items()})
