@@ -75,7 +75,9 @@ def quiet(out: str) -> Iterator[None]:
 def versions() -> dict[str, str]:
     """What results may depend on, beside the models."""
     names = ("relevance-map-sae", "torch", "transformers", "ray", "pyarrow", "numpy", "pillow")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+    found = {distribution.name: distribution.version for distribution in importlib.metadata.distributions()}
+    # Ours is not installed where a checkout is shipped as a working_dir: there the commit says it.
+    return {"python": platform.python_version(), **{name: found[name] for name in names if name in found}}
 
 
 def git_commit() -> str | None:

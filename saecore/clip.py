@@ -84,6 +84,11 @@ class ImageTower(nn.Module):
         self.register_buffer("std", torch.tensor(preprocess.std), persistent=False)
         self.rescale = preprocess.rescale_factor
 
+    def run_in(self, dtype: torch.dtype) -> None:
+        """Run the layers in another precision. What surrounds them, one token or one subtraction, stays in float32."""
+        for part in (self.vision.embeddings, self.vision.pre_layrnorm, self.vision.encoder):
+            part.to(dtype)
+
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 (B, height, width, 3) -> (B, 3, height, width) in the tower's type, as the image processor normalises."""
         scaled = (pixels.float() * self.rescale - self.mean) / self.std

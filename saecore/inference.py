@@ -52,7 +52,9 @@ class Inference:
 
     def __init__(self, tower: ImageTower, sae: SAE, k: int, method: str, device: str) -> None:
         self.device = torch.device(device)
-        self.tower = tower.to(self.device, torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        self.tower = tower.to(self.device)
+        if self.device.type == "cuda":
+            self.tower.run_in(torch.bfloat16)
         self.sae = sae.to(self.device)
         self.method = METHODS[method]
         self.k = k

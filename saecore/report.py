@@ -35,9 +35,9 @@ def overlay(picture: np.ndarray, relevance: np.ndarray, limit: float, smooth: bo
     way = cv2.INTER_LINEAR if smooth else cv2.INTER_NEAREST
     spread = cv2.resize(relevance.astype(np.float32), (width, height), interpolation=way)
     strength = np.clip(np.abs(spread) / max(limit, np.finfo(np.float32).tiny), 0, 1)[..., None]
-    # Grey under the colours: a red object must not be taken for relevance.
+    # Pale grey under the colours: an orange object must not be taken for relevance.
     grey = picture.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
-    base = 0.75 * np.repeat(grey[..., None], 3, axis=2) + 0.25 * picture
+    base = 80 + 0.65 * np.repeat(grey[..., None], 3, axis=2)
     colour = np.where(spread[..., None] > 0, POSITIVE, NEGATIVE)
     opacity = MOST_OPAQUE * strength
     return np.clip(base * (1 - opacity) + colour * opacity, 0, 255).astype(np.uint8)
@@ -100,7 +100,7 @@ def preview(found: list[Example], side: int = 232, gap: int = 12) -> Image.Image
     """One row per image: the crop that CLIP saw, then the maps of its strongest latents on a scale shared in the row."""
     caption = 22
     columns = 1 + max(len(example.latents) for example in found)
-    size = (gap + columns * (side + gap), gap + len(found) * (side + caption + gap))
+    size = (gap + columns * (side + gap), gap + len(found) * (side + caption + gap) + caption)
     sheet = Image.new("RGB", size, (255, 255, 255))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
     for line, example in enumerate(found):
@@ -115,6 +115,8 @@ def preview(found: list[Example], side: int = 232, gap: int = 12) -> Image.Image
             left, top = gap + column * (side + gap), gap + line * (side + caption + gap)
             sheet.paste(Image.fromarray(tile), (left, top))
             draw.text((left, top + side + 3), text, fill=(60, 60, 60), font=font)
+    legend = "orange adds to the latent, blue takes away from it; one scale per row"
+    draw.text((gap, size[1] - caption), legend, fill=(60, 60, 60), font=font)
     return sheet
 
 

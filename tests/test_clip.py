@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from saecore import relevance
 from saecore.clip import DEMO, load_tower
-from tests.towers import SHAPES, random_pixels, random_tower
+from tests.towers import SHAPES, random_pixels, random_sae, random_tower
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -43,6 +44,23 @@ def test_trace_is_what_transformers_computes(shape: dict[str, Any]) -> None:
         torch.testing.assert_close(trace.cls_attention[layer], attention[:, :, 0], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(trace.cls_before[layer], theirs.hidden_states[layer][:, 0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(trace.cls_final, theirs.hidden_states[-1][:, 0], rtol=1e-5, atol=1e-5)
+
+
+def test_layers_in_bfloat16_give_nearly_the_same() -> None:
+    """As on a GPU: the embedding keeps its direction, and maps still add up to what bfloat16's 8 bits allow."""
+    _, tower = random_tower(layers=6, width=64)
+    sae, pixels = random_sae(), random_pixels(tower, 8)
+    latents = torch.arange(96).expand(8, -1)
+    exact = tower.embed(pixels)
+    tower.run_in(torch.bfloat16)
+    embedding, trace = tower(pixels)
+    assert embedding.dtype == torch.float32
+    assert torch.cosine_similarity(embedding, exact).min() > 0.999
+    maps = relevance.contrib(tower, trace, *sae.read_outs(latents))
+    assert maps.relevance.dtype == torch.float32
+    error = (maps.relevance.sum(-1) + maps.remainder - sae.pre_activations(embedding).gather(1, latents)).abs()
+    terms = maps.relevance.abs().sum(-1) + maps.remainder.abs()
+    assert (error / terms).max() < 0.03  # a bfloat16 is right to 0.4 %; measured 1.4 %
 
 
 def test_a_patch_with_an_outlying_norm_is_flagged_as_sink() -> None:

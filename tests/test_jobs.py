@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 
 from jobs import explain, session
 from saecore import isolation, runs, schema
@@ -70,6 +72,70 @@ def test_tables_are_as_the_design_says(local_run: Path) -> None:
     assert record["status"] == "complete"
     assert record["worst_completeness_error"] < 1e-5
     assert (local_run / "preview.png").stat().st_size > 10_000
+
+
+@pytest.fixture(scope="module")
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make demo` runs, without Ray."""
+    out = tmp_path_factory.mktemp("demo") / "run"
+    assert explain.main(["--demo", "--out", str(out), "--local"]) == 0
+    return out
+
+
+def test_the_demo_explains_all_its_scenes(demo_run: Path) -> None:
+    images = rows(demo_run, "images")
+    assert len(images) == 512
+    assert {row["error"] for row in images.values()} == {None}
+    for table in ("activations", "maps"):
+        assert set(Counter(image_id for image_id, _ in rows(demo_run, table)).values()) == {16}
+
+
+def test_maps_point_at_the_object_that_their_latent_follows(demo_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Planted truth. Latents that follow one colour or shape are chosen on half of the scenes, by activation alone; on the
+    other half the maximum of their map has to lie on an object of that colour or shape, whose true mask the scene knows."""
+    keys = {key[0]: row["key"] for key, row in rows(demo_run, "images").items()}
+    truth = {image: scenes.scene_at(scenes.SEED_DEMO, int(Path(key).stem)) for image, key in keys.items()}
+    order = sorted(truth)
+    chosen, judged = order[::2], set(order[1::2])
+    fired: dict[int, dict[int, float]] = {}
+    for (image, latent), row in rows(demo_run, "activations").items():
+        if row["activation"] > 0:
+            fired.setdefault(latent, {})[image] = row["activation"]
+    followed = {}
+    for latent, activations in fired.items():
+        scores = np.array([activations.get(image, 0.0) for image in chosen])
+        for word in (*scenes.COLOURS, *scenes.SHAPES):
+            shown = np.array([any(word in (t.colour, t.shape) for t in truth[image].things) for image in chosen])
+            if (scores[shown] > 0).sum() >= 5 and roc_auc_score(shown, scores) > 0.9:
+                followed[latent] = word
+    hits, centre_hits, by_kind = [], [], Counter[tuple[str, bool]]()
+    for (image, latent), row in rows(demo_run, "maps").items():
+        word = followed.get(latent)
+        if word is None or image not in judged or image not in fired[latent]:
+            continue
+        scene = truth[image]
+        wanted = [word in (thing.colour, thing.shape) for thing in scene.things]
+        if not any(wanted):
+            continue
+        mask = scenes.visible(scene, 64)[wanted].any(axis=0)
+        best = int(np.frombuffer(row["map"], np.int8).argmax())
+        hit = on_mask(mask, 8 * (best // 8) + 4, 8 * (best % 8) + 4)
+        hits.append(hit)
+        centre_hits.append(on_mask(mask, 32, 32))
+        by_kind["colour" if word in scenes.COLOURS else "shape", hit] += 1
+    with capsys.disabled():
+        print(
+            f"\n{len(followed)} latents follow a colour or a shape; the map's maximum lies on the object in "
+            f"{np.mean(hits):.1%} of {len(hits)} cases ({dict(by_kind)}), a centre-Gaussian's in {np.mean(centre_hits):.1%}"
+        )
+    assert len(followed) >= 8
+    assert len(hits) >= 200
+    assert np.mean(hits) >= 0.80
+
+
+def on_mask(mask: np.ndarray, y: int, x: int) -> bool:
+    """Whether the mask has a pixel in the patch of 8 x 8 around (y, x)."""
+    return bool(mask[y - 4 : y + 4, x - 4 : x + 4].any())
 
 
 @pytest.mark.parametrize(("batch_size", "replicas"), [(1, 1), (7, 2), (64, 2)])
