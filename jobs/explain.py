@@ -33,6 +33,7 @@ from saecore.isolation import Suspects, Witness, pieces, refuse
 from saecore.listing import list_shards
 from saecore.shards import plan_chunks, read_chunk
 from saecore.stages import Decode, Explain, ExplainConfig, load_models
+from saecore.storage import resolved
 
 MAX_BLOCKS = 10_000
 """Blocks of the pipeline's input: one per chunk up to here, then several chunks each, since Ray's driver tracks every block."""
@@ -98,6 +99,10 @@ class Arguments:
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
+        if self.max_pixels > MAX_PIXELS:
+            raise ValueError(
+                f"--max-pixels {self.max_pixels}: at most {MAX_PIXELS}, above which Pillow decodes nothing"
+            )
 
 
 # ---- The three steps: a one-row table in, a new one out.
@@ -236,8 +241,8 @@ def explain(argv: list[str]) -> int:
             if job.run.record()["status"] != "complete":  # stopped between the last chunk and the end
                 job.run.finish(0, 0.0)
                 report.write_preview(job.run)
-    print(report.summary(job.run.uri, job.run.record()))
-    print(report.next_steps(job.run.uri))
+    print(report.summary(arguments.out, job.run.record()))
+    print(report.next_steps(arguments.out))
     return 0
 
 
@@ -247,8 +252,13 @@ def finish(job: Job, pending: pa.Table, flow: Callable[[Job, pa.Table], Iterator
     if left < total:
         print(f"resuming: {total - left:,} of {total:,} images are done")
     progress = session.Progress(total, total - left)
-    for row in flow(job, pending):
-        progress.add(row["images"], row["refused"])
+    try:
+        for row in flow(job, pending):
+            progress.add(row["images"], row["refused"])
+    except (Exception, KeyboardInterrupt):
+        progress.close()
+        print("stopped: the same command resumes from here")
+        raise
     progress.close()
     job.run.finish(left, progress.seconds())
     report.write_preview(job.run)
@@ -259,12 +269,14 @@ def finish(job: Job, pending: pa.Table, flow: Callable[[Job, pa.Table], Iterator
 
 def prepare(arguments: Arguments, argv: list[str]) -> Job | None:
     """Resolve the arguments to a `Job`, or print what it would be for --dry-run; ValueError for what the user can mend."""
-    images = arguments.images or demo_images(arguments.out)
     from saecore.inference import METHODS  # and with it PyTorch: --help and the workers that decode do without
 
     if arguments.method not in METHODS:
         raise ValueError(f"--method {arguments.method}: must be one of {', '.join(METHODS)}")
-    clip, sae_address = arguments.clip or "demo", arguments.sae or "demo"
+    images = arguments.images or demo_images(arguments.out)
+    clip, sae_address = (
+        resolved(name) if Path(name).exists() else name for name in (arguments.clip or "demo", arguments.sae or "demo")
+    )
     tower, sae = load_models(clip, sae_address)
     if arguments.k > sae.config.k:
         raise ValueError(
@@ -272,7 +284,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> Job | None:
         )
     k = arguments.k or min(DEFAULT_K, sae.config.k)
     shards = list_shards(images)
-    pool = session.make_pool(arguments.replicas, arguments.gpus_per_replica, arguments.local)
+    pool = session.make_pool(arguments.replicas, arguments.gpus_per_replica, arguments.local or arguments.dry_run)
     config = ExplainConfig(
         clip=clip,
         sae=sae_address,
@@ -311,7 +323,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> Job | None:
         return plan_chunks(shards, arguments.chunk_size, arguments.limit or None, arguments.image_column or None)
 
     if arguments.dry_run:
-        print(report.outline(make_plan(), arguments.out, dataclasses.asdict(config), pool.replicas))
+        print(report.outline(make_plan(), arguments.out, dataclasses.asdict(config)))
         return None
     made_by = {
         "command": shlex.join(["python", "-m", "jobs.explain", *argv]),
@@ -323,7 +335,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> Job | None:
         "git_commit": session.git_commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    run = runs.open_run(arguments.out, parts, made_by, make_plan)
+    run = runs.open_run(resolved(arguments.out), parts, made_by, make_plan)
     return Job(run, Decode(tower.preprocess, arguments.max_pixels), config, tags, pool)
 
 

@@ -6,6 +6,7 @@ Left out: pages for every latent and image.
 import itertools
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
@@ -66,7 +67,7 @@ def _examples(run: runs.Run, n_latents: int) -> Iterator[Example]:
         shown = {row["image_id"]: row for row in tables["images"].to_pylist() if row["error"] is None}
         for raw in shards.read_chunk(chunk):
             for row in raw.to_pylist():
-                if row["image_id"] not in shown:
+                if row["image_id"] not in shown or row["error"] is not None:  # the latter: gone since
                     continue
                 image = shown[row["image_id"]]
                 picture = images.open_rgb(row["data"]).image
@@ -160,11 +161,17 @@ def next_steps(uri: str) -> str:
     """What to do with a complete run: commands to paste."""
     return (
         f"\nLook at {uri}/preview.png, then ask which latents fire most often, and where most strongly:\n\n"
-        f'{sys.executable} - <<\'END\'\nimport duckdb\nduckdb.sql("""\n{QUERY.format(uri=uri)}\n""").show()\nEND'
+        f'{_python()} - <<\'END\'\nimport duckdb\nduckdb.sql("""\n{QUERY.format(uri=uri)}\n""").show()\nEND'
     )
 
 
-def outline(plan: pa.Table, out: str, made_by: Mapping[str, Any], replicas: int) -> str:
+def _python() -> str:
+    """This interpreter, as one would type it from here."""
+    path, here = Path(sys.executable), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def outline(plan: pa.Table, out: str, made_by: Mapping[str, Any]) -> str:
     """What a plan holds and what would be done with it: the answer to --dry-run."""
     n_images = int(pc.sum(pc.subtract(plan["end"], plan["start"])).as_py() or 0)
     n_shards = len(pc.unique(plan["shard_id"]))
@@ -173,7 +180,6 @@ def outline(plan: pa.Table, out: str, made_by: Mapping[str, Any], replicas: int)
         f"would explain {n_images:,} images of {n_shards:,} shards in {plan.num_rows:,} chunks into {out}",
         f"with CLIP {made_by['clip']} and SAE {made_by['sae']}",
         f"{made_by['k']} latents and maps ({made_by['method']}) per image",
-        f"{replicas} replicas on {made_by['device']}, {made_by['batch_size']} images per forward",
     ]
     return "\n".join([*lines, f"{damaged} shards are damaged"] if damaged else lines)
 

@@ -27,6 +27,11 @@ def filesystem_of(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
     return filesystem, (inside + path).rstrip("/")
 
 
+def resolved(uri: str) -> str:
+    """An address as it stands, a path made absolute: what may travel to processes that run in another folder."""
+    return uri if _ADDRESS.fullmatch(uri) else os.path.abspath(uri)
+
+
 def join_uri(base: str, *parts: str) -> str:
     """`base/part/...`, for paths and addresses alike; an address keeps its settings at the end."""
     address, settings = split_settings(base)

@@ -110,14 +110,13 @@ def test_maps_point_at_the_object_that_their_latent_follows(demo_run: Path, caps
                 followed[latent] = word
     hits, centre_hits, by_kind = [], [], Counter[tuple[str, bool]]()
     for (image, latent), row in rows(demo_run, "maps").items():
-        word = followed.get(latent)
-        if word is None or image not in judged or image not in fired[latent]:
+        if latent not in followed or image not in judged or image not in fired[latent]:
             continue
-        scene = truth[image]
+        word, scene = followed[latent], truth[image]
         wanted = [word in (thing.colour, thing.shape) for thing in scene.things]
         if not any(wanted):
             continue
-        mask = scenes.visible(scene, 64)[wanted].any(axis=0)
+        mask = np.asarray(scenes.visible(scene, 64)[wanted].any(axis=0))
         best = int(np.frombuffer(row["map"], np.int8).argmax())
         hit = on_mask(mask, 8 * (best // 8) + 4, 8 * (best % 8) + 4)
         hits.append(hit)
