@@ -147,7 +147,10 @@ def connect(replicas: int) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(address=os.environ["RAY_ADDRESS"], **quiet)
+        try:
+            ray.init(address=os.environ["RAY_ADDRESS"], **quiet)
+        except ConnectionError as error:
+            raise ValueError(f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {error}") from error
     else:
         # A replica holds a CPU for its whole life: on a single-core machine the tasks would wait for ever.
         cpus = max(os.cpu_count() or 1, replicas + 1)

@@ -47,7 +47,8 @@ def contrib(tower: ImageTower, trace: Trace, read_outs: Tensor, offsets: Tensor)
     for index, (layer, v, attention) in enumerate(zip(layers, trace.values, trace.cls_attention, strict=True)):
         out = layer.self_attn.out_proj
         target_BkD = direction.to(v.dtype) @ out.weight
-        weighted_BND = v * attention.transpose(1, 2).repeat_interleave(v.shape[-1] // tower.n_heads, dim=2).to(v.dtype)
+        by_head_BNHD = v.unflatten(-1, (tower.n_heads, -1))
+        weighted_BND = (by_head_BNHD * attention.transpose(1, 2).unsqueeze(-1).to(v.dtype)).flatten(2)
         tokens_BkN += target_BkD @ weighted_BND.transpose(1, 2)
         leaving = trace.cls_before[index + 1] if index + 1 < len(layers) else trace.cls_final
         own_path = own_path + out.bias.float() + leaving.float() - trace.cls_after[index].float()

@@ -1,13 +1,16 @@
 """Our forward against transformers' own, on random small CLIPs and on the embedded model."""
 
+import io
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from saecore import relevance
+from saecore import images, relevance
 from saecore.clip import DEMO, load_tower
+from tests.photographs import photographs
 from tests.towers import SHAPES, random_pixels, random_sae, random_tower
 
 
@@ -29,6 +32,23 @@ def test_embedding_equals_transformers_on_the_embedded_model() -> None:
     with torch.inference_mode():
         expected = model(tower.normalise(pixels)).image_embeds
         torch.testing.assert_close(tower.embed(pixels), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_photographs_embed_as_with_the_models_own_image_processor() -> None:
+    """Bytes to embedding by both ways, on the photographs of scikit-image and scikit-learn: cosine and pixels."""
+    from transformers import CLIPImageProcessorPil
+
+    tower, processor = load_tower("demo"), CLIPImageProcessorPil.from_pretrained(DEMO)
+    model = CLIPVisionModelWithProjection.from_pretrained(DEMO).eval()
+    for name, pixels in photographs().items():
+        sink = io.BytesIO()
+        Image.fromarray(pixels).save(sink, "JPEG", quality=90)
+        ours = torch.from_numpy(images.decode(sink.getvalue(), tower.preprocess).pixels.copy())[None]
+        theirs = processor(Image.open(sink).convert("RGB"), return_tensors="pt")["pixel_values"]
+        with torch.inference_mode():
+            torch.testing.assert_close(tower.normalise(ours), theirs, rtol=1e-5, atol=1e-5)
+            cosine = torch.cosine_similarity(tower.embed(ours), model(theirs).image_embeds)
+        assert cosine > 0.9999, name
 
 
 @pytest.mark.parametrize("shape", SHAPES)

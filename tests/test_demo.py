@@ -175,7 +175,7 @@ def clip() -> CLIPModel:
 
 @pytest.fixture(scope="module")
 def sample() -> list[world.Scene]:
-    return list(world.scenes(world.SEED_EVALUATION, 500, start=100_000))
+    return list(world.scenes(world.SEED_EVALUATION, 800, start=100_000))
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,18 @@
 """Train the embedded default: a small CLIP on drawn scenes and captions, then a small TopK SAE on its embeddings.
 
-    python -m saecore.demo.build clip          # FIGURES
-    python -m saecore.demo.build sae
-    python -m saecore.demo.build evaluate
+    python -m saecore.demo.build clip          # 50 minutes on 2 CPU cores shared with other work: 252,416 scenes
+    python -m saecore.demo.build sae           # about 7 minutes: 40,000 scenes embedded, 4,000 steps
+    python -m saecore.demo.build evaluate      # half a minute: 4,000 scenes used for nothing else, which gave
 
+    single colour 1.000   single shape 0.991   mixed colour 1.000   mixed shape 0.974      (zero-shot; "mixed": of the largest)
+    SAE cosine 0.993   dead latents 0.037   latents that follow a word (area under ROC > 0.95): 8, one for each colour
+
+The committed CLIP was interrupted once and resumed, and its SAE was trained on embeddings that were cached beforehand.
 The CLIP is an ordinary `transformers.CLIPModel` with its own word-level tokenizer. It learns from two captions of each scene,
-one of all objects and one of the largest object only, by the contrastive loss, and from an auxiliary loss that reads the
-attributes off the image embedding through linear heads, which are thrown away. Scenes are endless and never repeat.
+one of all objects and one of the largest object only, by the contrastive loss, and from auxiliary losses that read attributes
+off the image embedding and off the patch tokens through linear heads, which are thrown away. Scenes are endless and never
+repeat; they begin with one plain object in the middle and grow harder as the model passes (`lessons.at_level`).
+No latent follows one shape or texture that well (shapes: 0.74 to 0.91); why is open.
 Written for one small machine: no distribution, no mixed precision.
 """
 
@@ -82,7 +88,8 @@ def contrast(image: Tensor, text: Tensor, scale: Tensor, same: Tensor) -> Tensor
 def whiten(model: CLIPModel) -> None:
     """Start the patch embedding as a random rotation of whitened patches.
 
-    Flat colour has 10,000 times the variance of edges here; without this, shapes stay at chance for 100,000 scenes.
+    Flat colour has 10,000 times the variance of edges here: without this and without levels (`lessons.at_level`), shapes were
+    still at chance after 100,000 scenes.
     """
     pixels = normalise(np.stack([world.render(scene, PIXELS) for scene in world.scenes(world.SEED_SAE, 400)]))
     weight = model.vision_model.embeddings.patch_embedding.weight
@@ -118,7 +125,7 @@ class ClipBuild:
 
     minutes: float = 50
     """Wall-clock budget, minutes, resumed runs included; the learning rate decays over its second half."""
-    batch: int = 128
+    batch: int = 64
     """Scenes a step."""
     rate: float = 1e-3
     """Peak learning rate of AdamW."""
@@ -185,7 +192,7 @@ def train_clip(config: ClipBuild) -> None:
         done, spent, mark = done + config.batch, spent + min(now - mark, 2.0), now
         recent.append([part.item() for part in parts])
         if len(recent) == 150:
-            seen = zero_shot(model, tokenizer, embed(model, world.SEED_EVALUATION, len(sample)), sample)
+            seen = zero_shot(model, tokenizer, embed(model, sample), sample)
             named = dict(zip(("largest", "all", "attributes", "patches"), np.mean(recent, axis=0), strict=True)) | seen
             figures = ", ".join(f"{name} {value:.3f}" for name, value in named.items())
             print(f"{spent / 60:5.1f} min {done:7d} scenes, level {level:.2f}: {figures}", flush=True)
@@ -222,13 +229,13 @@ def save_clip(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, folder: Path
 class SaeBuild:
     """Train the small SAE on embeddings of fresh scenes."""
 
-    scenes: int = 60_000
+    scenes: int = 40_000
     """How many scenes to embed."""
-    latents: int = 384
+    latents: int = 160
     """Number of latents."""
     k: int = 16
     """How many latents may fire for one image."""
-    steps: int = 10_000
+    steps: int = 4_000
     """Optimiser steps."""
     batch: int = 1024
     """Embeddings a step."""
@@ -248,7 +255,7 @@ def train_sae(config: SaeBuild) -> None:
     if config.embeddings.exists():
         x = torch.from_numpy(np.load(config.embeddings))
     else:
-        x = embed(CLIPModel.from_pretrained(config.clip), world.SEED_SAE, config.scenes)
+        x = embed(CLIPModel.from_pretrained(config.clip), list(world.scenes(world.SEED_SAE, config.scenes)))
         config.embeddings.parent.mkdir(parents=True, exist_ok=True)
         np.save(config.embeddings, x.numpy())
     d, n = x.shape[1], config.latents
@@ -258,7 +265,7 @@ def train_sae(config: SaeBuild) -> None:
     sae.decoder.data = F.normalize(torch.randn(n, d), dim=1)
     sae.encoder.data = sae.decoder.data.T.clone()
     optimiser = torch.optim.Adam(sae.parameters(), lr=config.rate)
-    idle = torch.zeros(n)
+    often = torch.full((n,), 0.01)
     for step in range(config.steps):
         optimiser.param_groups[0]["lr"] = config.rate * min(1.0, 2 - 2 * step / config.steps)
         u = sae.standardise(x[torch.randint(len(x), (config.batch,))])
@@ -267,19 +274,20 @@ def train_sae(config: SaeBuild) -> None:
         acts = torch.zeros_like(p).scatter(1, top.indices, top.values.relu())
         left = u - acts @ sae.decoder - sae.pre_bias
         loss = left.square().sum(dim=1).mean() / d
-        idle = torch.where((acts > 0).any(dim=0), 0, idle + 1)
-        dead = idle > 50
+        often = 0.9 * often + 0.1 * (acts > 0).float().mean(dim=0)
+        dead = often < 1 / 250  # what fires less often shows next to nothing among the demo's 512 images
         if dead.any():
             spare = p.masked_fill(~dead, -math.inf).topk(min(2 * config.k, int(dead.sum())), dim=1)
             revived = torch.zeros_like(p).scatter(1, spare.indices, spare.values.relu())
-            loss = loss + (left.detach() - revived @ sae.decoder).square().sum(dim=1).mean() / d / 32
+            left = left.detach()
+            loss = loss + (left - revived @ sae.decoder).square().mean() / left.square().mean() / 8
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         sae.decoder.data = F.normalize(sae.decoder.data, dim=1)
         if (step + 1) % 1000 == 0:
             print(
-                f"step {step + 1}: unexplained {left.square().sum(dim=1).mean() / d:.4f}, idle {int(dead.sum())}",
+                f"step {step + 1}: unexplained {left.square().sum(dim=1).mean() / d:.4f}, rare {int(dead.sum())}",
                 flush=True,
             )
     sae.save(config.out)
@@ -299,8 +307,9 @@ class Evaluate:
 
 def evaluate(config: Evaluate) -> None:
     model, tokenizer = CLIPModel.from_pretrained(config.clip).eval(), AutoTokenizer.from_pretrained(config.clip)
-    sample = list(world.scenes(world.SEED_EVALUATION, config.scenes))
-    x = embed(model, world.SEED_EVALUATION, config.scenes)
+    # The first scenes of this seed served to watch training and to choose the SAE's size: these did not.
+    sample = list(world.scenes(world.SEED_EVALUATION, config.scenes, start=200_000))
+    x = embed(model, sample)
     figures = zero_shot(model, tokenizer, x, sample) | sae_figures(load_folder(config.sae), x, sample)
     for name, value in figures.items():
         print(f"{name:26s} {value:.4g}")

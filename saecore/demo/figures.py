@@ -27,17 +27,14 @@ def text_embeddings(model: CLIPModel, tokens: dict[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def embed(model: CLIPModel, seed: int, count: int) -> Tensor:
-    """Embeddings [count, d] of scenes 0 to `count`, as the job sees them."""
+def embed(model: CLIPModel, sample: list[Scene]) -> Tensor:
+    """Embeddings [scenes, d], as the job sees the scenes."""
+    parts = []
     with ThreadPoolExecutor() as pool:
-        return torch.cat(
-            [
-                image_embeddings(
-                    model, normalise(np.stack(list(pool.map(photo, world.scenes(seed, min(256, count - at), at)))))
-                )
-                for at in range(0, count, 256)
-            ]
-        )
+        for at in range(0, len(sample), 256):
+            pixels = np.stack(list(pool.map(photo, sample[at : at + 256])))
+            parts.append(image_embeddings(model, normalise(pixels)))
+    return torch.cat(parts)
 
 
 @torch.no_grad()

@@ -32,16 +32,7 @@ FACETS: dict[str, tuple[str, ...]] = {
 WORDS = tuple(word for facet in ("colour", "shape", "texture") for word in FACETS[facet])
 """What an object can be called whatever its size: the words whose presence in a scene is taught and measured."""
 FIRST_RADIUS = 0.24  # of the first lessons' objects, in image sides: they fill four by four patches
-OPENINGS = (
-    "",
-    "a ",
-    "the ",
-    "a photo of a ",
-    "a photo of the ",
-    "a picture of a ",
-    "an image of a ",
-    "a drawing of a ",
-)
+OPENINGS = ("", "a ", "the ", *(f"{medium} of a " for medium in ("a photo", "a picture", "an image", "a drawing")))
 NOUNS = ("object", "shape", "thing")
 TOKEN_KEYS = ("input_ids", "attention_mask")
 PROMPTS = ("a photo of a {}", "a picture of a {}", "a {}", "{}")
