@@ -12,7 +12,7 @@ The CLIP is an ordinary `transformers.CLIPModel` with its own word-level tokeniz
 one of all objects and one of the largest object only, by the contrastive loss, and from auxiliary losses that read attributes
 off the image embedding and off the patch tokens through linear heads, which are thrown away. Scenes are endless and never
 repeat; they begin with one plain object in the middle and grow harder as the model passes (`lessons.at_level`).
-No latent follows one shape or texture that well (shapes: 0.74 to 0.91); why is open.
+No latent follows one shape or texture that well (0.68 to 0.91); why is open.
 Written for one small machine: no distribution, no mixed precision.
 """
 

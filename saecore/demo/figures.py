@@ -11,7 +11,6 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerFast
 
-from saecore.demo import scenes as world
 from saecore.demo.lessons import FACETS, PROMPTS, TOKEN_KEYS, WORDS, normalise, photo
 from saecore.demo.scenes import Scene
 from saecore.sae import SAE
