@@ -58,7 +58,9 @@ def list_shards(paths: Sequence[str], files_per_shard: int = FILES_PER_SHARD) ->
                 continue
             found += 1
         if not found:
-            raise ValueError(f"--images {path}: no images there; looked for {', '.join((*KINDS, *EXTENSIONS))}")
+            raise ValueError(
+                f"--images {path}: no such file, or no images in it; looked for {', '.join((*KINDS, *EXTENSIONS))}"
+            )
     assert len(shards) + len(loose) < 1 << 31, "shard ids take 31 bits"
     folders: dict[str, list[str]] = {}
     for uri in sorted(loose):

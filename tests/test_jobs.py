@@ -19,10 +19,11 @@ import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from jobs import explain, session
+from jobs import explain
 from saecore import isolation, runs, schema
 from saecore.demo import scenes
-from saecore.stages import Decode
+from saecore.isolation import Witness
+from saecore.stages import Decode, ExplainConfig
 from tests.conftest import N_SCENES, command
 from tests.photographs import photographs
 
@@ -197,32 +198,50 @@ def test_killed_in_the_middle_and_run_again(tmp_path: Path) -> None:
     assert_same_rows(out, tmp_path / "unbroken")
 
 
-class DeadlyDecode(Decode):
-    """A decoder that takes its process down on some images, as a fault in native code would."""
+DEADLY = "000030.jpg"
 
-    deadly: frozenset[str] = frozenset()
+
+class DeadlyDecode(Decode):
+    """A decoder that takes its process down on one image, as a fault in native code would."""
 
     def _row(self, row: dict[str, Any]) -> dict[str, Any]:
-        if row["error"] is None and row["key"] in self.deadly:
+        if row["error"] is None and row["key"] == DEADLY:
             os._exit(1)
         return super()._row(row)
 
 
+class DeadlyExplainChunk(explain.ExplainChunk):
+    """A replica that does so."""
+
+    def __init__(self, config: ExplainConfig, witness: Witness) -> None:
+        super().__init__(config, witness)
+        run = self.explain
+
+        def run_or_die(decoded: pa.Table) -> pa.Table:
+            if DEADLY in decoded.filter(decoded["pixels"].is_valid())["key"].to_pylist():
+                os._exit(1)
+            return run(decoded)
+
+        self.explain = run_or_die  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("step", ["decode", "explain"])
 def test_an_image_that_kills_its_worker_becomes_a_row(
-    ray_session: None, shards: Path, local_run: Path, tmp_path: Path
+    step: str, ray_session: None, shards: Path, local_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = command(shards, tmp_path / "run")
-    with session.mistakes():
-        job = explain.prepare(explain.parse(arguments), arguments)
+    job = explain.prepare(explain.parse(arguments), arguments)
     assert job is not None
-    decode = DeadlyDecode(job.decode.preprocess)
-    decode.deadly = frozenset({"000030.jpg"})
-    for _ in explain.on_ray(job._replace(decode=decode), job.run.pending()):
+    if step == "decode":
+        job = job._replace(decode=DeadlyDecode(job.decode.preprocess))
+    else:
+        monkeypatch.setattr(explain, "ExplainChunk", DeadlyExplainChunk)
+    for _ in explain.on_ray(job, job.run.pending()):
         pass
     job.run.finish(0, 0.0)
     found = rows(tmp_path / "run", "images")
     refused = {row["key"]: row["error"] for row in found.values() if row["error"] is not None}
-    assert refused == dict.fromkeys(decode.deadly, isolation.REASON)
+    assert refused == {DEADLY: isolation.REASON}
     expected = {key for key, row in rows(local_run, "maps").items() if found[key[0], None]["error"] is None}
     assert rows(tmp_path / "run", "maps").keys() == expected
 
