@@ -244,19 +244,19 @@ def dataset(uri: str, table: str) -> pyarrow.dataset.Dataset:
 def _parquet_bytes(table: pa.Table, row_group_rows: int) -> pa.Buffer:
     """Parquet in memory (a chunk's file is a few MB), so that it is hashed and written in one piece.
 
-    Floats are byte-stream-split and not dictionary-coded: 7 % smaller than defaults on activations.
+    Floats byte-stream-split and ids as differences: the demo's activations are 37 % smaller than by default, its maps 9 %.
     """
-    leaves = [field.name for field in table.schema]
-    floats = [name for name in leaves if pa.types.is_floating(table.schema.field(name).type)]
-    words = [name for name in leaves if pa.types.is_string(table.schema.field(name).type)]
+    encodings = {pa.float32(): "BYTE_STREAM_SPLIT", pa.int64(): "DELTA_BINARY_PACKED"}
+    encoded = {field.name: encodings[field.type] for field in table.schema if field.type in encodings}
+    repeating = [field.name for field in table.schema if field.type in (pa.string(), pa.int16(), pa.int32())]
     sink = pa.BufferOutputStream()
     pq.write_table(
         table,
         sink,
         row_group_size=row_group_rows,
         compression="zstd",
-        use_dictionary=words,
-        column_encoding=dict.fromkeys(floats, "BYTE_STREAM_SPLIT"),
+        use_dictionary=repeating,
+        column_encoding=encoded,
         write_page_checksum=True,
     )
     return sink.getvalue()
