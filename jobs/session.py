@@ -127,7 +127,7 @@ def make_pool(replicas: int, gpus_per_replica: float, local: bool) -> Pool:
         cpus_each, threads, device = 1.0, 0, "cuda"
     else:
         wanted = replicas or 1
-        # An eighth of the CPUs reads, decodes and writes: on photographs a tenth of what a small tower's forward takes.
+        # An eighth of the CPUs, at least one, is left to read, decode and write: a guess, not a measurement.
         cpus_each = float(max(1, (cpus - max(1, cpus // 8)) // wanted))
         threads, device = max(1, cpus // wanted), "cpu"
     if wanted * cpus_each + 1 > cpus:

@@ -34,7 +34,7 @@ from saecore.storage import filesystem_of, join_uri, write_atomic
 
 TABLES = ("images", "activations", "maps")
 
-# One image's rows should be one small read (about 10 ms), a whole table's scan few large ones.
+# One image's rows should be one small read, a whole table's scan few large ones.
 ROW_GROUP_ROWS = {"images": 4096, "activations": 131_072, "maps": 2048}
 
 MANIFEST = pa.schema(
