@@ -278,11 +278,11 @@ def prepare(arguments: Arguments, argv: list[str]) -> Job | None:
         resolved(name) if Path(name).exists() else name for name in (arguments.clip or "demo", arguments.sae or "demo")
     )
     tower, sae = load_models(clip, sae_address)
-    if arguments.k > sae.config.k:
-        raise ValueError(
-            f"--k {arguments.k}: this SAE lets {sae.config.k} latents fire, so at most that many can be kept"
-        )
-    k = arguments.k or min(DEFAULT_K, sae.config.k)
+    sae.firing_threshold()  # a BatchTopK SAE may have none yet
+    most = sae.config.k if sae.config.architecture == "topk" else sae.config.n_latents
+    if arguments.k > most:
+        raise ValueError(f"--k {arguments.k}: this SAE lets {most} latents fire, so at most that many can be kept")
+    k = arguments.k or min(DEFAULT_K, most)
     shards = list_shards(images)
     pool = session.make_pool(arguments.replicas, arguments.gpus_per_replica, arguments.local or arguments.dry_run)
     config = ExplainConfig(
@@ -331,6 +331,8 @@ def prepare(arguments: Arguments, argv: list[str]) -> Job | None:
         "replicas": pool.replicas,
         "grid": [height, width],
         "n_latents": sae.config.n_latents,
+        "sae": dataclasses.asdict(sae.config)
+        | ({"threshold": float(sae.threshold)} if sae.config.architecture == "batchtopk" else {}),
         "versions": session.versions(),
         "git_commit": session.git_commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

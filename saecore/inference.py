@@ -69,16 +69,16 @@ class Inference:
 
     def _find(self, pixels: torch.Tensor) -> Findings:
         embedding, trace = self.tower(pixels)
-        code = self.sae.encode_sparse(embedding)
-        reconstruction = self.sae.decode_sparse(code.latents, code.activations)
+        code = self.sae.encode_sparse(embedding, at_least=self.k)
+        reconstruction = self.sae.decode_sparse(code.latents, code.activations, embedding)
         latents, pre_activations = code.latents[:, : self.k], code.pre_activations[:, : self.k]
-        maps = self.method(self.tower, trace, *self.sae.read_outs(latents))
+        maps = self.method(self.tower, trace, *self.sae.read_outs(latents, embedding))
         scale = maps.relevance.abs().amax(-1) / INT8_MAX
         rounded = (maps.relevance / scale.clamp(min=torch.finfo(scale.dtype).tiny)[..., None]).round().to(torch.int8)
         squared_error = (embedding - reconstruction).square().sum(-1)
         found = {
             "embedding": embedding,
-            "l0": (code.activations > 0).sum(-1, dtype=torch.int32),
+            "l0": (code.activations != 0).sum(-1, dtype=torch.int32),
             "cosine": torch.cosine_similarity(embedding, reconstruction),
             "fvu": squared_error / (embedding - self.sae.mean).square().sum(-1),
             "completeness": relevance.completeness_error(maps, pre_activations).amax(-1),

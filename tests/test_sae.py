@@ -25,7 +25,7 @@ def test_an_example_worked_by_hand() -> None:
     assert code.latents.tolist() == [[2, 1]]
     assert code.activations.tolist() == [[5.0, 4.0]]
     # decoded: (4, 5) + b = (5, 5), / 2 + m = (3.5, 2.5)
-    assert sae(x).tolist() == [[3.5, 2.5]]
+    assert sae.reconstruct(x).tolist() == [[3.5, 2.5]]
 
 
 def test_equals_a_derivation_in_numpy() -> None:
@@ -40,7 +40,7 @@ def test_equals_a_derivation_in_numpy() -> None:
     reconstruction = (dense @ weights["decoder"] + weights["pre_bias"]) / weights["scale"] + weights["mean"]
     code = sae.encode_sparse(torch.from_numpy(x))
     np.testing.assert_allclose(torch.zeros(9, 40).scatter(1, code.latents, code.activations), dense, atol=1e-5)
-    np.testing.assert_allclose(sae(torch.from_numpy(x)), reconstruction, atol=1e-5)
+    np.testing.assert_allclose(sae.reconstruct(torch.from_numpy(x)), reconstruction, atol=1e-5)
 
 
 def test_a_latent_that_is_not_positive_does_not_fire() -> None:

@@ -77,7 +77,7 @@ def test_rows_say_what_the_models_computed(decode: Decode, explain: Explain) -> 
         pixels = torch.from_numpy(images.decode(scene(index), explain.infer.tower.preprocess).pixels.copy())[None]
         with torch.inference_mode():
             embedding, trace = explain.infer.tower(pixels)
-            code, reconstruction = explain.infer.sae.encode_sparse(embedding), explain.infer.sae(embedding)
+            code, reconstruction = explain.infer.sae.encode_sparse(embedding), explain.infer.sae.reconstruct(embedding)
             maps = relevance.contrib(explain.infer.tower, trace, *explain.infer.sae.read_outs(code.latents[:, :5]))
         np.testing.assert_allclose(row["embedding"], embedding[0], rtol=1e-4, atol=1e-4)
         assert row["l0"] == int((code.activations > 0).sum())

@@ -79,8 +79,8 @@ def sae_figures(sae: SAE, x: Tensor, sample: list[Scene]) -> dict[str, float]:
     activations = torch.zeros(len(x), sae.config.n_latents).scatter(1, code.latents, code.activations)
     best = followed(activations, sample).max(dim=1)
     return {
-        "cosine": F.cosine_similarity(sae(x), x).mean().item(),
-        "cosine, centred": F.cosine_similarity(sae(x) - sae.mean, x - sae.mean).mean().item(),
+        "cosine": F.cosine_similarity(sae.reconstruct(x), x).mean().item(),
+        "cosine, centred": F.cosine_similarity(sae.reconstruct(x) - sae.mean, x - sae.mean).mean().item(),
         "dead": (activations.max(dim=0).values <= 0).float().mean().item(),
         "l0": (activations > 0).sum(dim=1).float().mean().item(),
         "latents following a word": float((best.values > 0.95).sum()),
