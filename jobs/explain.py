@@ -331,8 +331,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> Job | None:
         "replicas": pool.replicas,
         "grid": [height, width],
         "n_latents": sae.config.n_latents,
-        "sae": dataclasses.asdict(sae.config)
-        | ({"threshold": float(sae.threshold)} if sae.config.architecture == "batchtopk" else {}),
+        "sae": sae.describe(),
         "versions": session.versions(),
         "git_commit": session.git_commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

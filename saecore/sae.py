@@ -143,6 +143,7 @@ class SAE(nn.Module, ModelHubMixin, model_card_template=CARD, library_name="rele
 
     mean: Tensor
     scale: Tensor
+    decoder: nn.Parameter | None
     threshold: Tensor | None
 
     def __init__(self, config: SAEConfig) -> None:
@@ -357,6 +358,13 @@ class SAE(nn.Module, ModelHubMixin, model_card_template=CARD, library_name="rele
         if c.source:
             words.append(f"Weights: `{c.source}`.")
         return super().generate_model_card(*args, description=" ".join(words), **kwargs)
+
+    def describe(self) -> dict[str, Any]:
+        """The config, and a batchtopk SAE's threshold: what a run's record says of it."""
+        found = dataclasses.asdict(self.config)
+        if self.config.architecture == "batchtopk":
+            found["threshold"] = float(self.firing_threshold())
+        return found
 
     def sha256(self) -> str:
         """Hash of everything that changes results: the config without its source, and every tensor's bytes."""
