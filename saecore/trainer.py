@@ -16,8 +16,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from saecore.embeddings import Survey, geometric_median
-from saecore.objectives import Recipe, objective, pace
+from saecore.objectives import objective
 from saecore.quality import calibrate
+from saecore.recipe import Recipe, pace
 from saecore.sae import SAE
 
 MAX_DEAD_AFTER = 1_000_000

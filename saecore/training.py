@@ -27,8 +27,8 @@ import pyarrow.parquet as pq
 import torch
 
 from saecore.embeddings import Batches, Embeddings, Survey, survey
-from saecore.objectives import Recipe, pace
 from saecore.quality import quality, recovery
+from saecore.recipe import Recipe, pace
 from saecore.sae import SAE
 from saecore.storage import filesystem_of, join_uri, write_atomic
 from saecore.trainer import Trainer, Worker

@@ -1,0 +1,53 @@
+"""What an SAE is beside its tensors: the form to which every foreign format is converted, and which config.json holds."""
+
+import dataclasses
+
+CHOICES = {
+    "architecture": ("relu", "topk", "batchtopk", "jumprelu"),
+    "output": ("relu", "signed", "absolute"),
+    "normalise": ("none", "layer_norm", "constant_norm"),
+    "nesting": ("none", "levels", "prefixes"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SAEConfig:
+    """What the tensors alone do not say."""
+
+    n_inputs: int
+    """Width of the CLIP embedding."""
+    n_latents: int
+    """Number of latents."""
+    k: int = 0
+    """How many latents may fire for one image (topk), or fire on average (batchtopk, where known); 0 where neither applies."""
+    architecture: str = "topk"
+    """Which latents fire: relu, topk, batchtopk or jumprelu."""
+    output: str = "relu"
+    """What a latent that fires gives: `relu` max(p, 0), `signed` p, `absolute` |p|."""
+    by_magnitude: bool = False
+    """Whether latents compete, or reach their threshold, by |p| instead of p."""
+    normalise: str = "none"
+    """N: `none`, `layer_norm` (each sample to mean 0 and standard deviation 1) or `constant_norm` (to length sqrt(d))."""
+    soft_cap: float = 0.0
+    """C; 0 is none."""
+    tied: bool = False
+    """Whether D = E'."""
+    nesting: str = "none"
+    """Matryoshka training: nested `levels` of k, or nested `prefixes` of the dictionary."""
+    nested: tuple[int, ...] = ()
+    """The levels or prefixes, smallest first."""
+    source: str = ""
+    """Where the weights come from: a training command, or a foreign file and its format."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "nested", tuple(self.nested))  # JSON knows lists only
+        for field, choices in CHOICES.items():
+            if getattr(self, field) not in choices:
+                raise ValueError(
+                    f"SAE {field} {getattr(self, field)!r} is not supported; supported: {', '.join(choices)}"
+                )
+        least = 1 if self.architecture == "topk" else 0
+        if not least <= self.k <= self.n_latents:
+            raise ValueError(f"an SAE of {self.n_latents} latents cannot let k = {self.k} of them fire")
+        if self.by_magnitude and self.output == "relu" and self.architecture == "relu":
+            raise ValueError("a relu SAE cannot select by magnitude")
