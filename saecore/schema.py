@@ -125,6 +125,15 @@ IMAGES = pa.schema(
 )
 
 
+# One row per word of a vocabulary, in its order. The embedding is CLIP's, before any normalisation where one template made it.
+TEXTS = pa.schema(
+    [
+        pa.field("word", pa.string(), nullable=False),
+        pa.field("embedding", pa.list_(pa.float32()), nullable=False),
+    ]
+)
+
+
 def explained_schema(n_patches: int) -> pa.Schema:
     """One row per image: the IMAGES columns, and its rows of ACTIVATIONS and MAPS nested (null where refused).
 
