@@ -20,7 +20,7 @@ Glossary. One word, one meaning, in code, columns, logs and pages:
     vocabulary      a list of words with CLIP text embeddings
     name            the words nearest a latent
     run             one output folder
-    replica         one actor with CLIP and SAE
+    replica         one actor that holds the models
     fingerprint     the hash of what changes results
 
 Only plain Arrow types appear here, no extension types: DuckDB, pandas, Polars and pyarrow read every table as it is.
