@@ -45,7 +45,7 @@ class Arguments(pipeline.Arguments):
     """Images, or the words of a vocabulary, to CLIP embeddings."""
 
     text: str = ""
-    """Embed this vocabulary, one word a line, instead of images; in this process, without Ray."""
+    """Embed this vocabulary, one word a line, instead of images; in this process, without Ray. --limit counts words."""
     templates: tuple[str, ...] = ("{}",)
     """With --text: what each word is put into, at {}. Of several, the mean of their L2-normalised embeddings."""
     name: str = ""
