@@ -208,19 +208,20 @@ def _answer(reference: Any) -> Any:
 
 
 class Progress:
-    """One line a person can read: images done of total, images/s, refused, time left."""
+    """One line a person can read: images done of total, images/s, refused, time left. Of `words`, none is ever refused."""
 
-    def __init__(self, total: int, done: int) -> None:
+    def __init__(self, total: int, done: int, unit: str = "images") -> None:
         self.total = total
+        self.unit = unit
         self.before = self.done = done
         self.refused = 0
         self.started = time.perf_counter()
         self._console = Console(highlight=False)
         self._last_line = self.started
 
-    def add(self, images: int, refused: int) -> None:
-        """Some more images are written."""
-        self.done += images
+    def add(self, done: int, refused: int) -> None:
+        """Some more are done."""
+        self.done += done
         self.refused += refused
         now = time.perf_counter()
         if self._console.is_terminal:
@@ -237,13 +238,14 @@ class Progress:
         """The line."""
         rate = self.rate()
         left = (self.total - self.done) / rate if rate else 0.0
+        refused = f"{self.refused:,} refused   " if self.unit == "images" else ""
         return (
-            f"{self.done:,} of {self.total:,} images   {rate:,.1f} images/s   {self.refused:,} refused   "
+            f"{self.done:,} of {self.total:,} {self.unit}   {rate:,.1f} {self.unit}/s   {refused}"
             f"{int(left // 60)}:{int(left % 60):02d} left"
         )
 
     def rate(self) -> float:
-        """Images per second of this session."""
+        """Images, or words, per second of this session."""
         return (self.done - self.before) / max(self.seconds(), 1e-9)
 
     def close(self) -> None:

@@ -9,20 +9,23 @@ Two things differ from transformers' forward, neither changes the embedding: att
 (`scaled_dot_product_attention`; the one attention row that maps read is recomputed from q_CLS and K), and the last layer
 computes only the CLS token, since no other token of it reaches the embedding: about 1/L of a forward saved.
 
-Left out: the text tower (names need it, maps do not), towers without a CLS token (SigLIP), position interpolation.
+Left out: the text tower (`saecore.text`), towers without a CLS token (SigLIP), position interpolation.
 
 Shapes: B images, L layers, N = 1 + P tokens, P patches, H heads, Dh head width, D = H Dh width, E embedding width, k read-outs.
 """
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, CLIPVisionModelWithProjection
+from transformers import AutoConfig, CLIPVisionModelWithProjection, PreTrainedModel
 
 from saecore.images import Preprocess, load_preprocess
+
+T = TypeVar("T")
 
 DEMO = Path(__file__).parent / "demo" / "clip"
 
@@ -163,13 +166,8 @@ class ImageTower(nn.Module):
     def sha256(self) -> str:
         """Hash of everything that changes an embedding: weights, head count, LayerNorm epsilon, activation, preprocessing."""
         vision = self.vision.config
-        digest = hashlib.sha256(
-            repr((self.n_heads, vision.layer_norm_eps, vision.hidden_act, vision.patch_size, self.preprocess)).encode()
-        )
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        described = (self.n_heads, vision.layer_norm_eps, vision.hidden_act, vision.patch_size, self.preprocess)
+        return hash_of(described, self)
 
 
 def _outliers(norms: list[Tensor]) -> Tensor:
@@ -184,26 +182,42 @@ def _outliers(norms: list[Tensor]) -> Tensor:
     return torch.stack(flagged).any(dim=0)
 
 
+def hash_of(described: tuple[Any, ...], module: nn.Module) -> str:
+    """sha256 of what a module is described by and of its weights."""
+    digest = hashlib.sha256(repr(described).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def load_tower(model_id: str, revision: str | None = None) -> ImageTower:
     """The image tower of a Hub id, a local directory, or `demo` (the embedded model), in float32 on the CPU.
 
     Raises ValueError, in one sentence, for what a user can get wrong: no such model, not a CLIP, weights missing.
     """
+    return ImageTower(*load_half(CLIPVisionModelWithProjection, load_preprocess, model_id, revision))
+
+
+def load_half(
+    half: type[PreTrainedModel], load_input: Callable[[str, str | None], T], model_id: str, revision: str | None
+) -> tuple[Any, T]:
+    """One tower of a CLIP with its projection, and what prepares its input; errors as `load_tower` says."""
     source = str(DEMO) if model_id == "demo" else model_id
     try:
         config = AutoConfig.from_pretrained(source, revision=revision)
-        if config.model_type not in ("clip", "clip_vision_model"):
+        if config.model_type not in ("clip", half.config_class.model_type):
             raise ValueError(
                 f"--clip {model_id} is a {config.model_type!r} model; supported are CLIP models with a CLS token (type 'clip')"
             )
-        model, report = CLIPVisionModelWithProjection.from_pretrained(
+        model, report = half.from_pretrained(
             source, revision=revision, attn_implementation="sdpa", dtype=torch.float32, output_loading_info=True
         )
-        preprocess = load_preprocess(source, revision)
+        prepares = load_input(source, revision)
     except OSError as error:
         raise ValueError(f"--clip {model_id}: {' '.join(str(error).split())}") from error
     if report["missing_keys"]:
         raise ValueError(
             f"--clip {model_id} lacks the weights {', '.join(sorted(report['missing_keys']))}: not a CLIP with its projection"
         )
-    return ImageTower(model.eval().requires_grad_(False), preprocess)
+    return model.eval().requires_grad_(False), prepares

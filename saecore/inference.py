@@ -3,7 +3,7 @@
 Shapes: B images, E embedding width, k kept latents, P patches.
 """
 
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -47,25 +47,53 @@ class Findings(NamedTuple):
     """float32 (B, k)."""
 
 
-class Inference:
-    """CLIP, SAE and method on their device. bfloat16 tower on CUDA, float32 on the CPU; SAE and sums of maps in float32."""
+class Embedded(NamedTuple):
+    """What `Embedder` finds."""
 
-    def __init__(self, tower: ImageTower, sae: SAE, k: int, method: str, device: str) -> None:
+    embedding: np.ndarray
+    """float32 (B, E), not L2-normalised."""
+
+
+Found = TypeVar("Found", Embedded, Findings)
+
+
+class _OnDevice(Generic[Found]):
+    """CLIP on its device: bfloat16 on CUDA, float32 on the CPU. What else a batch needs, and finds, is the subclass's."""
+
+    def __init__(self, tower: ImageTower, device: str) -> None:
         self.device = torch.device(device)
         self.tower = tower.to(self.device)
         if self.device.type == "cuda":
             self.tower.run_in(torch.bfloat16)
-        self.sae = sae.to(self.device)
-        self.method = METHODS[method]
-        self.k = k
 
-    def __call__(self, pixels: np.ndarray) -> Findings:
+    def __call__(self, pixels: np.ndarray) -> Found:
         """uint8 (B, height, width, 3), B of any size, none included."""
         if not len(pixels):  # the shapes and types of nothing are those of something, cut to none
-            return Findings(*(column[:0] for column in self(np.zeros((1, *pixels.shape[1:]), np.uint8))))
+            found = self(np.zeros((1, *pixels.shape[1:]), np.uint8))
+            return type(found)(*(column[:0] for column in found))
         with torch.inference_mode():
             # .copy(): Arrow's buffers are read-only, which PyTorch refuses to share.
             return self._find(torch.from_numpy(pixels.copy()).to(self.device, non_blocking=True))
+
+    def _find(self, pixels: torch.Tensor) -> Found:
+        raise NotImplementedError
+
+
+class Embedder(_OnDevice[Embedded]):
+    """CLIP alone."""
+
+    def _find(self, pixels: torch.Tensor) -> Embedded:
+        return Embedded(self.tower.embed(pixels).cpu().numpy())
+
+
+class Inference(_OnDevice[Findings]):
+    """CLIP, SAE and method. SAE and sums of maps are in float32 everywhere."""
+
+    def __init__(self, tower: ImageTower, sae: SAE, k: int, method: str, device: str) -> None:
+        super().__init__(tower, device)
+        self.sae = sae.to(self.device)
+        self.method = METHODS[method]
+        self.k = k
 
     def _find(self, pixels: torch.Tensor) -> Findings:
         embedding, trace = self.tower(pixels)

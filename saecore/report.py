@@ -5,7 +5,7 @@ Left out: pages for every latent and image.
 
 import itertools
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,10 +145,11 @@ def summary(uri: str, record: Mapping[str, Any]) -> str:
         f"speed         {record['session_images'] / max(record['session_seconds'], 1e-9):,.1f} images/s "
         f"over {record['session_seconds']:.1f} s, models' loading included",
         f"time by step  {shares}",
-        f"exactness     {record['worst_completeness_error']:.1e} worst error of map + remainder = pre-activation",
-        f"on disk       {sizes} in {uri}",
     ]
-    return "\n".join(lines)
+    if "worst_completeness_error" in record:
+        worst = record["worst_completeness_error"]
+        lines.append(f"exactness     {worst:.1e} worst error of map + remainder = pre-activation")
+    return "\n".join([*lines, f"on disk       {sizes} in {uri}"])
 
 
 QUERY = """SELECT latent, count(*) AS images, round(avg(activation), 2) AS mean, round(max(activation), 2) AS strongest,
@@ -171,16 +172,13 @@ def _python() -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
-def outline(plan: pa.Table, out: str, made_by: Mapping[str, Any]) -> str:
+def outline(plan: pa.Table, verb: str, out: str, how: Sequence[str]) -> str:
     """What a plan holds and what would be done with it: the answer to --dry-run."""
     n_images = int(pc.sum(pc.subtract(plan["end"], plan["start"])).as_py() or 0)
     n_shards = len(pc.unique(plan["shard_id"]))
     damaged = plan.num_rows - plan["damage"].null_count
-    lines = [
-        f"would explain {n_images:,} images of {n_shards:,} shards in {plan.num_rows:,} chunks into {out}",
-        f"with CLIP {made_by['clip']} and SAE {made_by['sae']}",
-        f"{made_by['k']} latents and maps ({made_by['method']}) per image",
-    ]
+    held = f"{n_images:,} images of {n_shards:,} shards in {plan.num_rows:,} chunks"
+    lines = [f"would {verb} {held} into {out}", *how]
     return "\n".join([*lines, f"{damaged} shards are damaged"] if damaged else lines)
 
 

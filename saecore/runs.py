@@ -2,7 +2,7 @@
 
     RUN/run.json           what made it, and, once complete, what came of it
     RUN/plan.parquet       the chunks (schema.PLAN)
-    RUN/images/ activations/ maps/     chunk-00000017.parquet in each
+    RUN/images/ activations/ maps/     chunk-00000017.parquet in each; without maps, `images` alone
     RUN/commits/           chunk-00000017.json
     RUN/manifest.parquet   every file of a complete run, with rows, bytes and sha256
 
@@ -19,7 +19,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -33,6 +33,7 @@ from saecore import schema
 from saecore.storage import filesystem_of, join_uri, write_atomic
 
 TABLES = ("images", "activations", "maps")
+"""All that a run may have; the payload that is written says which it has."""
 
 # One image's rows should be one small read, a whole table's scan few large ones.
 ROW_GROUP_ROWS = {"images": 4096, "activations": 131_072, "maps": 2048}
@@ -62,8 +63,8 @@ class Commit:
     """All images of the chunk, refused ones too."""
     refused: dict[str, int]
     """Refused images by reason."""
-    completeness: float
-    """Worst completeness error of the chunk's maps."""
+    completeness: float | None
+    """Worst completeness error of the chunk's maps; None where none are made."""
     seconds: dict[str, float]
     """Time in each step."""
     files: list[dict[str, Any]]
@@ -114,31 +115,33 @@ class Run:
         whole = all(sizes.get(file["path"]) == file["bytes"] for file in commit.files)
         return commit if whole and commit.fingerprint == self.fingerprint else None
 
-    def write_chunk(
-        self, chunk_id: int, explained: pa.Table, seconds: dict[str, float], tags: dict[str, str]
-    ) -> Commit:
-        """EXPLAINED rows of one chunk -> its file in every table, then its commit record. `tags` go into Parquet metadata."""
+    def write_chunk(self, chunk_id: int, payload: pa.Table, seconds: dict[str, float], tags: dict[str, str]) -> Commit:
+        """EXPLAINED or IMAGES rows of one chunk -> its file in every table, then its commit record.
+
+        `tags` go into Parquet metadata.
+        """
         started = time.perf_counter()
         metadata = {**tags, "fingerprint": self.fingerprint}
-        tables = {
-            "images": explained.select(schema.IMAGES.names).cast(schema.IMAGES),
-            "activations": schema.unnest(explained, "activations"),
-            "maps": schema.unnest(explained, "maps"),
-        }
+        nested = [name for name in TABLES if name in payload.column_names]
+        tables = {"images": payload.select(schema.IMAGES.names).cast(schema.IMAGES)}
+        tables |= {name: schema.unnest(payload, name) for name in nested}
         files = []
         for name, table in tables.items():
-            data = _parquet_bytes(table.replace_schema_metadata(metadata), ROW_GROUP_ROWS[name])
+            data = parquet_bytes(table.replace_schema_metadata(metadata), ROW_GROUP_ROWS[name])
             path = f"{name}/chunk-{chunk_id:08d}.parquet"
             write_atomic(join_uri(self.uri, path), data)
             digest = hashlib.sha256(data).hexdigest()
             files.append({"table": name, "path": path, "rows": table.num_rows, "bytes": len(data), "sha256": digest})
-        errors = [error for error in explained["error"].to_pylist() if error is not None]
+        errors = [error for error in payload["error"].to_pylist() if error is not None]
+        worst = None
+        if "completeness" in payload.column_names:
+            worst = max(payload["completeness"].drop_null().to_pylist(), default=0.0)
         commit = Commit(
             chunk_id=chunk_id,
             fingerprint=self.fingerprint,
-            images=explained.num_rows,
+            images=payload.num_rows,
             refused=dict(Counter(errors)),
-            completeness=max(explained["completeness"].drop_null().to_pylist(), default=0.0),
+            completeness=worst,
             seconds={**seconds, "write": time.perf_counter() - started},
             files=files,
         )
@@ -176,7 +179,7 @@ class Run:
             )
         rows = [{"chunk_id": commit.chunk_id, **file} for commit in commits for file in commit.files]
         manifest = pa.Table.from_pylist(rows, schema=MANIFEST)
-        write_atomic(join_uri(self.uri, "manifest.parquet"), _parquet_bytes(manifest, 65_536))
+        write_atomic(join_uri(self.uri, "manifest.parquet"), parquet_bytes(manifest, 65_536))
         session = {"session_images": images, "session_seconds": round(wall_seconds, 3)}
         self.update(status="complete", **session, **summarise(commits))
         return self.record()
@@ -185,10 +188,10 @@ class Run:
 def summarise(commits: Iterable[Commit]) -> dict[str, Any]:
     """What the commit records of a run add up to, for run.json."""
     refused, seconds, rows, size = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
-    images, completeness = 0, 0.0
+    images, errors = 0, []
     for commit in commits:
         images += commit.images
-        completeness = max(completeness, commit.completeness)
+        errors += [] if commit.completeness is None else [commit.completeness]
         refused.update(commit.refused)
         seconds.update(commit.seconds)
         for file in commit.files:
@@ -200,7 +203,7 @@ def summarise(commits: Iterable[Commit]) -> dict[str, Any]:
         "rows": dict(rows),
         "bytes": dict(size),
         "step_seconds": {step: round(value, 3) for step, value in seconds.items()},
-        "worst_completeness_error": completeness,
+        **({"worst_completeness_error": max(errors)} if errors else {}),
     }
 
 
@@ -213,14 +216,25 @@ def open_run(uri: str, parts: dict[str, Any], made_by: dict[str, Any], make_plan
     run = Run(uri, parts, fingerprint(parts))
     names = {info.base_name for info in _listing(uri)}
     if "run.json" not in names:
-        # plan.parquet alone is a start that was interrupted.
-        if names - {"plan.parquet"} - {name for name in names if name.startswith(".")}:
+        # These alone are a start that was interrupted, or refused.
+        if names - {"plan.parquet", "run.log"} - {name for name in names if name.startswith(".")}:
             raise ValueError(f"--out {uri} holds other files and no run; name a new or empty folder")
-        write_atomic(join_uri(uri, "plan.parquet"), _parquet_bytes(make_plan(), 65_536))
+        write_atomic(join_uri(uri, "plan.parquet"), parquet_bytes(make_plan(), 65_536))
         record = {"status": "running", "fingerprint": run.fingerprint, "parts": parts, **made_by}
         _write_json(join_uri(uri, "run.json"), record)
         return run
-    before = run.record()["parts"]
+    refuse_other(uri, run.record()["parts"], parts)
+    return run
+
+
+def refuse_other(uri: str, before: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
+    """ValueError, naming what differs, if what lies at `uri` was made of other parts."""
+    # Runs of jobs.explain carry no kind: their fingerprints are older than the second kind.
+    kind, wanted = (of.get("kind", "explain") for of in (before, parts))
+    if kind != wanted:
+        raise ValueError(
+            f"--out {uri} holds an {kind!r} run, and this is an {wanted!r} one; name another folder for it"
+        )
     changed = [
         f"{key} was {before.get(key)!r}, now {parts.get(key)!r}"
         for key in sorted(before.keys() | parts.keys())
@@ -230,7 +244,6 @@ def open_run(uri: str, parts: dict[str, Any], made_by: dict[str, Any], make_plan
         raise ValueError(
             f"--out {uri} holds a run made otherwise ({'; '.join(changed)}); name another folder for this one"
         )
-    return run
 
 
 def dataset(uri: str, table: str) -> pyarrow.dataset.Dataset:
@@ -241,7 +254,16 @@ def dataset(uri: str, table: str) -> pyarrow.dataset.Dataset:
     return pyarrow.dataset.dataset([f"{root}/{name}" for name in names], filesystem=filesystem, format="parquet")
 
 
-def _parquet_bytes(table: pa.Table, row_group_rows: int) -> pa.Buffer:
+def scan(uri: str, table: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Some columns of a complete run's table, in the order of its chunks and of the images in each, a few rows at a time."""
+    manifest = _read_parquet(uri, "manifest.parquet")
+    for name in manifest.filter(pc.equal(manifest["table"], table))["path"].to_pylist():
+        filesystem, path = filesystem_of(join_uri(uri, name))
+        with pq.ParquetFile(path, filesystem=filesystem) as file:
+            yield from file.iter_batches(ROW_GROUP_ROWS[table], columns=columns)
+
+
+def parquet_bytes(table: pa.Table, row_group_rows: int) -> pa.Buffer:
     """Parquet in memory (a chunk's file is a few MB), so that it is hashed and written in one piece.
 
     Floats byte-stream-split and ids as differences: the demo's activations are 37 % smaller than by default, its maps 9 %.

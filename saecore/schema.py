@@ -20,7 +20,7 @@ Glossary. One word, one meaning, in code, columns, logs and pages:
     vocabulary      a list of words with CLIP text embeddings
     name            the words nearest a latent
     run             one output folder
-    replica         one actor with CLIP and SAE
+    replica         one actor that holds the models
     fingerprint     the hash of what changes results
 
 Only plain Arrow types appear here, no extension types: DuckDB, pandas, Polars and pyarrow read every table as it is.
@@ -121,6 +121,15 @@ IMAGES = pa.schema(
         pa.field("cosine", pa.float32()),  # between the embedding and its SAE reconstruction
         pa.field("fvu", pa.float32()),  # |x - reconstruction|^2 / |x - training mean|^2 of this image
         *_ERROR,
+    ]
+)
+
+
+# One row per word of a vocabulary, in its order. The embedding is CLIP's, before any normalisation where one template made it.
+TEXTS = pa.schema(
+    [
+        pa.field("word", pa.string(), nullable=False),
+        pa.field("embedding", pa.list_(pa.float32()), nullable=False),
     ]
 )
 

@@ -1,9 +1,10 @@
-"""The steps of the main job as plain callables: an Arrow table in, a new Arrow table out. No Ray, no files written.
+"""The steps of the jobs as plain callables: an Arrow table in, a new Arrow table out. No Ray, no files written.
 
     RAW -> Decode -> DECODED -> Explain -> EXPLAINED        (schemas in `saecore.schema`)
+                             -> Embed -> IMAGES
 
-A refused image passes through with its reason. Neither stage keeps anything from one call to the next, so that batches can
-come in any order, any size, and twice. Only `Explain` loads PyTorch: workers that decode would wait seconds for it.
+A refused image passes through with its reason. No stage keeps anything from one call to the next, so that batches can
+come in any order, any size, and twice. Decode does not load PyTorch: workers that decode would wait seconds for it.
 """
 
 import dataclasses
@@ -17,29 +18,36 @@ from saecore import images, schema
 
 if TYPE_CHECKING:
     from saecore.clip import ImageTower
+    from saecore.inference import Embedder, Inference
     from saecore.sae import SAE
 
 
-@dataclasses.dataclass(frozen=True)
-class ExplainConfig:
-    """Everything `Explain` needs to build itself in another process."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmbedConfig:
+    """Everything `Embed` needs to build itself in another process."""
 
     clip: str
     """CLIP: a Hub id, a local directory in transformers format, or `demo`."""
-    sae: str
-    """SAE: a folder, a file, a Hub address, or `demo`."""
-    k: int
-    """Latents kept per image."""
     batch_size: int = 64
     """Images per forward. Changes speed and memory, not results."""
     device: str = "cpu"
     """`cpu` or `cuda`."""
+    threads: int = 0
+    """CPU threads of the forward; 0 leaves PyTorch's own choice (Ray sets OMP_NUM_THREADS to an actor's num_cpus)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExplainConfig(EmbedConfig):
+    """Everything `Explain` needs, which begins with the embedding."""
+
+    sae: str
+    """SAE: a folder, a file, a Hub address, or `demo`."""
+    k: int
+    """Latents kept per image."""
     method: str = "contrib"
     """How maps are computed."""
     embeddings: bool = False
     """Whether the CLIP embedding is written too."""
-    threads: int = 0
-    """CPU threads of the forward; 0 leaves PyTorch's own choice (Ray sets OMP_NUM_THREADS to an actor's num_cpus)."""
 
 
 def load_models(clip: str, sae: str) -> "tuple[ImageTower, SAE]":
@@ -89,35 +97,47 @@ class Decode:
         }
 
 
+class Embed:
+    """DECODED -> IMAGES with the embedding, and nothing of an SAE. Holds CLIP."""
+
+    step = "embed"
+
+    def __init__(self, config: EmbedConfig) -> None:
+        from saecore.clip import load_tower
+        from saecore.inference import Embedder
+
+        _use_threads(config.threads)
+        self.config = config
+        self.infer = Embedder(load_tower(config.clip), config.device)
+
+    def __call__(self, decoded: pa.Table) -> pa.Table:
+        shown, found = _find(self.infer, decoded, self.config.batch_size)
+        return _table({"embedding": _embeddings(found["embedding"], shown)}, decoded, schema.IMAGES)
+
+
 class Explain:
     """DECODED -> EXPLAINED: latents, reconstruction quality and relevance maps. Holds CLIP, SAE and method.
 
     See `saecore.inference` for what is computed, and in which precision.
     """
 
-    def __init__(self, config: ExplainConfig) -> None:
-        import torch
+    step = "explain"
 
+    def __init__(self, config: ExplainConfig) -> None:
         from saecore.inference import Inference
 
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        _use_threads(config.threads)
         self.config = config
         tower, sae = load_models(config.clip, config.sae)
         self.infer = Inference(tower, sae, config.k, config.method, config.device)
-        self.pixels_shape = (*tower.preprocess.size, 3)
         self.n_patches = tower.grid[0] * tower.grid[1]
         self.schema = schema.explained_schema(self.n_patches)
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
-        shown = decoded["error"].is_null().to_numpy()
-        size = self.config.batch_size
-        pixels = _pixels(decoded, self.pixels_shape)
-        batches = [self.infer(pixels[start : start + size]) for start in range(0, max(1, len(pixels)), size)]
-        columns = {name: np.concatenate([getattr(found, name) for found in batches]) for name in batches[0]._fields}
-        return self._table(decoded, shown, columns)
+        shown, found = _find(self.infer, decoded, self.config.batch_size)
+        return _table(self._columns(found, shown), decoded, self.schema)
 
-    def _table(self, decoded: pa.Table, shown: np.ndarray, found: dict[str, np.ndarray]) -> pa.Table:
+    def _columns(self, found: dict[str, np.ndarray], shown: np.ndarray) -> dict[str, pa.Array]:
         """Spread the findings of the shown images over all rows; refused rows get null."""
         k, n_shown = self.config.k, int(shown.sum())
         flat = {name: pa.array(found[name].ravel()) for name in found if name != "map"}
@@ -136,13 +156,32 @@ class Explain:
             )
             columns[name] = _lists(structs, shown, k, kind)
         if self.config.embeddings:
-            width = found["embedding"].shape[1]
-            columns["embedding"] = _lists(flat["embedding"], shown, width, self.schema.field("embedding").type)
-        else:
-            columns["embedding"] = pa.nulls(len(shown), self.schema.field("embedding").type)
-        # What the decoder said passes through as it is.
-        arrays = [columns[name] if name in columns else decoded[name] for name in self.schema.names]
-        return pa.Table.from_arrays(arrays, schema=self.schema)
+            columns["embedding"] = _embeddings(found["embedding"], shown)
+        return columns
+
+
+def _use_threads(threads: int) -> None:
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def _find(
+    infer: "Embedder | Inference", decoded: pa.Table, batch_size: int
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Which rows are shown, and what is found in those, in batches."""
+    shown = decoded["error"].is_null().to_numpy()
+    pixels = _pixels(decoded, (*infer.tower.preprocess.size, 3))
+    batches = [infer(pixels[start : start + batch_size]) for start in range(0, max(1, len(pixels)), batch_size)]
+    return shown, {name: np.concatenate([getattr(found, name) for found in batches]) for name in batches[0]._fields}
+
+
+def _table(columns: dict[str, pa.Array], decoded: pa.Table, wanted: pa.Schema) -> pa.Table:
+    """What was found, what the decoder said as it is, null for what is neither."""
+    known = {**{name: decoded[name] for name in decoded.column_names}, **columns}
+    arrays = [known[field.name] if field.name in known else pa.nulls(decoded.num_rows, field.type) for field in wanted]
+    return pa.Table.from_arrays(arrays, schema=wanted)
 
 
 def _pixels(decoded: pa.Table, shape: tuple[int, ...]) -> np.ndarray:
@@ -161,3 +200,7 @@ def _lists(values: pa.Array, shown: np.ndarray, length: int, kind: pa.DataType) 
     ends = np.cumsum(shown) * length
     offsets = np.concatenate([[0], ends]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), values, type=kind, mask=pa.array(~shown))
+
+
+def _embeddings(found: np.ndarray, shown: np.ndarray) -> pa.ListArray:
+    return _lists(pa.array(found.ravel()), shown, found.shape[1], schema.IMAGES.field("embedding").type)

@@ -3,7 +3,10 @@
 import os
 import re
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.fs
@@ -48,19 +51,25 @@ def split_settings(uri: str) -> tuple[str, str]:
 def write_atomic(uri: str, data: bytes | pa.Buffer) -> None:
     """Write a file so that it appears under its name whole or not at all, also if the machine goes down.
 
-    Locally: a temporary file beside it, synced, renamed over. Object store: one complete PUT, which is atomic there.
+    Locally: `atomic_file`. Object store: one complete PUT, which is atomic there.
     """
     filesystem, path = filesystem_of(uri)
-    if not isinstance(filesystem, pyarrow.fs.LocalFileSystem):
+    if isinstance(filesystem, pyarrow.fs.LocalFileSystem):
+        with atomic_file(Path(path)) as file:
+            file.write(data)
+    else:
         with filesystem.open_output_stream(path) as stream:
             stream.write(data)
-        return
-    target = Path(path)
+
+
+@contextmanager
+def atomic_file(target: Path) -> Iterator[BinaryIO]:
+    """A local file to write piece by piece: a temporary file beside it, synced and renamed over when the block ends well."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex}")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)

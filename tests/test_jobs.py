@@ -1,6 +1,7 @@
 """The main job end to end, on a real local Ray: the same rows whatever happens, a row for every image, clear mistakes."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -19,11 +20,10 @@ import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from jobs import explain
+from jobs import explain, pipeline
 from saecore import isolation, runs, schema
 from saecore.demo import scenes
-from saecore.isolation import Witness
-from saecore.stages import Decode, ExplainConfig
+from saecore.stages import Decode, Explain
 from tests.conftest import N_SCENES, command
 from tests.photographs import photographs
 
@@ -210,24 +210,18 @@ class DeadlyDecode(Decode):
         return super()._row(row)
 
 
-class DeadlyExplainChunk(explain.ExplainChunk):
-    """A replica that does so."""
+class DeadlyExplain(Explain):
+    """A stage that does so."""
 
-    def __init__(self, config: ExplainConfig, witness: Witness) -> None:
-        super().__init__(config, witness)
-        run = self.explain
-
-        def run_or_die(decoded: pa.Table) -> pa.Table:
-            if DEADLY in decoded.filter(decoded["pixels"].is_valid())["key"].to_pylist():
-                os._exit(1)
-            return run(decoded)
-
-        self.explain = run_or_die  # type: ignore[assignment]
+    def __call__(self, decoded: pa.Table) -> pa.Table:
+        if DEADLY in decoded.filter(decoded["pixels"].is_valid())["key"].to_pylist():
+            os._exit(1)
+        return super().__call__(decoded)
 
 
 @pytest.mark.parametrize("step", ["decode", "explain"])
 def test_an_image_that_kills_its_worker_becomes_a_row(
-    step: str, ray_session: None, shards: Path, local_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: str, ray_session: None, shards: Path, local_run: Path, tmp_path: Path
 ) -> None:
     arguments = command(shards, tmp_path / "run")
     job = explain.prepare(explain.parse(arguments), arguments)
@@ -235,8 +229,8 @@ def test_an_image_that_kills_its_worker_becomes_a_row(
     if step == "decode":
         job = job._replace(decode=DeadlyDecode(job.decode.preprocess))
     else:
-        monkeypatch.setattr(explain, "ExplainChunk", DeadlyExplainChunk)
-    for _ in explain.on_ray(job, job.run.pending()):
+        job = job._replace(stage=functools.partial(DeadlyExplain, *job.stage.args))
+    for _ in pipeline.on_ray(job, job.run.pending()):
         pass
     job.run.finish(0, 0.0)
     found = rows(tmp_path / "run", "images")

@@ -19,6 +19,7 @@ def test_an_example_worked_by_hand() -> None:
     sae.pre_bias.copy_(torch.tensor([1.0, 0.0]))
     sae.encoder.copy_(torch.tensor([[1.0, 0.0, 0.0, -1.0], [0.0, 1.0, 1.0, -1.0]]))
     sae.latent_bias.copy_(torch.tensor([0.0, 0.0, 1.0, 0.0]))
+    assert sae.decoder is not None
     sae.decoder.copy_(torch.tensor([[9.0, 9.0], [1.0, 0.0], [0.0, 1.0], [9.0, 9.0]]))
     x = torch.tensor([[2.0, 2.0]])
     code = sae.encode_sparse(x)

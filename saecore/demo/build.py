@@ -34,7 +34,7 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokeniz
 from saecore.demo import scenes as world
 from saecore.demo.figures import embed, sae_figures, text_embeddings, zero_shot
 from saecore.demo.lessons import FACETS, MEAN, PIXELS, STD, WORDS, Batch, make_batch, make_tokenizer, normalise
-from saecore.sae import SAE, SAEConfig, load_folder
+from saecore.sae import load_folder
 
 CLIP_FOLDER, SAE_FOLDER = Path(__file__).parent / "clip", Path(__file__).parent / "sae"
 
@@ -222,75 +222,24 @@ def save_clip(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, folder: Path
     ).save_pretrained(folder)
 
 
-# The SAE
+# The scenes that the SAE is trained on
 
 
 @dataclass(frozen=True)
-class SaeBuild:
-    """Train the small SAE on embeddings of fresh scenes."""
+class DrawScenes:
+    """Draw the scenes that the SAE is trained on, as tar shards for `jobs.embed`."""
 
     scenes: int = 40_000
-    """How many scenes to embed."""
-    latents: int = 160
-    """Number of latents."""
-    k: int = 16
-    """How many latents may fire for one image."""
-    steps: int = 4_000
-    """Optimiser steps."""
-    batch: int = 1024
-    """Embeddings a step."""
-    rate: float = 1e-3
-    """Peak learning rate of Adam; falls linearly to zero over the second half."""
-    embeddings: Path = Path("runs/demo-build/embeddings.npy")
-    """Cache of the embeddings; used if it exists, so remove it after another `clip`."""
-    clip: Path = CLIP_FOLDER
-    """Folder of the CLIP model."""
-    out: Path = SAE_FOLDER
-    """Folder for the finished SAE."""
+    """How many scenes."""
+    shards: int = 16
+    """Into how many tars."""
+    out: Path = Path("runs/scenes")
+    """Folder for the tars."""
 
 
-def train_sae(config: SaeBuild) -> None:
-    """TopK with unit-norm decoder rows; dead latents learn to explain what is left over (Gao et al. 2024, appendix A.2)."""
-    torch.manual_seed(0)
-    if config.embeddings.exists():
-        x = torch.from_numpy(np.load(config.embeddings))
-    else:
-        x = embed(CLIPModel.from_pretrained(config.clip), list(world.scenes(world.SEED_SAE, config.scenes)))
-        config.embeddings.parent.mkdir(parents=True, exist_ok=True)
-        np.save(config.embeddings, x.numpy())
-    d, n = x.shape[1], config.latents
-    sae = SAE(SAEConfig(d, n, config.k, source="python -m saecore.demo.build sae"))
-    sae.mean.copy_(x.mean(dim=0))
-    sae.scale.copy_(math.sqrt(d) / (x - sae.mean).square().sum(dim=1).mean().sqrt())
-    sae.decoder.data = F.normalize(torch.randn(n, d), dim=1)
-    sae.encoder.data = sae.decoder.data.T.clone()
-    optimiser = torch.optim.Adam(sae.parameters(), lr=config.rate)
-    often = torch.full((n,), 0.01)
-    for step in range(config.steps):
-        optimiser.param_groups[0]["lr"] = config.rate * min(1.0, 2 - 2 * step / config.steps)
-        u = sae.standardise(x[torch.randint(len(x), (config.batch,))])
-        p = (u - sae.pre_bias) @ sae.encoder + sae.latent_bias
-        top = p.topk(config.k, dim=1)
-        acts = torch.zeros_like(p).scatter(1, top.indices, top.values.relu())
-        left = u - acts @ sae.decoder - sae.pre_bias
-        loss = left.square().sum(dim=1).mean() / d
-        often = 0.9 * often + 0.1 * (acts > 0).float().mean(dim=0)
-        dead = often < 1 / 250  # what fires less often shows next to nothing among the demo's 512 images
-        if dead.any():
-            spare = p.masked_fill(~dead, -math.inf).topk(min(2 * config.k, int(dead.sum())), dim=1)
-            revived = torch.zeros_like(p).scatter(1, spare.indices, spare.values.relu())
-            left = left.detach()
-            loss = loss + (left - revived @ sae.decoder).square().mean() / left.square().mean() / 8
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        sae.decoder.data = F.normalize(sae.decoder.data, dim=1)
-        if (step + 1) % 1000 == 0:
-            print(
-                f"step {step + 1}: unexplained {left.square().sum(dim=1).mean() / d:.4f}, rare {int(dead.sum())}",
-                flush=True,
-            )
-    sae.save(config.out)
+def draw_scenes(config: DrawScenes) -> None:
+    world.write_shards(config.out, config.scenes, config.shards, seed=world.SEED_SAE)
+    print(f"{config.scenes} scenes in {config.shards} tars; written to {config.out}")
 
 
 @dataclass(frozen=True)
@@ -317,13 +266,13 @@ def evaluate(config: Evaluate) -> None:
 
 def main() -> None:
     steps = tyro.extras.subcommand_type_from_defaults(
-        {"clip": ClipBuild(), "sae": SaeBuild(), "evaluate": Evaluate()}  # the names on the command line
+        {"clip": ClipBuild(), "scenes": DrawScenes(), "evaluate": Evaluate()}  # the names on the command line
     )
     match tyro.cli(steps, description=__doc__):
         case ClipBuild() as config:
             train_clip(config)
-        case SaeBuild() as config:
-            train_sae(config)
+        case DrawScenes() as config:
+            draw_scenes(config)
         case Evaluate() as config:
             evaluate(config)
 

@@ -1,0 +1,225 @@
+"""Images, or the words of a vocabulary, to CLIP embeddings: projected, before any normalisation, float32.
+
+    python -m jobs.embed --images photos/ 'shards/*.tar' --clip openai/clip-vit-large-patch14 --out runs/photos-clip
+    python -m jobs.embed --text words.txt --clip openai/clip-vit-large-patch14 --out runs/words-clip
+
+Images take the flow of `jobs.pipeline`, with `saecore.stages.Embed` in its replicas, to a run with the table `images` alone:
+
+    plan -> decode (CPU tasks) -> CLIP (replicas) -> write (CPU tasks) -> progress -> memory map
+
+Its memory map, as MSAE's training reads it (`saecore.memmaps`), has a row for every image that was not refused, in the order
+of the run's chunks, which is that of image_id. Words are few: they are embedded in this process, to `texts.parquet` and a
+memory map in the vocabulary's order.
+
+Left out: resuming in the middle of a vocabulary.
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+import tyro
+
+from jobs import pipeline, session
+from saecore import memmaps, report, runs, schema
+from saecore.listing import list_shards
+from saecore.stages import Decode, Embed, EmbedConfig
+from saecore.storage import filesystem_of, join_uri, resolved, write_atomic
+
+if TYPE_CHECKING:
+    from saecore.text import TextTower
+
+TEXTS_FILE = "texts.parquet"
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments(pipeline.Arguments):
+    """Images, or the words of a vocabulary, to CLIP embeddings."""
+
+    text: str = ""
+    """Embed this vocabulary, one word a line, instead of images; in this process, without Ray. --limit counts words."""
+    templates: tuple[str, ...] = ("{}",)
+    """With --text: what each word is put into, at {}. Of several, the mean of their L2-normalised embeddings."""
+    name: str = ""
+    """First field of the memory map's file name; without it, the name of the out folder or of the vocabulary."""
+    split: str = "train"
+    """Third field of the memory map's file name, for images."""
+    no_npy: bool = False
+    """Leave the memory map away, and write Parquet alone."""
+
+    def check(self) -> None:
+        """See `pipeline.Arguments.check`."""
+        if bool(self.images) == bool(self.text):
+            raise ValueError("give either --images or --text")
+        if not self.clip:
+            raise ValueError("give --clip")
+        if wrong := [template for template in self.templates if "{}" not in template]:
+            raise ValueError(f"--templates {wrong[0]!r}: must hold {{}} where the word goes")
+        if not self.templates:
+            raise ValueError("--templates: give at least one")
+        if self.templates != ("{}",) and not self.text:
+            raise ValueError("--templates is for --text")
+        for field in ("name", "split"):
+            if "/" in getattr(self, field):
+                raise ValueError(f"--{field} {getattr(self, field)}: becomes part of a file's name, so no / in it")
+        super().check()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    return session.run_job(lambda: embed(sys.argv[1:] if argv is None else list(argv)))
+
+
+def parse(argv: list[str]) -> Arguments:
+    """The command line's arguments; SystemExit 2 for one that does not exist, ValueError for one that cannot be."""
+    arguments = tyro.cli(Arguments, args=argv, prog="python -m jobs.embed", config=(tyro.conf.FlagCreatePairsOff,))
+    arguments.check()
+    return arguments
+
+
+def embed(argv: list[str]) -> int:
+    """Check everything, run what is pending, say what came of it."""
+    with session.mistakes():
+        arguments = parse(argv)
+    with session.quiet(arguments.out):
+        if arguments.text:
+            return embed_vocabulary(arguments)
+        with session.mistakes():
+            job = prepare(arguments, argv)
+        if job is None:
+            return 0
+        pipeline.complete(job, arguments)
+        record = job.run.record()
+        shape = record["images"] - sum(record["refused"].values()), record["n_outputs"]
+        said = write_memory_map(
+            arguments, record["config"]["clip"], arguments.split, "image", shape, memmaps.image_rows(job.run.uri)
+        )
+    print(report.summary(arguments.out, record))
+    print(said)
+    return 0
+
+
+def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
+    """Resolve the arguments to a job, or print what it would be for --dry-run; ValueError for what the user can mend."""
+    from saecore.clip import load_tower
+
+    clip = pipeline.address(arguments.clip)
+    tower = load_tower(clip)
+    shards = list_shards(arguments.images)
+    pool = session.make_pool(arguments.replicas, arguments.gpus_per_replica, arguments.local or arguments.dry_run)
+    config = EmbedConfig(clip=clip, batch_size=arguments.batch_size, device=pool.device, threads=pool.threads)
+    parts = {"kind": "embed"} | pipeline.parts(arguments, shards, pool) | {"clip": tower.sha256()[:16]}
+    tags = {"clip": clip, "clip_sha256": parts["clip"]}
+    if arguments.dry_run:
+        how = [f"with CLIP {clip}, {tower.n_outputs} numbers per image"]
+        print(report.outline(pipeline.plan(arguments, shards), "embed", arguments.out, how))
+        return None
+    made_by = pipeline.made_by("jobs.embed", argv, config, arguments.images, pool) | {"n_outputs": tower.n_outputs}
+    make_plan = functools.partial(pipeline.plan, arguments, shards)
+    run = runs.open_run(resolved(arguments.out), parts, made_by, make_plan)
+    decode = Decode(tower.preprocess, arguments.max_pixels)
+    return pipeline.Job(run, decode, functools.partial(Embed, config), tags, pool)
+
+
+def embed_vocabulary(arguments: Arguments) -> int:
+    """A vocabulary to `texts.parquet` and its memory map; the same command again does nothing."""
+    from saecore import text  # and with it PyTorch
+
+    with session.mistakes():
+        vocabulary = text.read_vocabulary(arguments.text)
+        words = vocabulary.words[: arguments.limit or None]
+        clip = pipeline.address(arguments.clip)
+        tower = text.load_text_tower(clip)
+        device = session.make_pool(0, arguments.gpus_per_replica, local=True).device
+        parts = {
+            "kind": "texts",
+            "schema": schema.VERSION,
+            "clip": tower.sha256()[:16],
+            "templates": list(arguments.templates),
+            "words": f"{len(words)}, {runs.listing_hash(zip(words, strict=True))[:16]}",
+        }
+        done = holds_texts(arguments.out, parts)
+    print(f"{len(words):,} words; dropped: {vocabulary.blank:,} blank lines, {vocabulary.repeated:,} repeated words")
+    if arguments.dry_run:
+        print(f"would embed them in {len(arguments.templates)} templates into {arguments.out}\nwith CLIP {clip}")
+        return 0
+    if done:
+        print(f"{arguments.out} is complete: nothing to do")
+    else:
+        tags = {"clip": clip, "clip_sha256": parts["clip"], "templates": json.dumps(arguments.templates)}
+        table = texts(tower, words, arguments, device).replace_schema_metadata(tags | {"parts": json.dumps(parts)})
+        address = join_uri(arguments.out, TEXTS_FILE)
+        write_atomic(address, runs.parquet_bytes(table, runs.ROW_GROUP_ROWS["images"]))
+    shape = len(words), tower.n_outputs
+    stored = read_texts(arguments.out)["embedding"].combine_chunks().flatten().to_numpy().reshape(shape)
+    print(f"on disk       {TEXTS_FILE} in {arguments.out}")
+    print(write_memory_map(arguments, clip, "-1", "text", shape, [stored]))
+    return 0
+
+
+def texts(tower: "TextTower", words: list[str], arguments: Arguments, device: str) -> pa.Table:
+    """schema.TEXTS, with a progress line; says how many texts were cut."""
+    from saecore.text import embed_words
+
+    size, templates = arguments.batch_size, arguments.templates
+    progress = session.Progress(len(words), 0, "words")
+    found, cut = [], 0
+    for start in range(0, len(words), size):
+        block = words[start : start + size]
+        found.append(embed_words(tower, block, templates, size, device))
+        cut += tower.too_long([template.replace("{}", word) for word in block for template in templates])
+        progress.add(len(block), 0)
+    progress.close()
+    if cut:
+        print(f"{cut:,} texts are longer than the {tower.n_tokens} tokens of this CLIP: cut there")
+    embeddings = pa.array(np.concatenate(found).ravel())
+    ends = pa.array(np.arange(len(words) + 1) * tower.n_outputs, pa.int32())
+    lists = pa.ListArray.from_arrays(ends, embeddings, type=schema.TEXTS.field("embedding").type)
+    return pa.Table.from_arrays([pa.array(words, pa.string()), lists], schema=schema.TEXTS)
+
+
+def holds_texts(out: str, parts: dict[str, Any]) -> bool:
+    """Whether `out` holds these texts already; ValueError if it holds others, or a run over images."""
+    filesystem, folder = filesystem_of(out)
+    if filesystem.get_file_info(f"{folder}/run.json").type != pyarrow.fs.FileType.NotFound:
+        raise ValueError(f"--out {out} holds a run over images; name another folder for words")
+    if filesystem.get_file_info(f"{folder}/{TEXTS_FILE}").type == pyarrow.fs.FileType.NotFound:
+        return False
+    runs.refuse_other(out, json.loads((read_texts(out).schema.metadata or {}).get(b"parts", b"{}")), parts)
+    return True
+
+
+def read_texts(out: str) -> pa.Table:
+    """texts.parquet."""
+    filesystem, folder = filesystem_of(out)
+    return pq.read_table(f"{folder}/{TEXTS_FILE}", filesystem=filesystem)
+
+
+def write_memory_map(
+    arguments: Arguments, clip: str, split: str, kind: str, shape: tuple[int, int], rows: Iterable[np.ndarray]
+) -> str:
+    """The memory map in the out folder, unless it is there; returns the line that says what came of it."""
+    filesystem, folder = filesystem_of(arguments.out)
+    if arguments.no_npy:
+        return "memory map    none, as --no-npy asks"
+    if not isinstance(filesystem, pyarrow.fs.LocalFileSystem):
+        return f"memory map    none: {arguments.out} is no local folder, and what is elsewhere cannot be mapped"
+    if not shape[0]:
+        return "memory map    none: every image was refused"
+    name = arguments.name or (Path(arguments.text).stem if arguments.text else Path(folder).name)
+    target = Path(folder, memmaps.file_name(name, clip, split, kind, shape))
+    if not target.exists():
+        memmaps.write(target, rows, shape)
+    return f"memory map    {target.name}: raw float32 {shape[0]:,} x {shape[1]:,}, no npy header"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

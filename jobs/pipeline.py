@@ -1,0 +1,259 @@
+"""What jobs over images share: their arguments, the three steps of the flow, on Ray Data or in this process.
+
+One row of Ray Data per chunk of images; a job brings the stage that its replicas hold:
+
+    plan -> decode_chunk (CPU tasks) -> Replica (actors) -> write_chunk (CPU tasks) -> progress
+
+Left out: what a stage computes (`saecore.stages`), and what a job does before and after (`jobs.explain`, `jobs.embed`).
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import shlex
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jobs import session
+from saecore import runs, schema
+from saecore.images import MAX_PIXELS
+from saecore.isolation import Suspects, Witness, pieces, refuse
+from saecore.listing import Shard
+from saecore.shards import plan_chunks, read_chunk
+from saecore.stages import Decode
+from saecore.storage import resolved
+
+MAX_BLOCKS = 10_000
+"""Blocks of the pipeline's input: one per chunk up to here, then several chunks each, since Ray's driver tracks every block."""
+
+DECODE_MEMORY = 512 << 20
+"""Bytes of memory asked for to decode a chunk: 64 MiB encoded, 77 MB of pixels for 512 images at 224, in two copies."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What every job over images is told."""
+
+    out: str
+    """Folder of the run, local or s3:// or gs://. The same command again resumes it."""
+    images: tuple[str, ...] = ()
+    """Tar shards, folders, Parquet files or single images: paths, globs, s3:// or gs:// addresses."""
+    clip: str = ""
+    """CLIP: a Hugging Face id, a folder in transformers format, or `demo`."""
+    batch_size: int = 64
+    """Images per forward of a replica. Changes speed and memory, not results."""
+    chunk_size: int = 512
+    """Images per chunk, the unit of work, retry and commitment."""
+    replicas: int = 0
+    """Actors that hold the models; 0 is as many as the GPUs carry, or one where there is no GPU."""
+    gpus_per_replica: float = -1.0
+    """GPUs per replica, may be a fraction; -1 is 1 where there are GPUs and 0 elsewhere."""
+    limit: int = 0
+    """Take only the first so many images of the plan; 0 is all."""
+    image_column: str = ""
+    """Parquet column that holds the images, where it cannot be guessed."""
+    max_pixels: int = MAX_PIXELS
+    """Pixels above which an image is refused before it is decoded."""
+    local: bool = False
+    """Run in this process, without Ray."""
+    dry_run: bool = False
+    """Say what would be done, and do nothing."""
+
+    def check(self) -> None:
+        """ValueError for what contradicts itself. Not at construction: tyro would draw a box around the sentence."""
+        self.at_least(batch_size=1, chunk_size=1, replicas=0, limit=0, max_pixels=1)
+        if self.max_pixels > MAX_PIXELS:
+            raise ValueError(
+                f"--max-pixels {self.max_pixels}: at most {MAX_PIXELS}, above which Pillow decodes nothing"
+            )
+
+    def at_least(self, **least: int) -> None:
+        """ValueError for an argument below its least value."""
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {value}")
+
+
+# ---- The three steps: a one-row table in, a new one out.
+
+
+class Stage(Protocol):
+    """DECODED -> a payload that `Run.write_chunk` takes."""
+
+    step: str
+
+    def __call__(self, decoded: pa.Table) -> pa.Table: ...
+
+
+def decode_chunk(row: pa.Table, decode: Decode, witness: Witness) -> pa.Table:
+    """PLAN -> chunk_id, payload (DECODED), seconds. Encoded images are read as a stream and dropped once decoded."""
+    chunk = row.to_pylist()[0]
+    chunk_id, clock = chunk["chunk_id"], session.Clock()
+    work = witness.begin("decode", chunk_id, chunk["end"] - chunk["start"])
+    parts, position = [], 0
+    for raw in clock.each("read", "decode", read_chunk(chunk)):
+        for start, end in pieces(witness, "decode", chunk_id, work, position, position + raw.num_rows):
+            parts.append(decode(refuse(raw.slice(start - position, end - start), start, work.refused, "data")))
+        position += raw.num_rows
+    witness.done("decode", chunk_id)
+    return _pack(chunk_id, pa.concat_tables(parts), clock.seconds)
+
+
+class Replica:
+    """chunk_id, payload (DECODED), seconds -> the same with the stage's output. Its models stay on its device."""
+
+    def __init__(self, stage: Callable[[], Stage], witness: Witness) -> None:
+        self.stage = stage()
+        self.witness = witness
+
+    def __call__(self, row: pa.Table) -> pa.Table:
+        chunk_id, decoded, seconds = _unpack(row)
+        step, clock = self.stage.step, session.Clock()
+        work = self.witness.begin(step, chunk_id, decoded.num_rows)
+        parts = [
+            self.stage(refuse(decoded.slice(start, end - start), start, work.refused, "pixels"))
+            for start, end in pieces(self.witness, step, chunk_id, work, 0, decoded.num_rows)
+        ]
+        self.witness.done(step, chunk_id)
+        clock.lap(step)
+        return _pack(chunk_id, pa.concat_tables(parts), seconds | clock.seconds)
+
+
+def write_chunk(row: pa.Table, run: runs.Run, tags: dict[str, str]) -> pa.Table:
+    """chunk_id, payload, seconds -> images, refused: a small row for the driver. The chunk is committed."""
+    chunk_id, payload, seconds = _unpack(row)
+    commit = run.write_chunk(chunk_id, payload, seconds, tags)
+    return pa.table({"images": [commit.images], "refused": [sum(commit.refused.values())]})
+
+
+def _pack(chunk_id: int, table: pa.Table, seconds: dict[str, float]) -> pa.Table:
+    return pa.table({"chunk_id": [chunk_id], "payload": schema.pack(table), "seconds": [json.dumps(seconds)]})
+
+
+def _unpack(row: pa.Table) -> tuple[int, pa.Table, dict[str, float]]:
+    return row["chunk_id"][0].as_py(), schema.unpack(row["payload"]), json.loads(row["seconds"][0].as_py())
+
+
+# ---- The flow.
+
+
+class Job(NamedTuple):
+    """A checked command, ready to run."""
+
+    run: runs.Run
+    decode: Decode
+    stage: functools.partial[Any]
+    """Makes a replica's `Stage` in the replica's own process."""
+    tags: dict[str, str]
+    pool: session.Pool
+
+
+def on_ray(job: Job, pending: pa.Table) -> Iterator[dict[str, Any]]:
+    """The three steps as a Ray Data pipeline; yields the rows of `write_chunk` as they come."""
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    witness = session.RemoteSuspects()
+    per_block = math.ceil(pending.num_rows / MAX_BLOCKS)
+    blocks = [pending.slice(start, per_block) for start in range(0, pending.num_rows, per_block)]
+    results = (
+        ray.data.from_arrow(blocks)
+        .map_batches(
+            decode_chunk,
+            fn_args=(job.decode, witness),
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=1,
+            # What a chunk takes, and a demand that differs from the replica's: Ray would fuse the two, and decode there.
+            memory=DECODE_MEMORY,
+        )
+        .map_batches(
+            Replica,
+            fn_constructor_args=(job.stage, witness),
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=job.pool.replicas),
+            num_cpus=job.pool.cpus_per_replica,
+            num_gpus=job.pool.gpus_per_replica,
+        )
+        .map_batches(write_chunk, fn_args=(job.run, job.tags), batch_size=1, batch_format="pyarrow", num_cpus=1)
+    )
+    yield from results.iter_rows()
+
+
+def in_process(job: Job, pending: pa.Table) -> Iterator[dict[str, Any]]:
+    """The same three steps one after the other, without Ray."""
+    witness = Suspects()
+    replica = Replica(job.stage, witness)
+    for index in range(pending.num_rows):
+        decoded = decode_chunk(pending.slice(index, 1), job.decode, witness)
+        yield write_chunk(replica(decoded), job.run, job.tags).to_pylist()[0]
+
+
+def complete(job: Job, arguments: Arguments) -> bool:
+    """Run what is pending and close the run; False if it was complete before."""
+    pending = job.run.pending()
+    if not pending.num_rows:
+        print(f"{arguments.out} is complete: nothing to do")
+        if job.run.record()["status"] == "complete":
+            return False
+        job.run.finish(0, 0.0)  # stopped between the last chunk and the end
+        return True
+    total, left = (pc.sum(pc.subtract(chunks["end"], chunks["start"])).as_py() for chunks in (job.run.plan(), pending))
+    if left < total:
+        print(f"resuming: {total - left:,} of {total:,} images are done")
+    flow = in_process if arguments.local else on_ray
+    progress = session.Progress(total, total - left)
+    try:
+        for row in flow(job, pending):
+            progress.add(row["images"], row["refused"])
+    except (Exception, KeyboardInterrupt):
+        progress.close()
+        print("stopped: the same command resumes from here")
+        raise
+    progress.close()
+    job.run.finish(left, progress.seconds())
+    return True
+
+
+# ---- What a job's `prepare` puts together.
+
+
+def address(name: str) -> str:
+    """A model's address as it may travel: a path made absolute, anything else as it stands."""
+    return resolved(name) if Path(name).exists() else name
+
+
+def plan(arguments: Arguments, shards: Sequence[Shard]) -> pa.Table:
+    """The chunks of a new run."""
+    return plan_chunks(shards, arguments.chunk_size, arguments.limit or None, arguments.image_column or None)
+
+
+def parts(arguments: Arguments, shards: Sequence[Shard], pool: session.Pool) -> dict[str, Any]:
+    """What every run's fingerprint is made of, beside its models."""
+    return {
+        "schema": schema.VERSION,
+        "dtype": "bfloat16" if pool.device == "cuda" else "float32",
+        "max-pixels": arguments.max_pixels,
+        "chunk-size": arguments.chunk_size,
+        "limit": arguments.limit,
+        "inputs": f"{len(shards)} shards, {sum(shard.bytes for shard in shards):,} bytes, {runs.listing_hash(shards)[:16]}",
+    }
+
+
+def made_by(module: str, argv: Sequence[str], config: Any, images: Sequence[str], pool: session.Pool) -> dict[str, Any]:
+    """What run.json says of a run's making, whatever it makes."""
+    return {
+        "command": shlex.join(["python", "-m", module, *argv]),
+        "config": dataclasses.asdict(config) | {"images": list(images)},
+        "replicas": pool.replicas,
+        "versions": session.versions(),
+        "git_commit": session.git_commit(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }

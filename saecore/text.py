@@ -1,0 +1,125 @@
+"""Words -> CLIP text embeddings: the text tower from transformers, a vocabulary file, templates.
+
+The forward is transformers' own, in float32 everywhere: a vocabulary is embedded once, and small.
+
+Left out: an exact account of a text (relevance over its tokens), bfloat16.
+
+Shapes: N texts, E embedding width.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.nn.functional import normalize
+from transformers import AutoTokenizer, CLIPTextModelWithProjection
+
+from saecore.clip import hash_of, load_half
+from saecore.storage import filesystem_of
+
+
+class Vocabulary(NamedTuple):
+    """A file of words, one a line."""
+
+    words: list[str]
+    """In the file's order, each once, without blanks around it."""
+    blank: int
+    """Lines dropped since nothing is on them."""
+    repeated: int
+    """Lines dropped since their word came before."""
+
+
+def read_vocabulary(uri: str) -> Vocabulary:
+    """UTF-8, one word or phrase a line; ValueError if there is no such file, or nothing in it."""
+    filesystem, path = filesystem_of(uri)
+    try:
+        with filesystem.open_input_stream(path) as stream:
+            lines = stream.read().decode("utf-8-sig").split("\n")
+    except OSError as error:
+        raise ValueError(f"--text {uri} cannot be read: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text {uri} is not UTF-8: byte {error.start} is {error.object[error.start]:#x}") from error
+    if lines[-1] == "":  # what follows the last line's end is no line
+        lines.pop()
+    stripped = [line.strip() for line in lines]
+    words = list(dict.fromkeys(word for word in stripped if word))
+    if not words:
+        raise ValueError(f"--text {uri} holds no words")
+    blank = stripped.count("")
+    return Vocabulary(words, blank, len(stripped) - blank - len(words))
+
+
+class TextTower(torch.nn.Module):
+    """The text side of a CLIP model: texts in, embeddings out."""
+
+    def __init__(self, model: CLIPTextModelWithProjection, tokenizer: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        # Not the tokenizer's own limit, which some checkpoints leave out and others have larger.
+        self.n_tokens: int = model.config.max_position_embeddings
+        self.n_outputs: int = model.config.projection_dim
+
+    def forward(self, texts: Sequence[str]) -> torch.Tensor:
+        """Texts -> float32 (N, E), not L2-normalised. What is longer than the tower is cut by the tokenizer."""
+        tokens = self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self.n_tokens, return_tensors="pt"
+        )
+        place = self.model.device
+        embeds = self.model(
+            tokens["input_ids"].to(place), attention_mask=tokens["attention_mask"].to(place)
+        ).text_embeds
+        assert isinstance(embeds, torch.Tensor)
+        return embeds
+
+    def too_long(self, texts: Sequence[str]) -> int:
+        """How many texts are cut."""
+        return sum(len(ids) > self.n_tokens for ids in self.tokenizer(list(texts), verbose=False)["input_ids"])
+
+    def sha256(self) -> str:
+        """Hash of everything that changes an embedding: weights, configuration, the tokenizer's vocabulary."""
+        config = self.model.config
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        described = (
+            config.num_attention_heads,
+            config.layer_norm_eps,
+            config.hidden_act,
+            config.eos_token_id,
+            vocabulary,
+        )
+        return hash_of(described, self.model)
+
+
+def load_text_tower(model_id: str, revision: str | None = None) -> TextTower:
+    """The text tower of a Hub id, a local directory, or `demo`; errors as `saecore.clip.load_tower`'s."""
+    return TextTower(*load_half(CLIPTextModelWithProjection, _load_tokenizer, model_id, revision))
+
+
+def _load_tokenizer(source: str, revision: str | None) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision)
+    except (ValueError, TypeError, KeyError) as error:  # which one differs with what is missing
+        raise OSError(f"its tokenizer cannot be loaded ({' '.join(str(error).split())})") from error
+
+
+def embed_texts(tower: TextTower, texts: Sequence[str], batch_size: int = 64, device: str = "cpu") -> np.ndarray:
+    """float32 (N, E), not L2-normalised."""
+    tower = tower.to(device)
+    with torch.inference_mode():
+        parts = [tower(texts[start : start + batch_size]).cpu().numpy() for start in range(0, len(texts), batch_size)]
+    return np.concatenate([np.zeros((0, tower.n_outputs), np.float32), *parts])
+
+
+def embed_words(
+    tower: TextTower, words: Sequence[str], templates: Sequence[str], batch_size: int = 64, device: str = "cpu"
+) -> np.ndarray:
+    """float32 (N, E): one template's embeddings as they are; of several, the mean of each one's L2-normalised embeddings.
+
+    That mean is not normalised again: a word whose templates disagree has a shorter one.
+    """
+    # replace, not format: a word may hold braces.
+    found = [embed_texts(tower, [t.replace("{}", word) for word in words], batch_size, device) for t in templates]
+    if len(found) == 1:
+        return found[0]
+    return normalize(torch.from_numpy(np.stack(found)), dim=-1).mean(0).numpy()
