@@ -3,6 +3,7 @@
 Left out: pages for every latent and image.
 """
 
+import io
 import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -180,6 +181,72 @@ def outline(plan: pa.Table, verb: str, out: str, how: Sequence[str]) -> str:
     held = f"{n_images:,} images of {n_shards:,} shards in {plan.num_rows:,} chunks"
     lines = [f"would {verb} {held} into {out}", *how]
     return "\n".join([*lines, f"{damaged} shards are damaged"] if damaged else lines)
+
+
+# ---- Training.
+
+
+COLUMNS = (
+    ("step", ",d"),
+    ("loss", ".4f"),
+    ("fvu", ".4f"),
+    ("cosine", ".4f"),
+    ("l0", ".1f"),
+    ("dead", ".1%"),
+    ("cknna", ".3f"),
+)
+
+
+def training_header() -> str:
+    """The head of the lines that follow."""
+    return "".join(f"{name:>10}" for name, _ in COLUMNS)
+
+
+def training_line(row: Mapping[str, Any]) -> str:
+    """One evaluation, as a person reads it."""
+    return "".join(f"{row[name]:>10{form}}" for name, form in COLUMNS)
+
+
+def training_plot(rows: list[dict[str, Any]]) -> bytes:
+    """The course of a training as a PNG: loss, unexplained variance, firing and dead latents over embeddings seen."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots(2, 2)
+    seen = [row["embeddings"] for row in rows]
+    titles = {"loss": "training loss", "fvu": "FVU, held out", "l0": "L0, held out", "dead": "dead latents, held out"}
+    for axis, (name, title) in zip(axes.flat, titles.items(), strict=True):
+        axis.plot(seen, [row[name] for row in rows], color="#e2580c", linewidth=1.8, marker="o", markersize=3)
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.set_xlabel("embeddings seen", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        if name in ("loss", "fvu") and min(row[name] for row in rows) > 0:
+            axis.set_yscale("log")
+    content = io.BytesIO()
+    figure.savefig(content, dpi=120)
+    return content.getvalue()
+
+
+def training_summary(record: Mapping[str, Any], out: str) -> str:
+    """training.json, as a person reads it, and what to do next."""
+    figures, recipe = record["figures"], record["recipe"]
+    curve = ", ".join(f"{row['fvu']:.4f} at k = {row['k']}" for row in record["recovery"])
+    lines = [
+        f"SAE           {recipe['architecture']}, {recipe['latents']:,} latents on width {record['width']}",
+        f"trained on    {record['rows'] - record['held-out']:,} embeddings, "
+        f"{record['steps']:,} steps of {recipe['batch_size']:,} in {record['seconds']:.0f} s",
+        f"held out      {figures['images']:,}: FVU {figures['fvu']:.4f}, cosine {figures['cosine']:.4f}, "
+        f"L0 {figures['l0']:.1f}, dead {figures['dead']:.1%}, CKNNA {figures['cknna']:.3f}",
+        f"FVU           {curve}",
+    ]
+    if record["unit_norm"]:
+        lines.append(
+            "warning       every embedding has length 1: SAEs for CLIP are trained on embeddings before normalisation, "
+            "as jobs.embed writes them"
+        )
+    return "\n".join([*lines, f"\nUse it: --sae {out}"])
 
 
 def _bytes(count: int) -> str:

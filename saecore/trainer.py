@@ -7,6 +7,7 @@ With several processes each takes every `world`-th row of the same batches and g
 changes results by rounding only (batchtopk chooses within a process's part).
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,16 +40,16 @@ class Worker(NamedTuple):
 class Trainer:
     """An SAE, its optimiser and what they remember."""
 
-    def __init__(self, recipe: Recipe, width: int, seen: Survey, worker: Worker, rows: int, source: str = "") -> None:
+    def __init__(self, recipe: Recipe, width: int, seen: Survey, worker: Worker) -> None:
         self.recipe, self.worker, self.step = recipe, worker, 0
         torch.manual_seed(recipe.seed)
-        self.sae = initial(recipe, width, seen, source).to(worker.device)
+        self.sae = initial(recipe, width, seen).to(worker.device)
         self.parameters = [parameter for parameter in self.sae.parameters() if parameter.requires_grad]
         self.optimiser = torch.optim.AdamW(
             self.parameters, lr=recipe.peak_rate(), eps=6.25e-10, weight_decay=0.0, fused=True
         )
         self.average = [parameter.detach().clone() for parameter in self.parameters] if recipe.ema else []
-        self.dead_after = recipe.dead_after or min(rows, MAX_DEAD_AFTER)
+        self.dead_after = recipe.dead_after or min(seen.rows - len(seen.held_out), MAX_DEAD_AFTER)
         self.silent = torch.zeros(recipe.latents, dtype=torch.int64, device=worker.device)
         """Embeddings since each latent fired."""
 
@@ -155,9 +156,11 @@ class Trainer:
         self.average = [tensor.to(self.worker.device) for tensor in state["average"]]
         self.silent = state["silent"].to(self.worker.device)
 
-    def finished(self, sample: Tensor) -> SAE:
+    def finished(self, sample: Tensor, source: str = "") -> SAE:
         """The SAE as it would be saved now: averaged where asked for, and calibrated where it needs a threshold."""
-        sae = SAE(self.sae.config).to(self.worker.device).requires_grad_(False).eval()
+        sae = (
+            SAE(dataclasses.replace(self.sae.config, source=source)).to(self.worker.device).requires_grad_(False).eval()
+        )
         sae.load_state_dict(self.sae.state_dict())
         for own, average in zip(sae.parameters(), self.average, strict=bool(self.average)):
             own.copy_(average)
@@ -166,9 +169,9 @@ class Trainer:
         return sae
 
 
-def initial(recipe: Recipe, width: int, seen: Survey, source: str = "") -> SAE:
+def initial(recipe: Recipe, width: int, seen: Survey) -> SAE:
     """An untrained SAE: random unit decoder rows, encoder their transpose, standardisation from the survey."""
-    sae = SAE(recipe.sae(width, source))
+    sae = SAE(recipe.sae(width))
     atoms = F.normalize(torch.randn(recipe.latents, width), dim=-1)
     with torch.no_grad():
         sae.encoder.copy_(atoms.T)

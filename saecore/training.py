@@ -18,7 +18,7 @@ import math
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 import pyarrow.csv
@@ -26,12 +26,17 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 import torch
 
-from saecore.embeddings import Batches, Embeddings, Survey, survey
+from saecore.embeddings import Batches, Survey, open_embeddings, survey
 from saecore.quality import quality, recovery
 from saecore.recipe import Recipe, pace
 from saecore.sae import SAE
 from saecore.storage import filesystem_of, join_uri, write_atomic
 from saecore.trainer import Trainer, Worker
+
+CHECKPOINT_FILE, TRAINING_FILE = "checkpoint.pt", "training.json"
+
+STARTED = {"metrics.parquet", "metrics.csv", "run.log", "ray"}
+"""What a training may leave before its first checkpoint."""
 
 MAX_HELD_OUT = 16_384
 """Rows held out by default at most: figures on so many are steady in the third digit."""
@@ -49,77 +54,132 @@ class Course:
     """Minutes between checkpoints; there is one at the end too."""
 
 
-class Progress:
-    """Told of every step; `stop` asks for a checkpoint and an early end."""
+class Progress(Protocol):
+    """Who follows a training."""
 
     def step(self, done: int, total: int, figures: dict[str, Any] | None) -> None:
-        """`done` of `total` steps; `figures` are the newest evaluation's, once."""
+        """`done` of `total` steps; `figures` are the evaluation's, where there was one."""
 
     def stop(self) -> bool:
-        """Asked after every step, in the first process only."""
+        """Whether to save and stop; for a training in one process only, since others would wait for it."""
+
+
+class Silence:
+    """A `Progress` that says nothing and lets it run."""
+
+    def step(self, done: int, total: int, figures: dict[str, Any] | None) -> None:
+        """See `Progress`."""
+
+    def stop(self) -> bool:
+        """See `Progress`."""
         return False
 
 
-def fit(
-    recipe: Recipe,
-    source: Embeddings,
-    out: str,
-    course: Course,
-    worker: Worker,
-    progress: Progress,
-    made_by: dict[str, Any],
-) -> dict[str, Any] | None:
-    """Train to the end and write everything, or resume; returns training.json's content, None if stopped before.
+class Plan(NamedTuple):
+    """A checked order to train: small, and may travel to other processes."""
 
-    ValueError, in one sentence, for a recipe that does not fit the embeddings and for an OUT that holds another training.
-    """
+    recipe: Recipe
+    embeddings: str
+    column: str
+    out: str
+    course: Course
+    parts: dict[str, Any]
+    """What changes results: recipe, embeddings, held-out rows."""
+
+
+def make_plan(recipe: Recipe, embeddings: str, column: str, out: str, course: Course, workers: int = 1) -> Plan:
+    """ValueError, in one sentence, if recipe and embeddings do not fit, or OUT holds another training or other files."""
+    source = open_embeddings(embeddings, column)
     rows = int(source.block_rows.sum())
     held_out = min(rows // 10, MAX_HELD_OUT) if course.held_out < 0 else course.held_out
     if held_out < 1:
-        raise ValueError(f"--held-out {held_out}: {rows} embeddings, of which at least one must be held out")
+        raise ValueError(f"--held-out {held_out}: of {rows} embeddings at least one must be held out")
     if rows - held_out < recipe.batch_size:
-        raise ValueError(f"--batch-size {recipe.batch_size}: only {rows - held_out:,} embeddings to train on")
-    if recipe.batch_size % worker.world:
-        raise ValueError(f"--batch-size {recipe.batch_size} cannot be shared evenly by {worker.world} workers")
-    parts = {
-        "recipe": json.loads(json.dumps(dataclasses.asdict(recipe))),
-        "embeddings": source.identity,
-        "held-out": held_out,
-    }
-    state = _checkpoint(out, parts)
-    seen = survey(source, held_out, recipe.seed)
-    batches = Batches(source, seen.held_out, recipe.batch_size, recipe.seed)
-    total = math.ceil(recipe.epochs * batches.steps_per_epoch)
-    trainer = Trainer(recipe, source.width, seen, worker, rows - held_out, made_by.get("command", ""))
-    log = _Log(state["history"], state["loss"], state["seconds"]) if state else _Log([], 0.0, 0.0)
-    if state:
-        trainer.restore(state["trainer"])
-    evaluate_at = {math.ceil(total * (i + 1) / course.evaluations) for i in range(course.evaluations)} | {total}
-    saved = mark = time.monotonic()
-    figures: dict[str, Any] | None = None
-    for batch in batches.start(trainer.step):
-        if trainer.step >= total:
-            break
-        log.loss += trainer.train(batch, total)
-        log.seconds, mark = log.seconds + time.monotonic() - mark, time.monotonic()
-        if worker.rank:
-            continue
-        if trainer.step in evaluate_at:
-            figures = log.evaluate(trainer, seen, total)
-            _write_metrics(out, log.history)
-        progress.step(trainer.step, total, figures)
-        figures, stop = None, progress.stop()
-        if trainer.step == total or stop or time.monotonic() - saved > 60 * course.checkpoint_minutes:
-            _save(out, {"parts": parts, "trainer": trainer.state(), **log.state()})
-            saved = time.monotonic()
-        mark = time.monotonic()  # what evaluation and saving took is not training
-        if stop and trainer.step < total:
-            return None
-    if worker.rank:
+        raise ValueError(
+            f"--batch-size {recipe.batch_size}: there are {max(0, rows - held_out):,} embeddings to train on"
+        )
+    if recipe.batch_size % workers:
+        raise ValueError(f"--batch-size {recipe.batch_size} cannot be shared evenly by {workers} workers")
+    parts = {"recipe": dataclasses.asdict(recipe), "embeddings": source.identity, "held-out": held_out}
+    plan = Plan(
+        recipe, embeddings, column, out, course, json.loads(json.dumps(parts))
+    )  # lists for tuples, as it is read back
+    _saved(plan)
+    return plan
+
+
+def completed(plan: Plan) -> dict[str, Any] | None:
+    """The record of a training that is done."""
+    filesystem, path = filesystem_of(join_uri(plan.out, TRAINING_FILE))
+    if filesystem.get_file_info(path).type == pyarrow.fs.FileType.NotFound:
         return None
-    return _finish(
-        trainer, seen, out, log, {**parts, "status": "complete", "steps": total, "workers": worker.world, **made_by}
-    )
+    with filesystem.open_input_stream(path) as stream:
+        return json.loads(stream.read())
+
+
+class Training:
+    """A plan at work in one process."""
+
+    def __init__(self, plan: Plan, worker: Worker) -> None:
+        """Reads all embeddings once; ValueError if they hold what nothing can be learnt from."""
+        self.plan, self.worker = plan, worker
+        recipe, held_out = plan.recipe, plan.parts["held-out"]
+        source = open_embeddings(plan.embeddings, plan.column)
+        self.seen = survey(source, held_out, recipe.seed)
+        self.batches = Batches(source, self.seen.held_out, recipe.batch_size, recipe.seed)
+        self.total = math.ceil(recipe.epochs * self.batches.steps_per_epoch)
+        self.trainer = Trainer(recipe, source.width, self.seen, worker)
+        state = _saved(plan)
+        self.log = _Log(state["history"], state["loss"], state["seconds"]) if state else _Log([], 0.0, 0.0)
+        if state:
+            self.trainer.restore(state["trainer"])
+
+    def run(self, progress: Progress, made_by: dict[str, Any]) -> dict[str, Any] | None:
+        """Train to the end and write everything; returns the record, None if stopped before, or not the first process."""
+        course, log, trainer = self.plan.course, self.log, self.trainer
+        evaluate_at = {math.ceil(self.total * (i + 1) / course.evaluations) for i in range(course.evaluations)}
+        saved = mark = time.monotonic()
+        for batch in self.batches.start(trainer.step):
+            if trainer.step >= self.total:
+                break
+            log.loss += trainer.train(batch, self.total)
+            log.seconds += time.monotonic() - mark
+            if not self.worker.rank:
+                figures = None
+                if trainer.step in evaluate_at:
+                    figures = log.evaluate(trainer, self.seen, self.total)
+                    _write_metrics(self.plan.out, log.history)
+                progress.step(trainer.step, self.total, figures)
+                stop = progress.stop()
+                if stop or trainer.step == self.total or time.monotonic() - saved > 60 * course.checkpoint_minutes:
+                    state = {"parts": self.plan.parts, "trainer": trainer.state(), **log.state()}
+                    _save(self.plan.out, state)
+                    saved = time.monotonic()
+                if stop and trainer.step < self.total:
+                    return None
+            mark = time.monotonic()  # what evaluation and saving took is not training
+        return None if self.worker.rank else self._finish(made_by)
+
+    def _finish(self, made_by: dict[str, Any]) -> dict[str, Any]:
+        sample, evaluation = (
+            torch.from_numpy(rows).to(self.worker.device) for rows in (self.seen.sample, self.seen.evaluation)
+        )
+        sae, k = self.trainer.finished(sample, made_by.get("command", "")), self.plan.recipe.k
+        save_sae(sae, self.plan.out)
+        record = {
+            **self.plan.parts,
+            "rows": self.seen.rows,
+            "width": sae.config.n_inputs,
+            "unit_norm": self.seen.unit_norm,
+            "steps": self.total,
+            "workers": self.worker.world,
+            "seconds": round(self.log.seconds, 1),
+            "figures": self.log.history[-1],
+            "recovery": recovery(sae, evaluation, [max(1, k // 2), k, 2 * k, 4 * k]),
+            **made_by,
+        }
+        write_atomic(join_uri(self.plan.out, TRAINING_FILE), (json.dumps(record, indent=2) + "\n").encode())
+        return record
 
 
 class _Log:
@@ -151,21 +211,6 @@ class _Log:
         return row
 
 
-def _finish(trainer: Trainer, seen: Survey, out: str, log: _Log, record: dict[str, Any]) -> dict[str, Any]:
-    device = trainer.worker.device
-    sae = trainer.finished(torch.from_numpy(seen.sample).to(device))
-    save_sae(sae, out)
-    k = trainer.recipe.k
-    record |= {
-        "rows": seen.rows,
-        "figures": log.history[-1],
-        "recovery": recovery(sae, torch.from_numpy(seen.evaluation).to(device), [max(1, k // 2), k, 2 * k, 4 * k]),
-        "seconds": round(log.seconds, 1),
-    }
-    write_atomic(join_uri(out, "training.json"), (json.dumps(record, indent=2) + "\n").encode())
-    return record
-
-
 def save_sae(sae: SAE, out: str) -> None:
     """Write an SAE's files into a folder on any pyarrow filesystem, each whole or not at all."""
     with tempfile.TemporaryDirectory() as folder:
@@ -177,27 +222,29 @@ def save_sae(sae: SAE, out: str) -> None:
 def _save(out: str, state: dict[str, Any]) -> None:
     content = io.BytesIO()
     torch.save(state, content)
-    write_atomic(join_uri(out, "checkpoint.pt"), content.getvalue())
+    write_atomic(join_uri(out, CHECKPOINT_FILE), content.getvalue())
 
 
-def _checkpoint(out: str, parts: dict[str, Any]) -> dict[str, Any] | None:
+def _saved(plan: Plan) -> dict[str, Any] | None:
     """The state to go on from, None if OUT is new; ValueError if it holds something else."""
-    filesystem, path = filesystem_of(out)
+    filesystem, path = filesystem_of(plan.out)
     names = {info.base_name for info in filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))}
-    if "checkpoint.pt" not in names:
-        if names - {"metrics.parquet", "metrics.csv", "run.log"}:
-            raise ValueError(f"--out {out} holds other files and no training; name a new or empty folder")
+    if CHECKPOINT_FILE not in names:
+        if names - STARTED:
+            raise ValueError(f"--out {plan.out} holds other files and no training; name a new or empty folder")
         return None
-    with filesystem.open_input_stream(f"{path}/checkpoint.pt") as stream:
+    with filesystem.open_input_stream(f"{path}/{CHECKPOINT_FILE}") as stream:
         state = torch.load(io.BytesIO(stream.read()), weights_only=True, map_location="cpu")
-    before, now = _flat(state["parts"]), _flat(parts)
+    before, now = _flat(state["parts"]), _flat(plan.parts)
     changed = [
         f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
         for key in sorted(before | now)
         if before.get(key) != now.get(key)
     ]
     if changed:
-        raise ValueError(f"--out {out} holds another training ({'; '.join(changed)}); name another folder for this one")
+        raise ValueError(
+            f"--out {plan.out} holds another training ({'; '.join(changed)}); name another folder for this one"
+        )
     return state
 
 

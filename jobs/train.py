@@ -1,0 +1,257 @@
+"""Embeddings to a sparse autoencoder.
+
+    python -m jobs.train --embeddings runs/cc3m --architecture matryoshka --latents 6144 --out runs/sae
+    python -m jobs.train --embeddings s3://bucket/cc3m --latents 24576 --workers 8 --out s3://bucket/sae
+
+In this process, or with --workers on Ray Train: the same loop (`saecore.training.fit`), data parallel, and the same result for
+one worker. The same command again resumes from the last checkpoint. Ctrl-C finishes the step, saves and stops.
+
+Left out: sweeps (run it several times), embeddings made on the fly (`jobs.embed` writes them once).
+"""
+
+import dataclasses
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import pyarrow.fs
+import pyarrow.parquet as pq
+import tyro
+
+from jobs import session
+from saecore import report
+from saecore.recipe import Recipe
+from saecore.storage import filesystem_of, join_uri, resolved, write_atomic
+
+LINES_EVERY = 10.0
+"""Seconds between progress lines where there is nothing new to say."""
+
+PLOT_FILE = "training.png"
+
+STOPPED = 130
+"""Exit code of a training that was asked to stop, as shells have it for Ctrl-C."""
+
+MAX_FAILURES = 3
+"""Times that Ray Train starts again from the last checkpoint after a worker is lost."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Embeddings to a sparse autoencoder."""
+
+    embeddings: str
+    """A run of jobs.embed (or of jobs.explain --embeddings), NAME_rows_width.npy, or Parquet with a column of lists."""
+    out: str
+    """Folder for the SAE, local or s3:// or gs://. The same command again resumes."""
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    """How to train."""
+    column: str = "embedding"
+    """Parquet column that holds the embeddings."""
+    held_out: int = -1
+    """Embeddings kept for evaluation; -1 is a tenth, at most 16,384."""
+    evaluations: int = 20
+    """Evaluations on these, evenly spread."""
+    checkpoint_minutes: float = 5.0
+    """Minutes between checkpoints."""
+    workers: int = 0
+    """Workers of Ray Train, one GPU each where there are GPUs; 0 trains in this process, without Ray."""
+
+    def check(self) -> None:
+        """ValueError for what contradicts itself. Not at construction: tyro would draw a box around the sentence."""
+        self.recipe.check()
+        for name, least in (("held_out", -1), ("evaluations", 1), ("workers", 0), ("checkpoint_minutes", 0.0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    return session.run_job(lambda: train(sys.argv[1:] if argv is None else list(argv)))
+
+
+def parse(argv: list[str]) -> Arguments:
+    """The command line's arguments; SystemExit 2 for one that does not exist, ValueError for one that cannot be."""
+    arguments = tyro.cli(Arguments, args=argv, prog="python -m jobs.train", config=(tyro.conf.FlagCreatePairsOff,))
+    arguments.check()
+    return arguments
+
+
+def train(argv: list[str]) -> int:
+    """Check everything, train, say what came of it."""
+    with session.mistakes():
+        arguments = parse(argv)
+    made_by = {
+        "command": shlex.join(["python", "-m", "jobs.train", *argv]),
+        "versions": session.versions(),
+        "git_commit": session.git_commit(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    out = resolved(arguments.out)  # the workers of Ray Train run elsewhere
+    with session.quiet(out):
+        from saecore import training  # and with it PyTorch: --help does without
+
+        course = training.Course(arguments.held_out, arguments.evaluations, arguments.checkpoint_minutes)
+        with session.mistakes():
+            plan = training.make_plan(
+                arguments.recipe,
+                resolved(arguments.embeddings),
+                arguments.column,
+                out,
+                course,
+                max(1, arguments.workers),
+            )
+        record = training.completed(plan)
+        if record is not None:
+            print(f"{arguments.out} is complete: nothing to do")
+        elif arguments.workers:
+            record = on_ray(plan, made_by, arguments.workers)
+        else:
+            record = in_process(plan, made_by)
+        if record is None:
+            print("stopped: the same command resumes from here")
+            return STOPPED
+        write_atomic(join_uri(out, PLOT_FILE), report.training_plot(read_metrics(out)))
+    print(report.training_summary(record, arguments.out))
+    return 0
+
+
+class Lines:
+    """A `saecore.training.Progress` that prints a line now and then, and every evaluation; stops on Ctrl-C."""
+
+    def __init__(self) -> None:
+        self.stopping = False
+        self._began: tuple[float, int] | None = None
+        self._last = 0.0
+
+    def step(self, done: int, total: int, figures: dict[str, Any] | None) -> None:
+        now = time.perf_counter()
+        if self._began is None:
+            self._began, self._last = (now, done), now
+            print(report.training_header(), flush=True)
+        if figures is not None:
+            print(report.training_line(figures), flush=True)
+            self._last = now
+        elif now - self._last >= LINES_EVERY:
+            self._last = now
+            pace = (done - self._began[1]) / max(now - self._began[0], 1e-9)
+            left = (total - done) / pace if pace else 0.0
+            print(
+                f"{done:>9,} of {total:,} steps, {pace:,.1f} a second, {int(left // 60)}:{int(left % 60):02d} left",
+                flush=True,
+            )
+
+    def stop(self) -> bool:
+        return self.stopping
+
+
+@contextmanager
+def stopping_on_signals(lines: Lines) -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask for a checkpoint; a second one ends the process as usual."""
+
+    def ask(number: Any, frame: Any) -> None:
+        lines.stopping = True
+        signal.signal(number, before[number])
+
+    before: dict[Any, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    if threading.current_thread() is threading.main_thread():
+        for number in before:
+            signal.signal(number, ask)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def in_process(plan: Any, made_by: dict[str, Any]) -> dict[str, Any] | None:
+    """Train here; the record, or None if stopped before the end."""
+    import torch
+
+    from saecore.trainer import Worker
+    from saecore.training import Training
+
+    lines = Lines()
+    with session.mistakes():
+        training = Training(plan, Worker(device="cuda" if torch.cuda.is_available() else "cpu"))
+    with stopping_on_signals(lines):
+        return training.run(lines, made_by)
+
+
+def on_ray(plan: Any, made_by: dict[str, Any], workers: int) -> dict[str, Any]:
+    """The same on Ray Train, data parallel; started again from the last checkpoint if a worker is lost."""
+    session.connect(workers)
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from saecore import training
+
+    gpus = ray.cluster_resources().get("GPU", 0) >= workers
+    trainer = TorchTrainer(
+        train_on_worker,
+        train_loop_config={"plan": plan, "made_by": made_by},
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus),
+        run_config=RunConfig(
+            name="train",
+            storage_path=join_uri(plan.out, "ray"),
+            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+        ),
+    )
+    finished = threading.Event()
+    watch = threading.Thread(target=print_evaluations, args=(plan.out, finished), daemon=True)
+    watch.start()
+    try:
+        trainer.fit()
+    finally:
+        finished.set()
+        watch.join()
+    record = training.completed(plan)
+    assert record is not None
+    return record
+
+
+def train_on_worker(config: dict[str, Any]) -> None:
+    """One worker's part."""
+    import ray.train
+    import ray.train.torch
+
+    from saecore.trainer import Worker
+    from saecore.training import Silence, Training
+
+    context = ray.train.get_context()
+    device = str(ray.train.torch.get_device())
+    worker = Worker(context.get_world_rank(), context.get_world_size(), device)
+    Training(config["plan"], worker).run(Silence(), config["made_by"])
+
+
+def print_evaluations(out: str, finished: threading.Event) -> None:
+    """Print the lines of OUT's metrics as they come: the workers' own output does not reach this terminal."""
+    printed = 0
+    while True:
+        last = finished.wait(1.0)
+        rows = read_metrics(out)
+        if rows and not printed:
+            print(report.training_header(), flush=True)
+        for row in rows[printed:]:
+            print(report.training_line(row), flush=True)
+        printed = len(rows)
+        if last:
+            return
+
+
+def read_metrics(out: str) -> list[dict[str, Any]]:
+    """The evaluations so far."""
+    filesystem, path = filesystem_of(join_uri(out, "metrics.parquet"))
+    if filesystem.get_file_info(path).type == pyarrow.fs.FileType.NotFound:
+        return []
+    return pq.read_table(path, filesystem=filesystem).to_pylist()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
