@@ -31,7 +31,7 @@ from saecore.sae import SAE
 BATCH = 1024
 """Images at once."""
 
-CKNNA_ROWS = 2048
+CKNNA_ROWS = 1024
 """Images among which neighbours are looked for: the estimate's cost grows with their square."""
 
 NEIGHBOURS = 10
