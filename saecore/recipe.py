@@ -113,7 +113,9 @@ class Recipe:
             raise ValueError(f"--ema {self.ema}: must be at least 0 and below 1")
         if self.penalty == "l0" and self.architecture != "jumprelu":
             raise ValueError("--penalty l0 needs thresholds that learn: --architecture jumprelu")
-        nesting = ARCHITECTURES[self.architecture][1]
+        architecture, nesting, _, _ = ARCHITECTURES[self.architecture]
+        if self.by_magnitude and self.output == "relu" and architecture in ("relu", "topk"):
+            raise ValueError("--by-magnitude needs --output signed or --output absolute")
         if self.nested and nesting == "none":
             raise ValueError(
                 f"--nested: {self.architecture} has no nested levels; matryoshka and matryoshka-prefixes do"

@@ -190,6 +190,8 @@ class SAE(nn.Module, ModelHubMixin, model_card_template=CARD, library_name="rele
             fires = torch.arange(latents.shape[1], device=p.device) < self.config.k
         else:
             firing = strength > self.firing_threshold()
+            if self.config.by_magnitude and self.config.output == "relu":
+                firing &= p > 0
             most = max(int(firing.sum(-1).amax()) if len(p) else 0, at_least)
             # Below all that fire, in their own order: a latent under its threshold may be stronger than one over another.
             behind = strength - strength.amax(-1, keepdim=True) - 1

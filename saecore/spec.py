@@ -49,5 +49,7 @@ class SAEConfig:
         least = 1 if self.architecture == "topk" else 0
         if not least <= self.k <= self.n_latents:
             raise ValueError(f"an SAE of {self.n_latents} latents cannot let k = {self.k} of them fire")
-        if self.by_magnitude and self.output == "relu" and self.architecture == "relu":
-            raise ValueError("a relu SAE cannot select by magnitude")
+        if self.by_magnitude and self.output == "relu" and self.architecture in ("relu", "topk"):
+            raise ValueError(
+                f"a {self.architecture} SAE that selects by magnitude gives signed or absolute activations"
+            )

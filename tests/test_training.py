@@ -128,7 +128,9 @@ def test_stopped_and_resumed_equals_unbroken_bit_for_bit(
 
 def test_a_folder_with_another_training_is_refused(planted: tuple[Path, np.ndarray], tmp_path: Path) -> None:
     recipe = Recipe(latents=ATOMS, k=ACTIVE, batch_size=1024, epochs=0.2)
-    Training(make_plan(recipe, str(planted[0]), "embedding", str(tmp_path), Course(evaluations=1)), Worker()).run(Silence(), {})
+    Training(make_plan(recipe, str(planted[0]), "embedding", str(tmp_path), Course(evaluations=1)), Worker()).run(
+        Silence(), {}
+    )
     other = Recipe(latents=ATOMS, k=ACTIVE + 1, batch_size=1024, epochs=0.2)
     with pytest.raises(ValueError, match="k was 3, now 4"):
         make_plan(other, str(planted[0]), "embedding", str(tmp_path), Course(evaluations=1))
