@@ -121,8 +121,9 @@ def _sparse(sae: SAE, recipe: Recipe, p: Tensor, v: Tensor, u: Tensor) -> tuple[
         rows, cols = flat.div(p.shape[1], rounding_mode="floor"), flat % p.shape[1]
         group = _group(cols, config.nested) if config.nested else torch.zeros_like(cols)
     bags = rows * m + group
-    order = torch.argsort(bags, stable=True)
-    rows, cols, bags = rows[order], cols[order], bags[order]
+    if config.nesting == "prefixes":  # ranked entries lie in the order of their bags already
+        order = torch.argsort(bags, stable=True)
+        rows, cols, bags = rows[order], cols[order], bags[order]
     values = sae.output(picked(v, sae.pre_bias, sae.encoder, sae.latent_bias, p, rows, cols))
     decoded = decode_entries(values, cols, sae.atoms, bags, len(p) * m).view(len(p), m, -1).cumsum(1)
     fired = torch.zeros(p.shape[1], dtype=torch.bool, device=p.device)

@@ -15,7 +15,7 @@ ORDER = [
     ["listing", "images", "isolation", "runs", "recipe"],
     ["shards", "clip", "sae", "memmaps", "embeddings"],
     ["checkpoints", "relevance", "text", "quality", "objectives"],
-    ["trainer"],
+    ["trainer", "naive"],
     ["training"],
     ["inference"],
     ["stages"],
