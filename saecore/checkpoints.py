@@ -35,25 +35,25 @@ _MSAE_NAME = re.compile(
     r"_(?P<tied>True|False)_(?P<normalize>True|False)_(?P<soft_cap>\d+(\.\d+)?)(_.*)?"
 )
 
-_SINGLE = (".pth", ".pt", ".safetensors")
+_SINGLE = (".pth", ".pt")
 
 
 def load_sae(address: str) -> SAE:
     """The SAE at `address` (forms above), in float32 on the CPU; ValueError in one sentence if it cannot be had."""
     if address == "demo":
         return load_folder(DEMO)
-    path = _download(address) if address.startswith("hf://") else Path(address)
+    remote = address.startswith("hf://")
+    if (address.partition("@")[0] if remote else address).endswith(".safetensors"):
+        raise ValueError(f"--sae {address}: a safetensors file does not say what its tensors are; give its folder")
+    path = _download(address) if remote else Path(address)
     if path.is_dir():
         return _read_folder(path)
     if not path.is_file():
         raise ValueError(
             f"--sae {address}: no such file or folder; an SAE on the Hugging Face Hub is hf://OWNER/REPOSITORY"
         )
-    if path.suffix not in (".pth", ".pt"):
-        raise ValueError(
-            f"--sae {address}: expected a folder, or a .pth or .pt file; found a {path.suffix or 'nameless'} file, "
-            "which does not say what its tensors are"
-        )
+    if path.suffix not in _SINGLE:
+        raise ValueError(f"--sae {address}: expected a folder with {CONFIG_FILE}, or a .pth or .pt file")
     return _read_file(path)
 
 
