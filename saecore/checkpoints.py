@@ -1,13 +1,17 @@
-"""SAEs by address: the embedded one, our own folders, and MSAE files (Zaigrajew et al. 2025, arXiv:2502.20578).
+"""SAEs by address: the embedded one, our own folders, MSAE files (Zaigrajew et al. 2025, arXiv:2502.20578), and others'.
 
     demo                                        the embedded SAE
-    FOLDER                                      config.json and sae.safetensors, see `saecore.sae`
-    FILE.pth                                    an MSAE checkpoint; its name is its configuration
+    FOLDER                                      config.json and sae.safetensors, see `saecore.sae`; others' folders
+    FILE.pth, FILE.pt                           an MSAE checkpoint; its name is its configuration; others' single files
     hf://OWNER/REPOSITORY[/PATH][@REVISION]     either of the last two on the Hugging Face Hub, cached by huggingface_hub
 
-Nothing is unpickled freely: MSAE files are read with `weights_only=True` and an allow-list of NumPy scalars.
+Others' formats, and how they are converted, are in `saecore.formats`. Which one it is is told by the files that exist and
+by what they hold; a folder that could be two is refused. An MSAE file whose name lost its configuration takes it from a
+JSON file beside it, FILE.pth.json, with the fields of `SAEConfig`.
 
-Left out for now: MSAE's ReLU, BatchTopK and JumpReLU variants, SAELens and other formats.
+Nothing is unpickled freely: files of torch are read with `weights_only=True` and an allow-list of NumPy scalars.
+
+Left out: MSAE's list of nested levels and its loss weights, which neither file nor name holds beyond the first level.
 """
 
 import re
@@ -15,36 +19,66 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import numpy as np
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from saecore import formats
 from saecore.sae import CONFIG_FILE, SAE, WEIGHTS_FILE, SAEConfig, from_tensors, load_folder
 
 DEMO = Path(__file__).parent / "demo" / "sae"
 
-# n_d_activation_k[_weighting]_tied_normalize_softcap_...: fields that the tensors do not hold. A Matryoshka file
-# (weighting UW or RW) is at inference a TopK SAE whose k is the first nesting level.
+# n_d_activation[_k or sparsity weight][_weighting]_tied_normalize_softcap[_data]: fields that the tensors do not hold. A
+# Matryoshka file (weighting UW or RW) is at inference a TopK SAE whose k is the first nesting level.
 _MSAE_NAME = re.compile(
-    r"(?P<n>\d+)_(?P<d>\d+)_(?P<activation>[A-Za-z]+)(_(?P<k>\d+))?(_(?P<weighting>UW|RW))?"
-    r"_(?P<tied>True|False)_(?P<normalize>True|False)_(?P<soft_cap>[0-9.]+)_.*"
+    r"(?P<n>\d+)_(?P<d>\d+)_"
+    r"((?P<topk>(Batch)?TopK(abs)?(ReLU)?)_(?P<k>\d+)(_(?P<weighting>UW|RW))?|(?P<relu>(Jump)?ReLU)(_\d+)?)"
+    r"_(?P<tied>True|False)_(?P<normalize>True|False)_(?P<soft_cap>\d+(\.\d+)?)(_.*)?"
 )
+
+_SINGLE = (".pth", ".pt")
 
 
 def load_sae(address: str) -> SAE:
     """The SAE at `address` (forms above), in float32 on the CPU; ValueError in one sentence if it cannot be had."""
     if address == "demo":
         return load_folder(DEMO)
-    path = _download(address) if address.startswith("hf://") else Path(address)
+    remote = address.startswith("hf://")
+    if (address.partition("@")[0] if remote else address).endswith(".safetensors"):
+        raise ValueError(f"--sae {address}: a safetensors file does not say what its tensors are; give its folder")
+    path = _download(address) if remote else Path(address)
     if path.is_dir():
-        return load_folder(path)
+        return _read_folder(path)
     if not path.is_file():
         raise ValueError(
             f"--sae {address}: no such file or folder; an SAE on the Hugging Face Hub is hf://OWNER/REPOSITORY"
         )
-    if path.suffix not in (".pth", ".pt"):
-        raise ValueError(f"--sae {address}: expected a folder with {CONFIG_FILE}, or an MSAE .pth file")
-    return read_msae(path)
+    if path.suffix not in _SINGLE:
+        raise ValueError(f"--sae {address}: expected a folder with {CONFIG_FILE}, or a .pth or .pt file")
+    return _read_file(path)
+
+
+def _read_folder(folder: Path) -> SAE:
+    found = [name for name, (files, _) in formats.FOLDERS.items() if all(any(folder.glob(file)) for file in files)]
+    own = (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file()
+    if own + len(found) > 1:
+        raise ValueError(f"{folder}: expected the files of one SAE, found those of {', '.join(found + ['ours'] * own)}")
+    if own:
+        return load_folder(folder)
+    if not found:
+        others = "; ".join(f"{' and '.join(files)} ({name})" for name, (files, _) in formats.FOLDERS.items())
+        raise ValueError(f"no SAE in {folder}: expected {CONFIG_FILE} and {WEIGHTS_FILE} there, or {others}")
+    return from_tensors(*formats.FOLDERS[found[0]][1](folder), str(folder))
+
+
+def _read_file(path: Path) -> SAE:
+    with path.open("rb") as file:
+        first = file.read(1)
+    if first == b"{":
+        return from_tensors(*formats.read_saev(path), path.name)
+    content = formats.read_torch(path)
+    if "model_state_dict" in content:
+        return from_tensors(*formats.read_clipscope(path, content), path.name)
+    return read_msae(path, content)
 
 
 def _download(address: str) -> Path:
@@ -54,66 +88,83 @@ def _download(address: str) -> Path:
     if len(parts) < 2:
         raise ValueError(f"--sae {address}: expected hf://OWNER/REPOSITORY, optionally followed by /PATH and @REVISION")
     repository, inside = "/".join(parts[:2]), "/".join(parts[2:])
-    names = (
-        [inside]
-        if inside.endswith((".pth", ".pt"))
-        else [f"{inside}/{name}".lstrip("/") for name in (CONFIG_FILE, WEIGHTS_FILE)]
-    )
+    if inside.endswith(_SINGLE):
+        wanted = [inside, f"{inside}.json"]
+    else:
+        files = {CONFIG_FILE, WEIGHTS_FILE, "activation_scaler.json"}.union(*(f for f, _ in formats.FOLDERS.values()))
+        wanted = [f"{inside}/{file}".lstrip("/") for file in sorted(files)]
     try:
-        files = [Path(huggingface_hub.hf_hub_download(repository, name, revision=revision or None)) for name in names]
+        # Not file by file: the listing tells which of them exist, and without a network the cache does.
+        folder = huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=wanted)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ValueError(f"--sae {address}: {' '.join(str(error).split())}") from error
-    return files[0] if len(files) == 1 else files[0].parent
+    path = Path(folder, inside)
+    if not path.exists():
+        raise ValueError(f"--sae {address}: no {inside} with an SAE in {repository}")
+    return path
 
 
-def read_msae(path: Path) -> SAE:
-    """An MSAE `.pth` checkpoint; ValueError if its name, its contents and its shapes do not agree."""
-    name = _MSAE_NAME.fullmatch(path.stem)
-    if name is None:
-        raise ValueError(
-            f"{path.name} is not named like an MSAE checkpoint (LATENTS_WIDTH_TopKReLU_K_..._...): "
-            "its name is its configuration, so a renamed file cannot be read"
-        )
-    for field, supported in (
-        ("activation", "TopKReLU"),
-        ("tied", "False"),
-        ("normalize", "False"),
-        ("soft_cap", "0.0"),
-    ):
-        if name[field] != supported:
-            raise ValueError(f"{path.name}: {field} is {name[field]}, this version reads {supported} only")
-    content = _load_checked(path)
+def read_msae(path: Path, content: dict[str, Any]) -> SAE:
+    """An MSAE checkpoint, already read; ValueError if its name or specification, contents and shapes do not agree."""
     missing = {"model", "mean_center", "scaling_factor"} - content.keys()
     if missing:
-        raise ValueError(f"{path.name} lacks {', '.join(sorted(missing))}: not an MSAE checkpoint")
+        raise ValueError(
+            f"{path.name} lacks {', '.join(sorted(missing))}: not an MSAE checkpoint; "
+            f"if a {CONFIG_FILE} beside it describes it, give its folder"
+        )
+    spec = Path(f"{path}.json")
+    config = _spec(spec) if spec.is_file() else _named(path)
     tensors = {key: value for key, value in content["model"].items() if key != "latents_activation_frequency"}
+    log_threshold = tensors.pop("activation.log_threshold", None)
+    again = tensors.pop("dead_activations.log_threshold", log_threshold)  # one parameter, registered twice
+    if log_threshold is not None:
+        if not torch.equal(log_threshold, again):
+            raise ValueError(f"{path.name}: expected two equal copies of log_threshold, found two that differ")
+        tensors["threshold"] = log_threshold.exp()
+    if config.architecture == "batchtopk":
+        tensors["threshold"] = torch.full((), torch.nan)  # MSAE stores none
     tensors["mean"] = content["mean_center"]
     # Stored number, never recomputed: two definitions of it are in circulation, with and without a square root.
     tensors["scale"] = torch.tensor(float(content["scaling_factor"]))
-    config = SAEConfig(
-        n_inputs=int(name["d"]), n_latents=int(name["n"]), k=int(name["k"]), source=f"MSAE checkpoint {path.name}"
-    )
     return from_tensors(config, tensors, path.name)
 
 
-def _load_checked(path: Path) -> dict[str, Any]:
-    """`torch.load` that can build nothing but tensors and NumPy float64 scalars."""
-    scalar = np.float64(0).__reduce__()[0]  # the constructor, wherever this NumPy keeps it
-    allowed: list[Any] = [
-        (scalar, "numpy.core.multiarray.scalar"),
-        (scalar, "numpy._core.multiarray.scalar"),
-        np.dtype,
-        type(np.dtype("float64")),
-    ]
-    with torch.serialization.safe_globals(allowed):
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except (
-            Exception
-        ) as error:  # torch raises pickle, zip and runtime errors alike for a file it cannot or will not read
-            raise ValueError(
-                f"{path.name} cannot be read as a plain checkpoint: {str(error).splitlines()[0]}"
-            ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} holds a {type(content).__name__}, expected MSAE's dictionary")
-    return content
+def _named(path: Path) -> SAEConfig:
+    name = _MSAE_NAME.fullmatch(path.stem)
+    if name is None:
+        raise ValueError(
+            f"{path.name} is not named like an MSAE checkpoint (LATENTS_WIDTH_TopKReLU_K_..._...): its name is its "
+            f"configuration, so a renamed file needs one beside it, {path.name}.json with n_inputs, n_latents, k, architecture"
+        )
+    activation = name["topk"] or name["relu"]
+    architecture = {"ReLU": "relu", "JumpReLU": "jumprelu"}.get(activation)
+    by_magnitude = "abs" in activation
+    output = "relu" if activation.endswith("ReLU") else "signed"
+    if architecture is None:
+        architecture = "batchtopk" if activation.startswith("Batch") else "topk"
+        if (
+            by_magnitude and architecture == "topk"
+        ):  # |p| is what fires there; BatchTopK selects by it but keeps the sign
+            output = "absolute"
+    return SAEConfig(
+        n_inputs=int(name["d"]),
+        n_latents=int(name["n"]),
+        k=int(name["k"] or 0),
+        architecture=architecture,
+        output=output,
+        by_magnitude=by_magnitude,
+        normalise="layer_norm" if name["normalize"] == "True" else "none",
+        soft_cap=float(name["soft_cap"]),
+        tied=name["tied"] == "True",
+        nesting="levels" if name["weighting"] else "none",
+        nested=(int(name["k"]),) if name["weighting"] else (),
+        source=f"MSAE checkpoint {path.name}",
+    )
+
+
+def _spec(path: Path) -> SAEConfig:
+    fields = formats.read_json(path.read_bytes(), path.name)
+    try:
+        return SAEConfig(**{"source": f"MSAE checkpoint {path.stem}", **fields})
+    except TypeError as error:  # Python's own sentence names the field
+        raise ValueError(f"{path.name} does not hold the fields of an SAEConfig: {error}") from error
