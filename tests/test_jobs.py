@@ -1,6 +1,7 @@
 """The main job end to end, on a real local Ray: the same rows whatever happens, a row for every image, clear mistakes."""
 
 import contextlib
+import dataclasses
 import functools
 import io
 import json
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from jobs import explain, pipeline
 from saecore import isolation, runs, schema
+from saecore.checkpoints import load_sae
 from saecore.demo import scenes
+from saecore.sae import from_tensors
 from saecore.stages import Decode, Explain
 from tests.conftest import N_SCENES, command
 from tests.photographs import photographs
@@ -147,6 +151,41 @@ def test_rows_do_not_depend_on_batches_or_replicas(
     more = ("--batch-size", str(batch_size), "--replicas", str(replicas))
     assert explain.main(command(shards, tmp_path / "run", *more)) == 0
     assert_same_rows(tmp_path / "run", local_run)
+
+
+def test_an_msae_file_explains_as_the_sae_it_was_made_of(shards: Path, local_run: Path, tmp_path: Path) -> None:
+    """The embedded SAE in MSAE's published form: name, tensors, pickled NumPy scalar."""
+    sae = load_sae("demo")
+    model = OrderedDict((name, t.clone()) for name, t in sae.state_dict().items() if name not in ("mean", "scale"))
+    model["latents_activation_frequency"] = torch.zeros(sae.config.n_latents, dtype=torch.int64)
+    scaling = {"mean_center": sae.mean.clone(), "scaling_factor": float(sae.scale), "target_norm": np.float64(128**0.5)}
+    name = (
+        f"{sae.config.n_latents}_128_TopKReLU_{sae.config.k}_UW_False_False_0.0_scenes_demo_train_image_40000_128.pth"
+    )
+    torch.save({"model": model, **scaling}, tmp_path / name)
+    assert explain.main([*command(shards, tmp_path / "out", "--local"), "--sae", str(tmp_path / name)]) == 0
+    assert_same_rows(local_run, tmp_path / "out")
+
+
+@pytest.mark.parametrize("normalise", ["none", "layer_norm", "constant_norm"])
+def test_maps_of_an_sae_with_thresholds_and_a_normaliser_are_exact(
+    shards: Path, tmp_path: Path, normalise: str
+) -> None:
+    """How many latents fire differs from image to image; those kept beyond them have maps too."""
+    demo = load_sae("demo")
+    config = dataclasses.replace(demo.config, architecture="jumprelu", k=0, normalise=normalise)
+    sae = from_tensors(config, {**demo.state_dict(), "threshold": torch.full((config.n_latents,), 1.0)}, "test")
+    sae.save(tmp_path / "sae")
+    out = tmp_path / "out"
+    assert explain.main([*command(shards, out, "--local"), "--sae", str(tmp_path / "sae"), "--k", "20"]) == 0
+    images, kept = rows(out, "images"), rows(out, "activations").values()
+    l0 = {row["l0"] for row in images.values()}
+    assert len(l0) > 3
+    assert min(l0) < 20
+    fires = Counter(row["image_id"] for row in kept if row["activation"] > 0)
+    assert all(fires[image_id] == min(row["l0"], 20) for (image_id, _), row in images.items())
+    assert len(kept) == 20 * N_SCENES
+    assert json.loads((out / "run.json").read_text())["worst_completeness_error"] < 1e-4
 
 
 def test_the_same_command_again_does_nothing(shards: Path, local_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
