@@ -215,7 +215,7 @@ def survey(source: Embeddings, held_out: int, seed: int) -> Survey:
         evaluation.append(rows[inside])
         sample.append(rows[chosen])
         train = np.delete(rows, inside, axis=0).astype(np.float64)
-        unit = unit and bool(np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-3))
+        unit = unit and _unit_norm(rows)
         if len(train):
             own = train.mean(axis=0)
             shift = own - mean
@@ -228,6 +228,20 @@ def survey(source: Embeddings, held_out: int, seed: int) -> Survey:
         raise ValueError("all embeddings are the same: there is nothing to learn from them")
     scale = math.sqrt(source.width) / math.sqrt(spread / count)
     return Survey(total, mean.astype(np.float32), scale, kept, np.concatenate(evaluation), np.concatenate(sample), unit)
+
+
+def choose(source: Embeddings, rows: int, seed: int) -> Survey:
+    """A survey whose `evaluation` holds `rows` random embeddings, or all if there are no more, to measure an SAE on."""
+    total = int(source.block_rows.sum())
+    if rows < total:
+        return survey(source, rows, seed)
+    everything = np.concatenate([source.read(block) for block in range(len(source.block_rows))])
+    unit = _unit_norm(everything)
+    return Survey(total, everything.mean(0), 1.0, np.arange(total), everything, everything[:0], unit)
+
+
+def _unit_norm(rows: np.ndarray) -> bool:
+    return bool(np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-3))
 
 
 def geometric_median(rows: np.ndarray, tolerance: float = 1e-5, rounds: int = 1000) -> np.ndarray:

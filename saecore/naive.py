@@ -6,12 +6,12 @@ from torch import Tensor, nn
 
 
 class DenseTopK(nn.Module):
-    """TopK SAE in plain PyTorch: dense activations, dense decoder, everything by autograd."""
+    """TopK SAE in plain PyTorch, or several nested k of one: dense activations, a dense decode a level, all by autograd."""
 
-    def __init__(self, width: int, latents: int, k: int) -> None:
+    def __init__(self, width: int, latents: int, levels: tuple[int, ...]) -> None:
         super().__init__()
         atoms = F.normalize(torch.randn(latents, width), dim=-1)
-        self.k = k
+        self.levels = levels
         self.pre_bias = nn.Parameter(torch.zeros(width))
         self.encoder = nn.Parameter(atoms.T.contiguous())
         self.latent_bias = nn.Parameter(torch.zeros(latents))
@@ -21,9 +21,12 @@ class DenseTopK(nn.Module):
     def train_step(self, u: Tensor) -> float:
         """One step on standardised embeddings (B, d), with the same projection, clipping and norms as `saecore.trainer`."""
         p = (u - self.pre_bias) @ self.encoder + self.latent_bias
-        top = p.topk(self.k, dim=-1)
-        a = torch.zeros_like(p).scatter(-1, top.indices, top.values.relu())
-        loss = F.mse_loss(a @ self.decoder + self.pre_bias, u)
+        losses = []
+        for k in self.levels:
+            top = p.topk(k, dim=-1)
+            a = torch.zeros_like(p).scatter(-1, top.indices, top.values.relu())
+            losses.append(F.mse_loss(a @ self.decoder + self.pre_bias, u))
+        loss = torch.stack(losses).mean()
         self.optimiser.zero_grad()
         loss.backward()
         with torch.no_grad():
