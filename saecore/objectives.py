@@ -97,6 +97,7 @@ def _open(sae: SAE, recipe: Recipe, p: Tensor, strength: Tensor, u: Tensor) -> t
         cost = _penalty(penalty, a, u, recipe.k)
     else:
         opened = jump_relu(strength, sae.threshold, recipe.bandwidth)
+        # `output` clamps, and clamp passes gradients at 0: a threshold learns from latents on both of its sides.
         a = sae.output(opened * p.sign() if sae.config.by_magnitude else opened)
         if penalty == "l0":
             cost = (step(strength, sae.threshold, recipe.bandwidth).sum(-1).mean() / recipe.k - 1).square()

@@ -1,13 +1,13 @@
-"""Train the embedded default: a small CLIP on drawn scenes and captions, then a small TopK SAE on its embeddings.
+"""Train the embedded default: a small CLIP on drawn scenes and captions; draw the scenes that its SAE is trained on.
 
     python -m saecore.demo.build clip          # 50 minutes on 2 CPU cores shared with other work: 252,416 scenes
-    python -m saecore.demo.build sae           # about 7 minutes: 40,000 scenes embedded, 4,000 steps
+    python -m saecore.demo.build scenes        # 3 minutes: 40,000 scenes in tars; jobs.embed and jobs.train go on (README)
     python -m saecore.demo.build evaluate      # half a minute: 4,000 scenes used for nothing else, which gave
 
     single colour 1.000   single shape 0.991   mixed colour 1.000   mixed shape 0.974      (zero-shot; "mixed": of the largest)
-    SAE cosine 0.993   dead latents 0.037   latents that follow a word (area under ROC > 0.95): 8, one for each colour
+    SAE cosine 0.985   dead latents 0.013   latents that follow a word (area under ROC > 0.95): 8, one for each colour
 
-The committed CLIP was interrupted once and resumed, and its SAE was trained on embeddings that were cached beforehand.
+The committed CLIP was interrupted once and resumed.
 The CLIP is an ordinary `transformers.CLIPModel` with its own word-level tokenizer. It learns from two captions of each scene,
 one of all objects and one of the largest object only, by the contrastive loss, and from auxiliary losses that read attributes
 off the image embedding and off the patch tokens through linear heads, which are thrown away. Scenes are endless and never
