@@ -26,7 +26,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
-import tyro
 
 from jobs import pipeline, session
 from saecore import memmaps, report, runs, schema
@@ -78,17 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return session.run_job(lambda: embed(sys.argv[1:] if argv is None else list(argv)))
 
 
-def parse(argv: list[str]) -> Arguments:
-    """The command line's arguments; SystemExit 2 for one that does not exist, ValueError for one that cannot be."""
-    arguments = tyro.cli(Arguments, args=argv, prog="python -m jobs.embed", config=(tyro.conf.FlagCreatePairsOff,))
-    arguments.check()
-    return arguments
-
-
 def embed(argv: list[str]) -> int:
     """Check everything, run what is pending, say what came of it."""
     with session.mistakes():
-        arguments = parse(argv)
+        arguments = session.parse(Arguments, argv, "jobs.embed")
     with session.quiet(arguments.out):
         if arguments.text:
             return embed_vocabulary(arguments)

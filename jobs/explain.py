@@ -17,8 +17,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
-
 from jobs import pipeline, session
 from saecore import report, runs
 from saecore.demo import scenes
@@ -59,17 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return session.run_job(lambda: explain(sys.argv[1:] if argv is None else list(argv)))
 
 
-def parse(argv: list[str]) -> Arguments:
-    """The command line's arguments; SystemExit 2 for one that does not exist, ValueError for one that cannot be."""
-    arguments = tyro.cli(Arguments, args=argv, prog="python -m jobs.explain", config=(tyro.conf.FlagCreatePairsOff,))
-    arguments.check()
-    return arguments
-
-
 def explain(argv: list[str]) -> int:
     """Check everything, run what is pending, say what came of it."""
     with session.mistakes():
-        arguments = parse(argv)
+        arguments = session.parse(Arguments, argv, "jobs.explain")
     with session.quiet(arguments.out):
         with session.mistakes():
             job = prepare(arguments, argv)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
-import tyro
 
 from jobs import session
 from saecore.storage import filesystem_of, join_uri
@@ -57,7 +56,7 @@ class Arguments:
     """Print one JSON object and nothing else."""
 
     def check(self) -> None:
-        """ValueError for what contradicts itself. Not at construction: tyro would draw a box around the sentence."""
+        """See `session.Checked.check`."""
         if self.rows < 16:
             raise ValueError(f"--rows {self.rows}: must be at least 16")
         if any(k < 1 for k in self.ks):
@@ -69,17 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return session.run_job(lambda: measure(sys.argv[1:] if argv is None else list(argv)))
 
 
-def parse(argv: list[str]) -> Arguments:
-    """The command line's arguments; SystemExit 2 for one that does not exist, ValueError for one that cannot be."""
-    arguments = tyro.cli(Arguments, args=argv, prog="python -m jobs.measure", config=(tyro.conf.FlagCreatePairsOff,))
-    arguments.check()
-    return arguments
-
-
 def measure(argv: list[str]) -> int:
     """Check everything, measure, print."""
     with session.mistakes():
-        arguments = parse(argv)
+        arguments = session.parse(Arguments, argv, "jobs.measure")
         sae, seen = load(arguments)
         classes = read_classes(arguments, seen)
         other = load_other(arguments, sae)

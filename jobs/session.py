@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
+import tyro
 from rich.console import Console
 
 from saecore.isolation import Suspects, Work
@@ -44,6 +45,23 @@ def run_job(job: Callable[[], int]) -> int:
     except MistakeError as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         return 2
+
+
+class Checked(Protocol):
+    """A job's arguments."""
+
+    def check(self) -> None:
+        """ValueError for what contradicts itself. Not at construction: tyro would draw a box around the sentence."""
+
+
+A = TypeVar("A", bound=Checked)
+
+
+def parse(kind: type[A], argv: list[str], module: str) -> A:
+    """The command line's arguments; SystemExit 2 for one that does not exist, ValueError for one that cannot be."""
+    arguments = tyro.cli(kind, args=argv, prog=f"python -m {module}", config=(tyro.conf.FlagCreatePairsOff,))
+    arguments.check()
+    return arguments
 
 
 @contextmanager

@@ -62,7 +62,7 @@ class Arguments:
     """Workers of Ray Train, one GPU each where there are GPUs; 0 trains in this process, without Ray."""
 
     def check(self) -> None:
-        """ValueError for what contradicts itself. Not at construction: tyro would draw a box around the sentence."""
+        """See `session.Checked.check`."""
         self.recipe.check()
         for name, least in (("held_out", -1), ("evaluations", 1), ("workers", 0), ("checkpoint_minutes", 0.0)):
             if getattr(self, name) < least:
@@ -74,17 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return session.run_job(lambda: train(sys.argv[1:] if argv is None else list(argv)))
 
 
-def parse(argv: list[str]) -> Arguments:
-    """The command line's arguments; SystemExit 2 for one that does not exist, ValueError for one that cannot be."""
-    arguments = tyro.cli(Arguments, args=argv, prog="python -m jobs.train", config=(tyro.conf.FlagCreatePairsOff,))
-    arguments.check()
-    return arguments
-
-
 def train(argv: list[str]) -> int:
     """Check everything, train, say what came of it."""
     with session.mistakes():
-        arguments = parse(argv)
+        arguments = session.parse(Arguments, argv, "jobs.train")
     made_by = {
         "command": shlex.join(["python", "-m", "jobs.train", *argv]),
         "versions": session.versions(),

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from jobs import explain, pipeline
+from jobs import explain, pipeline, session
 from saecore import isolation, runs, schema
 from saecore.checkpoints import load_sae
 from saecore.demo import scenes
@@ -263,7 +263,7 @@ def test_an_image_that_kills_its_worker_becomes_a_row(
     step: str, ray_session: None, shards: Path, local_run: Path, tmp_path: Path
 ) -> None:
     arguments = command(shards, tmp_path / "run")
-    job = explain.prepare(explain.parse(arguments), arguments)
+    job = explain.prepare(session.parse(explain.Arguments, arguments, "jobs.explain"), arguments)
     assert job is not None
     if step == "decode":
         job = job._replace(decode=DeadlyDecode(job.decode.preprocess))
