@@ -61,7 +61,7 @@ def test_no_job_imports_another() -> None:
         assert others <= {"jobs.session", "jobs.pipeline"}, path
 
 
-@pytest.mark.parametrize("job", ["explain", "embed"])
+@pytest.mark.parametrize("job", ["explain", "embed", "train", "measure"])
 def test_the_command_line_loads_neither_pytorch_nor_ray(job: str) -> None:
     """So that --help and a wrong argument answer at once, and workers that decode start in a second."""
     code = f"import sys, jobs.{job}; print(sorted({{'torch', 'transformers', 'ray'}} & set(sys.modules)))"

@@ -1,0 +1,207 @@
+"""How good any SAE is, on embeddings: `saecore.quality` in one command, for one's own SAEs and for other people's alike.
+
+    python -m jobs.measure --sae runs/sae --embeddings runs/photos
+    python -m jobs.measure --sae demo --embeddings val.npy --labels val.txt --texts runs/classes --against runs/sae2 --json
+    python -m jobs.measure --sae SAE_of_any_format --embeddings runs/photos --save runs/sae    # convert, and calibrate
+
+Figures are honest on embeddings that the SAE was not trained on alone: of the file it was trained on, --rows and --seed of
+`jobs.train`'s --held-out and --seed draw just the rows held out there.
+
+Left out: `--against` at n above about 10,000, where the one-to-one matching takes hours and n^2 numbers.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow.fs
+import pyarrow.parquet as pq
+import tyro
+
+from jobs import session
+from saecore import report
+from saecore.embeddings import Embeddings, draw, open_embeddings, unit_length
+from saecore.recipe import doubled
+from saecore.storage import filesystem_of, join_uri, resolved
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from saecore.sae import SAE
+
+FIRST_K = 16
+"""Where the recovery curve begins by default, as MSAE's does."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """How good any SAE is, on embeddings."""
+
+    sae: str
+    """demo, a folder, a foreign checkpoint, or hf://OWNER/REPOSITORY."""
+    embeddings: str
+    """A run of jobs.embed (or of jobs.explain --embeddings), NAME_rows_width.npy, or Parquet with a column of lists."""
+    against: str = ""
+    """Another SAE on the same CLIP, to compare atoms with: another seed, say."""
+    ks: tuple[int, ...] = ()
+    """Numbers of latents at which to look at recovery; none is 16, 32, 64.. up to all."""
+    labels: str = ""
+    """File with one label a line, an integer or a word, for every embedding: adds a linear probe."""
+    texts: str = ""
+    """Out folder of jobs.embed --text whose words are the classes, in the order of integer labels: adds zero-shot answers."""
+    save: str = ""
+    """Folder to write the SAE to, in our own format and with its threshold."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+    rows: int = 16_384
+    """Random embeddings to measure on, at most."""
+    seed: int = 42
+    """Seed of their choice."""
+    column: str = "embedding"
+    """Parquet column that holds the embeddings."""
+
+    def check(self) -> None:
+        """ValueError for what contradicts itself. Not at construction: tyro would draw a box around the sentence."""
+        if wrong := [k for k in self.ks if k < 1]:
+            raise ValueError(f"--ks {wrong[0]}: must be at least 1")
+        if self.rows < 2:
+            raise ValueError(f"--rows {self.rows}: must be at least 2")
+        if self.seed < 0:
+            raise ValueError(f"--seed {self.seed}: must be at least 0")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    return session.run_job(lambda: measure(sys.argv[1:] if argv is None else list(argv)))
+
+
+def parse(argv: list[str]) -> Arguments:
+    """The command line's arguments; SystemExit 2 for one that does not exist, ValueError for one that cannot be."""
+    arguments = tyro.cli(Arguments, args=argv, prog="python -m jobs.measure", config=(tyro.conf.FlagCreatePairsOff,))
+    arguments.check()
+    return arguments
+
+
+def measure(argv: list[str]) -> int:
+    """Check everything, measure, save, say what came of it."""
+    with session.mistakes():
+        arguments = parse(argv)
+        if arguments.save:
+            check_folder(arguments)
+        source = open_embeddings(arguments.embeddings, arguments.column)
+        words, classes = read_texts(arguments.texts) if arguments.texts else ([], np.zeros((0, 0), np.float32))
+        labels = read_labels(arguments.labels, source, words) if arguments.labels else None
+        sae = load(arguments.sae, source, arguments.embeddings)
+        other = load(arguments.against, source, arguments.embeddings) if arguments.against else None
+        if arguments.texts and classes.shape[1] != source.width:
+            raise ValueError(f"--texts {arguments.texts} has width {classes.shape[1]}, the embeddings {source.width}")
+        numbers, rows = draw(source, arguments.rows, arguments.seed)
+        if len(rows) < 2:
+            raise ValueError(f"--embeddings {arguments.embeddings}: one embedding is not enough to measure on")
+    import torch
+
+    from saecore import quality
+    from saecore.training import save_sae
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, sae = torch.from_numpy(rows).to(device), sae.to(device)
+    found: dict[str, Any] = {
+        "sae": arguments.sae,
+        **dataclasses.asdict(sae.config),
+        "embeddings": arguments.embeddings,
+        "rows": len(rows),
+        "of": int(source.block_rows.sum()),
+        "unit_norm": unit_length(rows),
+        "calibrated": False,
+    }
+    if sae.config.architecture == "batchtopk":
+        assert sae.threshold is not None
+        found["calibrated"] = bool(torch.isnan(sae.threshold).any())
+        if found["calibrated"]:
+            with session.mistakes():
+                quality.calibrate(sae, x, sae.config.k)
+        found["threshold"] = float(sae.threshold)
+    figures = quality.quality(sae, x)._asdict()
+    found["figures"] = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+    n = sae.config.n_latents
+    found["recovery"] = quality.recovery(sae, x, list(arguments.ks or doubled(min(FIRST_K, n), n)))
+    answers = None if labels is None else torch.from_numpy(labels[numbers]).to(device)
+    if arguments.texts:
+        found["zero_shot"] = quality.zero_shot(sae, x, torch.from_numpy(classes).to(device), answers)
+    if answers is not None:
+        # Dense: the probe's classes are those that occur.
+        found["linear_probe"] = quality.linear_probe(sae, x, torch.unique(answers, return_inverse=True)[1])
+    if other is not None:
+        found["alignment"] = {"against": arguments.against, **quality.alignment(sae, other.to(device))}
+    if arguments.save:
+        save_sae(sae, resolved(arguments.save))
+        found["saved"] = arguments.save
+    print(json.dumps(found, indent=2) if arguments.json else report.measured(found))
+    return 0
+
+
+def load(address: str, source: Embeddings, embeddings: str) -> "SAE":
+    """The SAE at `address`; ValueError if there is none, or not for embeddings of this width."""
+    from saecore.checkpoints import load_sae  # and with it PyTorch: --help does without
+
+    sae = load_sae(address)
+    if sae.config.n_inputs != source.width:
+        raise ValueError(
+            f"{address} is for embeddings of width {sae.config.n_inputs}, --embeddings {embeddings} has {source.width}: "
+            "not of one CLIP"
+        )
+    return sae
+
+
+def read_texts(folder: str) -> tuple[list[str], np.ndarray]:
+    """Words and their embeddings, float32 (words, width), as `jobs.embed --text` leaves them."""
+    filesystem, path = filesystem_of(join_uri(folder, "texts.parquet"))
+    if filesystem.get_file_info(path).type != pyarrow.fs.FileType.File:
+        raise ValueError(f"--texts {folder}: no texts.parquet there, as jobs.embed --text writes it")
+    table = pq.read_table(path, filesystem=filesystem)
+    embeddings = table["embedding"].combine_chunks().flatten().to_numpy()
+    return table["word"].to_pylist(), embeddings.reshape(table.num_rows, -1)
+
+
+def read_labels(path: str, source: Embeddings, words: list[str]) -> np.ndarray:
+    """int64, one for every embedding: the number of its word among `words` where there are some, or an integer as it stands."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--labels {path} cannot be read: {error}") from error
+    if len(lines) != (total := int(source.block_rows.sum())):
+        raise ValueError(f"--labels {path} has {len(lines):,} lines for {total:,} embeddings: one each is needed")
+    known = set(lines)
+    if "" in known:
+        raise ValueError(f"--labels {path}: line {lines.index('') + 1} is empty")
+    if len(known) < 2:
+        raise ValueError(f"--labels {path}: all labels are {lines[0]!r}, so there is nothing to tell apart")
+    integers = all(label.isascii() and label.removeprefix("-").isdigit() for label in known)
+    if words and known <= set(words):
+        place = {word: number for number, word in enumerate(words)}
+    elif integers:
+        place = {label: int(label) for label in known}
+        if words and (wrong := [label for label in lines if not 0 <= place[label] < len(words)]):
+            raise ValueError(f"--labels {path}: {wrong[0]} is no number of one of the {len(words)} words of --texts")
+    elif words:
+        raise ValueError(f"--labels {path}: {min(known - set(words))!r} is not among the words of --texts")
+    else:
+        place = {label: number for number, label in enumerate(sorted(known))}
+    return np.array([place[label] for label in lines], np.int64)
+
+
+def check_folder(arguments: Arguments) -> None:
+    """ValueError if --save names a folder in which other files lie; the SAE's own may be written again, with its threshold."""
+    filesystem, path = filesystem_of(arguments.save)
+    held = filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
+    if held and resolved(arguments.save) != resolved(arguments.sae):
+        raise ValueError(f"--save {arguments.save} holds other files; name a new or empty folder")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
