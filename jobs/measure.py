@@ -30,8 +30,6 @@ from saecore.recipe import doubled
 from saecore.storage import filesystem_of, join_uri, resolved
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from saecore.sae import SAE
 
 FIRST_K = 16
@@ -101,8 +99,10 @@ def measure(argv: list[str]) -> int:
         if arguments.texts and classes.shape[1] != source.width:
             raise ValueError(f"--texts {arguments.texts} has width {classes.shape[1]}, the embeddings {source.width}")
         numbers, rows = draw(source, arguments.rows, arguments.seed)
-        if len(rows) < 2:
-            raise ValueError(f"--embeddings {arguments.embeddings}: one embedding is not enough to measure on")
+        if (rows == rows[0]).all():
+            raise ValueError(
+                f"--embeddings {arguments.embeddings}: all {len(rows)} are the same: nothing to measure on"
+            )
     import torch
 
     from saecore import quality
@@ -164,7 +164,7 @@ def read_texts(folder: str) -> tuple[list[str], np.ndarray]:
     if filesystem.get_file_info(path).type != pyarrow.fs.FileType.File:
         raise ValueError(f"--texts {folder}: no texts.parquet there, as jobs.embed --text writes it")
     table = pq.read_table(path, filesystem=filesystem)
-    embeddings = table["embedding"].combine_chunks().flatten().to_numpy()
+    embeddings = table["embedding"].combine_chunks().flatten().to_numpy().copy()  # PyTorch wants it writable
     return table["word"].to_pylist(), embeddings.reshape(table.num_rows, -1)
 
 

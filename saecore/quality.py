@@ -236,10 +236,10 @@ def calibrate(sae: SAE, x: Tensor, k: int) -> float:
 
 
 def _whole_batches(x: Tensor) -> Iterator[Tensor]:
-    """Batches of one size, each from everywhere: a small one, or one of a single class, would weigh as much as the others."""
+    """Batches of one size, each from everywhere: a small one, or one of a single class, would weigh as much as others."""
     count = max(1, len(x) // BATCH)
     for first in range(count):
-        yield x[first::count][:BATCH]
+        yield x[first::count]
 
 
 def _smallest_kept(sae: SAE, x: Tensor, k: int) -> float:
