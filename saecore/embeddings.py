@@ -249,13 +249,23 @@ def unit_length(rows: np.ndarray) -> bool:
 
 
 def geometric_median(rows: np.ndarray, tolerance: float = 1e-5, rounds: int = 1000) -> np.ndarray:
-    """The point with the least sum of distances to the rows (n, width), by Weiszfeld's iteration in float64."""
+    """The point with the least sum of distances to the rows (n, width), by Weiszfeld's iteration in float64.
+
+    A row that the point has reached would weigh infinitely much and hold it for ever; by Vardi and Zhang (2000) it holds it
+    only as far as it outweighs the pull of all others.
+    """
     rows = rows.astype(np.float64)
     point = rows.mean(axis=0)
     for _ in range(rounds):
-        # A row that the point has reached would have infinite weight.
-        weight = 1 / np.maximum(np.linalg.norm(rows - point, axis=1), 1e-12)
-        following = weight @ rows / weight.sum()
+        apart = rows - point
+        distance = np.linalg.norm(apart, axis=1)
+        away = distance > 1e-12
+        if not away.any():
+            break
+        weight = away / np.maximum(distance, 1e-12)
+        pull = weight @ apart
+        held = min(1.0, np.count_nonzero(~away) / max(float(np.linalg.norm(pull)), 1e-12))
+        following = point + (1 - held) * pull / weight.sum()
         moved = float(np.linalg.norm(following - point))
         point = following
         if moved <= tolerance * max(float(np.linalg.norm(point)), tolerance):
