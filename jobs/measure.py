@@ -1,66 +1,75 @@
-"""How good an SAE is on embeddings: any SAE that the project reads, on any embeddings of its CLIP.
+"""How good any SAE is, on embeddings: `saecore.quality` in one command, for one's own SAEs and for other people's alike.
 
-    python -m jobs.measure --sae runs/msae --embeddings runs/imagenet --ks 16 32 64
-    python -m jobs.measure --sae FILE.pth --embeddings runs/cc3m --save converted
+    python -m jobs.measure --sae runs/sae --embeddings runs/photos
+    python -m jobs.measure --sae demo --embeddings val.npy --labels val.txt --texts runs/classes --against runs/sae2 --json
+    python -m jobs.measure --sae SAE_of_any_format --embeddings runs/photos --save runs/sae    # convert, and calibrate
 
-Figures, their formulas and papers: `saecore.quality`. A BatchTopK SAE without a threshold gets one from these embeddings;
---save writes the SAE in the project's own form, threshold included, and so converts other people's files.
+Figures are honest on embeddings that the SAE was not trained on alone: of the file it was trained on, --rows and --seed of
+`jobs.train`'s --held-out and --seed draw just the rows held out there.
 
-Left out: how true names and maps are.
+Left out: `--against` at n above about 10,000, where the one-to-one matching takes hours and n^2 numbers.
 """
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow.fs
 import pyarrow.parquet as pq
 
 from jobs import session
-from saecore.storage import filesystem_of, join_uri
+from saecore import report
+from saecore.embeddings import Embeddings, draw, open_embeddings, unit_length
+from saecore.recipe import doubled
+from saecore.storage import filesystem_of, join_uri, resolved
 
 if TYPE_CHECKING:
-    import torch
-
-    from saecore.embeddings import Survey
     from saecore.sae import SAE
+
+FIRST_K, LAST_K = 16, 1024
+"""Where the recovery curve begins by default, as MSAE's does, and where it ends: beyond, decoding outweighs all else."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """How good an SAE is on embeddings."""
+    """How good any SAE is, on embeddings."""
 
     sae: str
-    """SAE: a folder, an MSAE .pth file, another project's, hf://OWNER/REPOSITORY[/PATH][@REVISION], or `demo`."""
+    """demo, a folder, a foreign checkpoint, or hf://OWNER/REPOSITORY."""
     embeddings: str
     """A run of jobs.embed (or of jobs.explain --embeddings), NAME_rows_width.npy, or Parquet with a column of lists."""
-    column: str = "embedding"
-    """Parquet column that holds the embeddings."""
-    rows: int = 16_384
-    """Measure on so many embeddings, chosen at random; all of them where there are fewer."""
-    ks: tuple[int, ...] = ()
-    """Reconstruct by the k strongest latents, for each of these; none is 8, 16, 32.. up to 512."""
     against: str = ""
-    """Another SAE, of another seed say: how well do the latents of the two agree."""
+    """Another SAE on the same CLIP, to compare atoms with: another seed, say."""
+    ks: tuple[int, ...] = ()
+    """Numbers of latents at which to look at recovery; none is 16, 32, 64.. up to 1,024."""
     labels: str = ""
-    """A file with a class for every embedding, one a line: what a linear probe sees in the reconstruction."""
+    """File with one label a line, an integer or a word, for every embedding: adds a linear probe."""
     texts: str = ""
-    """A folder of jobs.embed --text whose words are the classes: what CLIP's zero-shot classifier sees."""
+    """Out folder of jobs.embed --text whose words are the classes, in the order of integer labels: adds zero-shot answers."""
     save: str = ""
-    """Folder to write the SAE to in the project's own form, with its threshold."""
-    seed: int = 0
-    """Seed of the choice of embeddings."""
+    """Folder to write the SAE to, in our own format and with its threshold."""
     json: bool = False
     """Print one JSON object and nothing else."""
+    rows: int = 16_384
+    """Random embeddings to measure on, at most."""
+    seed: int = 42
+    """Seed of their choice."""
+    column: str = "embedding"
+    """Parquet column that holds the embeddings."""
 
     def check(self) -> None:
         """See `session.Checked.check`."""
-        if self.rows < 16:
-            raise ValueError(f"--rows {self.rows}: must be at least 16")
-        if any(k < 1 for k in self.ks):
-            raise ValueError(f"--ks {' '.join(map(str, self.ks))}: each must be at least 1")
+        if wrong := [k for k in self.ks if k < 1]:
+            raise ValueError(f"--ks {wrong[0]}: must be at least 1")
+        if self.rows < 2:
+            raise ValueError(f"--rows {self.rows}: must be at least 2")
+        if self.seed < 0:
+            raise ValueError(f"--seed {self.seed}: must be at least 0")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,137 +78,121 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(argv: list[str]) -> int:
-    """Check everything, measure, print."""
+    """Check everything, measure, save, say what came of it."""
     with session.mistakes():
         arguments = session.parse(Arguments, argv, "jobs.measure")
-        sae, seen = load(arguments)
-        classes = read_classes(arguments, seen)
-        other = load_other(arguments, sae)
-    found = figures(arguments, sae, seen, classes, other)
-    if arguments.save:
-        from saecore.training import save_sae
-
-        save_sae(sae, arguments.save)
-        found["saved"] = arguments.save
-    print(json.dumps(found) if arguments.json else table(found))
-    return 0
-
-
-def load(arguments: Arguments) -> "tuple[SAE, Survey]":
-    """The SAE, and the embeddings to measure it on; ValueError if one cannot be had or they do not fit."""
-    from saecore.checkpoints import load_sae
-    from saecore.embeddings import choose, open_embeddings
-
-    sae = load_sae(arguments.sae)
-    source = open_embeddings(arguments.embeddings, arguments.column)
-    if source.width != sae.config.n_inputs:
-        raise ValueError(
-            f"--sae {arguments.sae} takes embeddings of width {sae.config.n_inputs}, "
-            f"--embeddings {arguments.embeddings} are {source.width} wide: they do not belong together"
-        )
-    return sae, choose(source, arguments.rows, arguments.seed)
-
-
-def read_classes(arguments: Arguments, seen: "Survey") -> dict[str, Any]:
-    """Labels of the chosen embeddings and text embeddings of the classes, as far as they are given."""
-    import torch
-
-    found: dict[str, Any] = {}
-    words: list[str] = []
-    if arguments.texts:
-        filesystem, path = filesystem_of(join_uri(arguments.texts, "texts.parquet"))
-        try:
-            texts = pq.read_table(path, filesystem=filesystem)
-        except OSError as error:
+        if arguments.save:
+            check_folder(arguments)
+        source = open_embeddings(arguments.embeddings, arguments.column)
+        words, classes = read_texts(arguments.texts) if arguments.texts else ([], np.zeros((0, 0), np.float32))
+        labels = read_labels(arguments.labels, source, words) if arguments.labels else None
+        sae = load(arguments.sae, source, arguments.embeddings)
+        other = load(arguments.against, source, arguments.embeddings) if arguments.against else None
+        if arguments.texts and classes.shape[1] != source.width:
+            raise ValueError(f"--texts {arguments.texts} has width {classes.shape[1]}, the embeddings {source.width}")
+        numbers, rows = draw(source, arguments.rows, arguments.seed)
+        if (rows == rows[0]).all():
             raise ValueError(
-                f"--texts {arguments.texts}: no texts.parquet there; jobs.embed --text makes one"
-            ) from error
-        words = texts["word"].to_pylist()
-        found["texts"] = torch.tensor(texts["embedding"].to_pylist())
-    if arguments.labels:
-        try:
-            lines = Path(arguments.labels).read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise ValueError(f"--labels {arguments.labels} cannot be read: {error.strerror}") from error
-        if len(lines) != seen.rows:
-            raise ValueError(f"--labels {arguments.labels}: {len(lines):,} lines for {seen.rows:,} embeddings")
-        # Words of --texts first, in their order, so that a label is the place of its text.
-        names = words or sorted(set(lines))
-        place = {name: index for index, name in enumerate(names)}
-        if unknown := sorted(set(lines) - place.keys()):
-            raise ValueError(
-                f"--labels {arguments.labels}: {unknown[0]!r} is none of the words of --texts {arguments.texts}"
+                f"--embeddings {arguments.embeddings}: all {len(rows)} are the same: nothing to measure on"
             )
-        found["labels"] = torch.tensor([place[lines[row]] for row in seen.held_out.tolist()])
-    return found
-
-
-def load_other(arguments: Arguments, sae: "SAE") -> "SAE | None":
-    """The SAE to compare with."""
-    from saecore.checkpoints import load_sae
-
-    if not arguments.against:
-        return None
-    other = load_sae(arguments.against)
-    if other.config.n_inputs != sae.config.n_inputs:
-        raise ValueError(
-            f"--against {arguments.against} takes embeddings of width {other.config.n_inputs}, "
-            f"--sae {arguments.sae} of {sae.config.n_inputs}: they cannot be compared"
-        )
-    return other
-
-
-def figures(
-    arguments: Arguments, sae: "SAE", seen: "Survey", classes: "dict[str, torch.Tensor]", other: "SAE | None"
-) -> dict[str, Any]:
-    """Everything that was asked for, as it is printed by --json."""
     import torch
 
     from saecore import quality
+    from saecore.training import save_sae
 
-    x = torch.from_numpy(seen.evaluation)
-    found: dict[str, Any] = {"sae": arguments.sae, "embeddings": arguments.embeddings, "unit_norm": seen.unit_norm}
-    if sae.config.architecture == "batchtopk" and sae.threshold is not None and torch.isnan(sae.threshold).any():
-        found["calibrated_threshold"] = quality.calibrate(sae, x, sae.config.k)
-    found["config"] = sae.describe()
-    found["quality"] = quality.quality(sae, x)._asdict()
-    ks = arguments.ks or tuple(8 << i for i in range(7))
-    found["recovery"] = quality.recovery(sae, x, [k for k in ks if arguments.ks or k <= sae.config.n_latents])
-    if other is not None:
-        found["alignment"] = quality.alignment(sae, other)
-    if "texts" in classes:
-        found["zero_shot"] = quality.zero_shot(sae, x, classes["texts"], classes.get("labels"))
-    if "labels" in classes:
-        found["linear_probe"] = quality.linear_probe(sae, x, classes["labels"])
-    return found
-
-
-def table(found: dict[str, Any]) -> str:
-    """The figures, as a person reads them."""
-    config, lines = found["config"], []
-    if found["unit_norm"]:
-        lines.append("warning: every embedding has length 1; SAEs for CLIP expect them before normalisation")
-    k = f", k = {config['k']}" if config["k"] else ""
-    lines.append(
-        f"{found['sae']}: {config['architecture']}, {config['n_latents']:,} latents{k}, width {config['n_inputs']}"
-    )
-    if "calibrated_threshold" in found:
-        lines.append(f"no threshold in the file: calibrated on these embeddings to {found['calibrated_threshold']:.4f}")
-    lines += [f"  {name:18}{value:>12,.5g}" for name, value in found["quality"].items()]
-    lines.append(f"{'by the k strongest':20}{'k':>8}{'fvu':>10}{'cosine':>10}")
-    lines += [f"{'':20}{row['k']:>8,}{row['fvu']:>10.4f}{row['cosine']:>10.4f}" for row in found["recovery"]]
-    titles = {
-        "alignment": "agreement with the other SAE",
-        "zero_shot": "zero-shot, original against reconstructed",
-        "linear_probe": "linear probe, original against reconstructed",
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, sae = torch.from_numpy(rows).to(device), sae.to(device)
+    found: dict[str, Any] = {
+        "sae": arguments.sae,
+        **dataclasses.asdict(sae.config),
+        "embeddings": arguments.embeddings,
+        "rows": len(rows),
+        "of": int(source.block_rows.sum()),
+        "unit_norm": unit_length(rows),
+        "calibrated": False,
     }
-    for name, title in titles.items():
-        if name in found:
-            lines.append(title)
-            lines += [f"  {key:26}{value:>10.4f}" for key, value in found[name].items()]
-    if "saved" in found:
-        lines.append(f"saved to {found['saved']}")
-    return "\n".join(lines)
+    if sae.config.architecture == "batchtopk":
+        assert sae.threshold is not None
+        found["calibrated"] = bool(torch.isnan(sae.threshold).any())
+        if found["calibrated"]:
+            with session.mistakes():
+                quality.calibrate(sae, x, sae.config.k)
+        found["threshold"] = float(sae.threshold)
+    figures = quality.quality(sae, x)._asdict()
+    found["figures"] = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+    n = sae.config.n_latents
+    found["recovery"] = quality.recovery(sae, x, list(arguments.ks or doubled(min(FIRST_K, n), min(LAST_K, n))))
+    answers = None if labels is None else torch.from_numpy(labels[numbers]).to(device)
+    if arguments.texts:
+        found["zero_shot"] = quality.zero_shot(sae, x, torch.from_numpy(classes).to(device), answers)
+    if answers is not None:
+        # Dense: the probe's classes are those that occur.
+        found["linear_probe"] = quality.linear_probe(sae, x, torch.unique(answers, return_inverse=True)[1])
+    if other is not None:
+        found["alignment"] = {"against": arguments.against, **quality.alignment(sae, other.to(device))}
+    if arguments.save:
+        save_sae(sae, resolved(arguments.save))
+        found["saved"] = arguments.save
+    print(json.dumps(found, indent=2) if arguments.json else report.measured(found))
+    return 0
+
+
+def load(address: str, source: Embeddings, embeddings: str) -> "SAE":
+    """The SAE at `address`; ValueError if there is none, or not for embeddings of this width."""
+    from saecore.checkpoints import load_sae  # and with it PyTorch: --help does without
+
+    sae = load_sae(address)
+    if sae.config.n_inputs != source.width:
+        raise ValueError(
+            f"{address} is for embeddings of width {sae.config.n_inputs}, --embeddings {embeddings} has {source.width}: "
+            "not of one CLIP"
+        )
+    return sae
+
+
+def read_texts(folder: str) -> tuple[list[str], np.ndarray]:
+    """Words and their embeddings, float32 (words, width), as `jobs.embed --text` leaves them."""
+    filesystem, path = filesystem_of(join_uri(folder, "texts.parquet"))
+    if filesystem.get_file_info(path).type != pyarrow.fs.FileType.File:
+        raise ValueError(f"--texts {folder}: no texts.parquet there, as jobs.embed --text writes it")
+    table = pq.read_table(path, filesystem=filesystem)
+    embeddings = table["embedding"].combine_chunks().flatten().to_numpy().copy()  # PyTorch wants it writable
+    return table["word"].to_pylist(), embeddings.reshape(table.num_rows, -1)
+
+
+def read_labels(path: str, source: Embeddings, words: list[str]) -> np.ndarray:
+    """int64, one for every embedding: the number of its word among `words` where there are some, or an integer as it stands."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--labels {path} cannot be read: {error}") from error
+    if len(lines) != (total := int(source.block_rows.sum())):
+        raise ValueError(f"--labels {path} has {len(lines):,} lines for {total:,} embeddings: one each is needed")
+    known = set(lines)
+    if "" in known:
+        raise ValueError(f"--labels {path}: line {lines.index('') + 1} is empty")
+    if len(known) < 2:
+        raise ValueError(f"--labels {path}: all labels are {lines[0]!r}, so there is nothing to tell apart")
+    integers = all(label.isascii() and label.removeprefix("-").isdigit() for label in known)
+    if words and known <= set(words):
+        place = {word: number for number, word in enumerate(words)}
+    elif integers:
+        place = {label: int(label) for label in known}
+        if words and (wrong := [label for label in lines if not 0 <= place[label] < len(words)]):
+            raise ValueError(f"--labels {path}: {wrong[0]} is no number of one of the {len(words)} words of --texts")
+    elif words:
+        raise ValueError(f"--labels {path}: {min(known - set(words))!r} is not among the words of --texts")
+    else:
+        place = {label: number for number, label in enumerate(sorted(known))}
+    return np.array([place[label] for label in lines], np.int64)
+
+
+def check_folder(arguments: Arguments) -> None:
+    """ValueError if --save names a folder in which other files lie; the SAE's own may be written again, with its threshold."""
+    filesystem, path = filesystem_of(arguments.save)
+    held = filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
+    if held and resolved(arguments.save) != resolved(arguments.sae):
+        raise ValueError(f"--save {arguments.save} holds other files; name a new or empty folder")
 
 
 if __name__ == "__main__":

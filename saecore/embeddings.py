@@ -20,6 +20,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset
 import pyarrow.fs
 import pyarrow.parquet as pq
@@ -117,6 +118,8 @@ class _Tables:
                     if not len(found):
                         continue
                     self.width = len(found[0])
+                    if self.width < 2:
+                        raise ValueError(f"--embeddings {address}: the lists in {path} are {self.width} long")
                 # A list is as many values as it is long, a null is one: the footer says how many rows have an embedding.
                 values = about.column(leaf).num_values
                 full, rest = divmod(values - about.num_rows, self.width - 1)
@@ -136,15 +139,11 @@ class _Tables:
     def read(self, block: int) -> np.ndarray:
         path, group = self._groups[block]
         table = pq.ParquetFile(path, filesystem=self._filesystem).read_row_group(group, columns=[self._column])
-        values = _numbers(table[self._column]).to_numpy(zero_copy_only=False)
-        if len(values) != self.block_rows[block] * self.width:
+        lists = table[self._column].drop_null().combine_chunks()
+        if set(pc.list_value_length(lists).to_pylist()) != {self.width}:
             raise ValueError(f"{path}: the lists in {self._column!r} are not all {self.width} long")
+        values = lists.flatten().to_numpy(zero_copy_only=False)
         return _checked(values.astype(np.float32, copy=False).reshape(-1, self.width), path)
-
-
-def _numbers(column: pa.ChunkedArray) -> pa.Array:
-    """The numbers of the lists that are there, one after the other."""
-    return column.drop_null().combine_chunks().flatten()
 
 
 def _parquet_files(address: str) -> tuple[pyarrow.fs.FileSystem, list[str]]:
@@ -177,6 +176,20 @@ def _hash(content: object) -> str:
 # ---- What they are like.
 
 
+def draw(source: Embeddings, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers (int64, ascending) and values (float32) of so many random rows, or of all; `survey` holds out the same ones."""
+    total = int(source.block_rows.sum())
+    chosen = np.arange(total) if rows >= total else _chosen(np.random.default_rng(seed), total, rows)
+    starts = np.concatenate([[0], np.cumsum(source.block_rows)])
+    inside = np.split(chosen, np.searchsorted(chosen, starts[1:-1]))
+    found = [source.read(block)[own - starts[block]] for block, own in enumerate(inside) if len(own)]
+    return chosen, np.concatenate(found)
+
+
+def _chosen(generator: np.random.Generator, total: int, rows: int) -> np.ndarray:
+    return np.sort(generator.choice(total, rows, replace=False))
+
+
 class Survey(NamedTuple):
     """One pass over the data."""
 
@@ -202,8 +215,8 @@ def survey(source: Embeddings, held_out: int, seed: int) -> Survey:
     if not 0 <= held_out < total:
         raise ValueError(f"cannot hold out {held_out} of {total} embeddings")
     generator = np.random.default_rng(seed)
-    kept = np.sort(generator.choice(total, held_out, replace=False))
-    sampled = np.sort(generator.choice(total, min(MEDIAN_ROWS, total), replace=False))
+    kept = _chosen(generator, total, held_out)
+    sampled = _chosen(generator, total, min(MEDIAN_ROWS, total))
     sampled = sampled[~np.isin(sampled, kept)]
     count, mean, spread = 0, np.zeros(source.width), 0.0
     evaluation, sample, unit = [], [], True
@@ -215,7 +228,7 @@ def survey(source: Embeddings, held_out: int, seed: int) -> Survey:
         evaluation.append(rows[inside])
         sample.append(rows[chosen])
         train = np.delete(rows, inside, axis=0).astype(np.float64)
-        unit = unit and _unit_norm(rows)
+        unit = unit and unit_length(rows)
         if len(train):
             own = train.mean(axis=0)
             shift = own - mean
@@ -230,28 +243,29 @@ def survey(source: Embeddings, held_out: int, seed: int) -> Survey:
     return Survey(total, mean.astype(np.float32), scale, kept, np.concatenate(evaluation), np.concatenate(sample), unit)
 
 
-def choose(source: Embeddings, rows: int, seed: int) -> Survey:
-    """A survey whose `evaluation` holds `rows` random embeddings, or all if there are no more, to measure an SAE on."""
-    total = int(source.block_rows.sum())
-    if rows < total:
-        return survey(source, rows, seed)
-    everything = np.concatenate([source.read(block) for block in range(len(source.block_rows))])
-    unit = _unit_norm(everything)
-    return Survey(total, everything.mean(0), 1.0, np.arange(total), everything, everything[:0], unit)
-
-
-def _unit_norm(rows: np.ndarray) -> bool:
+def unit_length(rows: np.ndarray) -> bool:
+    """Whether every row has length 1, as rows have that somebody normalised."""
     return bool(np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-3))
 
 
 def geometric_median(rows: np.ndarray, tolerance: float = 1e-5, rounds: int = 1000) -> np.ndarray:
-    """The point with the least sum of distances to the rows (n, width), by Weiszfeld's iteration in float64."""
+    """The point with the least sum of distances to the rows (n, width), by Weiszfeld's iteration in float64.
+
+    A row that the point has reached would weigh infinitely much and hold it for ever; by Vardi and Zhang (2000) it holds it
+    only as far as it outweighs the pull of all others.
+    """
     rows = rows.astype(np.float64)
     point = rows.mean(axis=0)
     for _ in range(rounds):
-        # A row that the point has reached would have infinite weight.
-        weight = 1 / np.maximum(np.linalg.norm(rows - point, axis=1), 1e-12)
-        following = weight @ rows / weight.sum()
+        apart = rows - point
+        distance = np.linalg.norm(apart, axis=1)
+        away = distance > 1e-12
+        if not away.any():
+            break
+        weight = away / np.maximum(distance, 1e-12)
+        pull = weight @ apart
+        held = min(1.0, np.count_nonzero(~away) / max(float(np.linalg.norm(pull)), 1e-12))
+        following = point + (1 - held) * pull / weight.sum()
         moved = float(np.linalg.norm(following - point))
         point = following
         if moved <= tolerance * max(float(np.linalg.norm(point)), tolerance):

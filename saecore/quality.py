@@ -69,7 +69,7 @@ def quality(sae: SAE, x: Tensor) -> Quality:
             fires = code.activations != 0
             sums["l0"] += float(fires.sum())
             fired[code.latents[fires]] = True
-        some = x[:CKNNA_ROWS]
+        some = x[:: math.ceil(len(x) / CKNNA_ROWS)]  # from everywhere: rows may lie in the order of their classes
         return Quality(
             fvu=sums["error"] / sums["spread"],
             **{name: sums[name] / len(x) for name in ("fvu_msae", "nmae", "cosine", "l0")},
@@ -228,17 +228,18 @@ def calibrate(sae: SAE, x: Tensor, k: int) -> float:
     """
     if sae.threshold is None or sae.config.architecture != "batchtopk":
         raise ValueError(f"a {sae.config.architecture} SAE has no threshold to calibrate")
+    if k < 1:
+        raise ValueError("this BatchTopK SAE does not say its k, so its threshold cannot be calibrated")
     smallest = [_smallest_kept(sae, rows, k) for rows in _whole_batches(x)]
     sae.threshold.fill_(float(np.mean(smallest)))
     return float(sae.threshold)
 
 
 def _whole_batches(x: Tensor) -> Iterator[Tensor]:
-    """Batches of one size: a last small one would weigh as much as the others."""
-    if len(x) < BATCH:
-        yield x
-    for start in range(0, len(x) - BATCH + 1, BATCH):
-        yield x[start : start + BATCH]
+    """Batches of one size, each from everywhere: a small one, or one of a single class, would weigh as much as others."""
+    count = max(1, len(x) // BATCH)
+    for first in range(count):
+        yield x[first::count]
 
 
 def _smallest_kept(sae: SAE, x: Tensor, k: int) -> float:

@@ -183,8 +183,13 @@ def outline(plan: pa.Table, verb: str, out: str, how: Sequence[str]) -> str:
     return "\n".join([*lines, f"{damaged} shards are damaged"] if damaged else lines)
 
 
-# ---- Training.
+# ---- SAEs.
 
+
+UNIT_NORM = (
+    "warning       every embedding has length 1: SAEs for CLIP are trained on embeddings before normalisation, "
+    "as jobs.embed writes them"
+)
 
 COLUMNS = (
     ("step", ",d"),
@@ -242,11 +247,53 @@ def training_summary(record: Mapping[str, Any], out: str) -> str:
         f"FVU           {curve}",
     ]
     if record["unit_norm"]:
-        lines.append(
-            "warning       every embedding has length 1: SAEs for CLIP are trained on embeddings before normalisation, "
-            "as jobs.embed writes them"
-        )
+        lines.append(UNIT_NORM)
     return "\n".join([*lines, f"\nUse it: --sae {out}"])
+
+
+MEANINGS = {
+    "fvu": (".4f", "sum |x - x'|^2 / sum |x - mean|^2"),
+    "fvu_msae": (".4f", "mean of Var(x - x') / Var(x) over an image's entries, as MSAE reports it"),
+    "nmae": (".4f", "mean of |x - x'|_1 / |x|_1"),
+    "cosine": (".4f", "mean of cos(x, x')"),
+    "l0": (".1f", "latents that fire for an image"),
+    "dead": (".1%", "of the latents fire for none of these images"),
+    "cknna": (".4f", "agreement of neighbours before and after: 1 if they are the same, 0 if by chance"),
+    "orthogonality": (".2e", "mean squared cosine between atoms"),
+}
+"""Figures of `saecore.quality`: how they are printed, and what they are."""
+
+
+def measured(found: Mapping[str, Any]) -> str:
+    """What jobs.measure found, as a person reads it."""
+    lines = [
+        f"SAE           {found['architecture']}, {found['n_latents']:,} latents on width {found['n_inputs']}",
+        f"measured on   {found['rows']:,} of {found['of']:,} embeddings",
+    ]
+    if found["unit_norm"]:
+        lines.append(UNIT_NORM)
+    if found["calibrated"]:
+        lines.append(f"threshold     {found['threshold']:.4g}, calibrated here: it had none (k = {found['k']})")
+    lines.append("")
+    for name, (form, meaning) in MEANINGS.items():
+        value = found["figures"][name]
+        lines.append(f"{name:<14}{'none' if value is None else format(value, form):<12}{meaning}")
+    lines.append(f"\n{'k strongest':>11}{'fvu':>10}{'cosine':>10}")
+    lines += [f"{row['k']:>11,}{row['fvu']:>10.4f}{row['cosine']:>10.4f}" for row in found["recovery"]]
+    lines.append("")
+    for name, title in (("zero_shot", "zero-shot"), ("linear_probe", "linear probe")):
+        if one := found.get(name):
+            lines.append(f"{title:<14}{one['same']:.2%} same answer after reconstruction, KL {one['kl']:.4f} nats")
+            if "accuracy" in one:
+                lines[-1] += f", accuracy {one['accuracy']:.2%} -> {one['accuracy_reconstructed']:.2%}"
+    if one := found.get("alignment"):
+        lines.append(
+            f"{'alignment':<14}{one['same']:.1%} of atoms above cosine 0.9 to their match in {one['against']}; "
+            f"mean cosine of atoms {one['atoms']:.4f}, of encoders {one['encoders']:.4f}"
+        )
+    if "saved" in found:
+        lines.append(f"{'saved':<14}{found['saved']}; use it: --sae {found['saved']}")
+    return "\n".join(lines).rstrip()
 
 
 def _bytes(count: int) -> str:

@@ -1,162 +1,265 @@
-"""Every figure against a second derivation in NumPy, or a truth that was planted."""
+"""Every figure against a second, plain derivation in NumPy, or against a truth that was planted."""
+
+import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from saecore import quality
 from saecore.sae import SAE, SAEConfig
 from tests.towers import random_sae
 
-
-def embeddings(rows: int = 120, width: int = 24, seed: int = 0) -> torch.Tensor:
-    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * 0.5 + 0.3
+WIDTH, LATENTS = 24, 96
 
 
-def identity(width: int = 6) -> SAE:
-    """2d latents that reconstruct anything: one for each direction and its opposite."""
-    sae = SAE(SAEConfig(n_inputs=width, n_latents=2 * width, architecture="relu")).requires_grad_(False)
-    both = torch.cat([torch.eye(width), -torch.eye(width)])
-    assert sae.decoder is not None
-    sae.encoder.copy_(both.T)
-    sae.decoder.copy_(both)
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sae_of(architecture: str, k: int = 8, output: str = "relu", threshold: float = 0.3) -> SAE:
+    """`random_sae`'s tensors under another rule."""
+    config = SAEConfig(n_inputs=WIDTH, n_latents=LATENTS, k=k, architecture=architecture, output=output)
+    sae = SAE(config).requires_grad_(False)
+    tensors = random_sae().state_dict()
+    if sae.threshold is not None:
+        tensors["threshold"] = torch.full_like(sae.threshold, threshold)
+    sae.load_state_dict(tensors)
     return sae
 
 
-def test_figures_equal_numpy() -> None:
-    sae, x = random_sae(k=5), embeddings()
+def identity() -> SAE:
+    """An SAE that loses nothing: a latent for either direction of every axis."""
+    sae = SAE(SAEConfig(n_inputs=WIDTH, n_latents=2 * WIDTH, k=WIDTH)).requires_grad_(False)
+    both = torch.cat([torch.eye(WIDTH), -torch.eye(WIDTH)])
+    sae.encoder.copy_(both.T)
+    sae.decoder.copy_(both)  # type: ignore[union-attr]
+    return sae
+
+
+def code_of(sae: SAE, x: Tensor, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Dense pre-activations, dense latents of which the k strongest are kept, and their reconstruction, in float64."""
+    w = {name: tensor.double().numpy() for name, tensor in sae.state_dict().items()}
+    p = ((x.double().numpy() - w["mean"]) * w["scale"] - w["pre_bias"]) @ w["encoder"] + w["latent_bias"]
+    kept = np.argsort(np.argsort(-p, axis=1), axis=1) < k
+    dense = np.where(kept, np.maximum(p, 0), 0)
+    return p, dense, (dense @ w["decoder"] + w["pre_bias"]) / w["scale"] + w["mean"]
+
+
+# ---- Reconstruction.
+
+
+def test_the_figures_of_a_plain_derivation() -> None:
+    """1,500 rows: more than one batch; a mean far from 0, which fvu must not count as variance."""
+    sae, x = random_sae(), normal(1500, WIDTH) + 2
     found = quality.quality(sae, x)
-    a, b = x.double().numpy(), sae.reconstruct(x).double().numpy()
-    code = sae.encode(x)[0].numpy()
-    error = a - b
-    assert found.fvu == pytest.approx((error**2).sum() / ((a - a.mean(0)) ** 2).sum(), rel=1e-5)
-    assert found.fvu_msae == pytest.approx((error.var(axis=1) / a.var(axis=1)).mean(), rel=1e-5)
-    assert found.nmae == pytest.approx((np.abs(error).sum(1) / np.abs(a).sum(1)).mean(), rel=1e-5)
-    cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-    assert found.cosine == pytest.approx(cosine.mean(), rel=1e-5)
-    assert found.l0 == pytest.approx((code != 0).sum(1).mean())
-    assert found.dead == pytest.approx((code == 0).all(0).mean())
-    assert found.images == 120
+    _, dense, again = code_of(sae, x, 8)
+    rows = x.double().numpy()
+    left = rows - again
+    norms = np.linalg.norm(rows, axis=1) * np.linalg.norm(again, axis=1)
+    expected = {
+        "fvu": (left**2).sum() / ((rows - rows.mean(0)) ** 2).sum(),
+        "fvu_msae": (left.var(1) / rows.var(1)).mean(),
+        "nmae": (np.abs(left).sum(1) / np.abs(rows).sum(1)).mean(),
+        "cosine": ((rows * again).sum(1) / norms).mean(),
+        "l0": (dense > 0).sum(1).mean(),
+        "dead": (dense == 0).all(0).mean(),
+    }
+    assert {name: getattr(found, name) for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert found.images == 1500
 
 
-def test_msaes_fvu_does_not_see_an_offset_of_a_whole_image() -> None:
-    """Its variance is over the features of one image: 0 for a reconstruction that is off by 1 everywhere."""
-    sae = identity()
-    sae.pre_bias.fill_(0.0)
-    sae.latent_bias.fill_(0.0)
-    x = embeddings(width=6)
+def test_an_offset_of_a_whole_image_is_seen_by_fvu_alone() -> None:
+    """x' = x + 1 from a pre-bias: no variance over an image's entries is lost, though every entry is wrong."""
+    sae, x = identity(), normal(50, WIDTH)
     assert quality.quality(sae, x).fvu == pytest.approx(0, abs=1e-10)
-    assert sae.decoder is not None
-    shifted = SAE(SAEConfig(n_inputs=6, n_latents=13, architecture="relu")).requires_grad_(False)
-    assert shifted.decoder is not None
-    shifted.encoder[:, :12], shifted.decoder[:12] = sae.encoder, sae.decoder
-    shifted.latent_bias[12], shifted.decoder[12] = 1.0, 1.0  # adds 1 to every feature of every image
-    found = quality.quality(shifted, x)
-    assert found.fvu_msae == pytest.approx(0, abs=1e-10)
-    assert found.fvu > 1
+    sae.latent_bias.copy_(sae.encoder.sum(0))  # (v - b) E + c = v E, but b is added on the way out
+    sae.pre_bias.fill_(1.0)
+    found = quality.quality(sae, x)
+    assert found.fvu_msae == pytest.approx(0, abs=1e-9)
+    assert found.fvu == pytest.approx(x.numel() / float((x - x.mean(0)).square().sum()), rel=1e-4)
+    assert found.nmae == pytest.approx(float((WIDTH / x.abs().sum(1)).mean()), rel=1e-4)
 
 
-def literal_cknna(x: np.ndarray, y: np.ndarray, neighbours: int) -> float:
-    """Pair by pair."""
-    n = len(x)
-    k, l = x @ x.T, y @ y.T  # noqa: E741
-    near = []
-    for kernel in (k, l):
-        mask = np.zeros((n, n))
-        for i in range(n):
-            others = [j for j in range(n) if j != i]
-            mask[i, sorted(others, key=lambda j: -kernel[i, j])[:neighbours]] = 1
-        near.append(mask)
-
-    def hsic(a: np.ndarray, b: np.ndarray) -> float:
-        a, b = a - np.diag(np.diag(a)), b - np.diag(np.diag(b))
-        one = np.ones(n)
-        first = np.trace(a @ b)
-        second = (one @ a @ one) * (one @ b @ one) / ((n - 1) * (n - 2))
-        third = 2 / (n - 2) * (one @ a @ b @ one)
-        return (first + second - third) / (n * (n - 3))
-
-    both = near[0] * near[1]
-    own = hsic(near[0] * k, near[0] * k) * hsic(near[1] * l, near[1] * l)
-    return hsic(both * k, both * l) / (np.sqrt(own) + 1e-6)
+def test_dead_latents_are_counted_and_few_images_have_no_cknna() -> None:
+    sae = random_sae()
+    sae.latent_bias[:24] = -1e6
+    sae.latent_bias[24:] += 5
+    sae.config = SAEConfig(n_inputs=WIDTH, n_latents=LATENTS, k=72)
+    found = quality.quality(sae, normal(13, WIDTH))
+    assert found.dead == pytest.approx(0.25, abs=0.02)
+    assert math.isnan(found.cknna)
 
 
-def test_cknna() -> None:
-    x, y = embeddings(40, 8), embeddings(40, 5, seed=1)
-    assert quality.cknna(x, x) == pytest.approx(1, abs=1e-4)
-    assert quality.cknna(x, x @ torch.linalg.qr(torch.randn(8, 8)).Q) == pytest.approx(1, abs=1e-3)
-    unrelated = embeddings(600, 8) - 0.3, embeddings(600, 8, seed=1) - 0.3
-    assert abs(quality.cknna(unrelated[0], unrelated[1])) < 0.05
-    for one, other in ((x, y), (x, x[:, :4])):
-        literal = literal_cknna(one.double().numpy(), other.double().numpy(), 10)
-        assert quality.cknna(one, other) == pytest.approx(literal, rel=1e-6)
+def test_cknna_sees_images_from_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows may lie in the order of their classes; the first ones alone would be of one class."""
+    monkeypatch.setattr(quality, "CKNNA_ROWS", 20)
+    monkeypatch.setattr(quality, "cknna", lambda u, latents: float(len(u)) if len(u) == len(latents) else math.nan)
+    x = normal(59, WIDTH)
+    assert quality.quality(random_sae(), x).cknna == 20
+
+
+# ---- Neighbours and atoms.
+
+
+def cknna_by_loops(x: np.ndarray, y: np.ndarray, neighbours: int) -> float:
+    """Huh et al. 2024, with Song et al. 2012's unbiased HSIC as the sums over pairs and triples that it abbreviates."""
+    m = len(x)
+    kernels = [rows @ rows.T for rows in (x, y)]
+    nearest = []
+    for kernel in kernels:
+        others = [sorted((j for j in range(m) if j != i), key=lambda j: -kernel[i, j])[:neighbours] for i in range(m)]
+        nearest.append([set(found) for found in others])
+
+    def hsic(one: np.ndarray, other: np.ndarray) -> float:
+        traced = means_one = means_other = crossed = 0.0
+        for i in range(m):
+            for j in range(m):
+                if i != j:
+                    traced += one[i, j] * other[j, i]
+                    means_one += one[i, j]
+                    means_other += other[i, j]
+                    crossed += sum(one[i, j] * other[j, q] for q in range(m) if q != j)
+        whole = traced + means_one * means_other / ((m - 1) * (m - 2)) - 2 * crossed / (m - 2)
+        return whole / (m * (m - 3))
+
+    def masked(kernel: np.ndarray, holds: Callable[[int, int], bool]) -> np.ndarray:
+        return np.array([[kernel[i, j] if holds(i, j) else 0.0 for j in range(m)] for i in range(m)])
+
+    both = [masked(kernel, lambda i, j: j in nearest[0][i] and j in nearest[1][i]) for kernel in kernels]
+    one = masked(kernels[0], lambda i, j: j in nearest[0][i])
+    other = masked(kernels[1], lambda i, j: j in nearest[1][i])
+    return hsic(both[0], both[1]) / (math.sqrt(hsic(one, one) * hsic(other, other)) + 1e-6)
+
+
+def test_cknna_equals_its_definition_in_loops() -> None:
+    x = normal(40, 5)
+    y = x @ normal(5, 6, seed=1) + normal(40, 6, seed=2)
+    expected = cknna_by_loops(x.double().numpy(), y.double().numpy(), 10)
+    assert quality.cknna(x, y) == pytest.approx(expected, rel=1e-9)
+    assert 0.1 < expected < 0.9
+
+
+def test_cknna_is_one_for_the_same_and_about_zero_for_unrelated_rows() -> None:
+    x = normal(300, 20)
+    assert quality.cknna(x, x) == pytest.approx(1, abs=1e-6)
+    rotation = torch.linalg.qr(normal(20, 20, seed=1))[0]
+    assert quality.cknna(x, 3 * x @ rotation) == pytest.approx(1, abs=1e-3)
+    assert abs(quality.cknna(x, normal(300, 20, seed=2))) < 0.1
 
 
 def test_orthogonality_is_the_double_sum() -> None:
-    atoms = embeddings(9, 6)
+    atoms = normal(12, 5)
     rows = (atoms / atoms.norm(dim=1, keepdim=True)).double().numpy()
-    cosines = rows @ rows.T
-    assert quality.orthogonality(atoms) == pytest.approx(
-        sum(cosines[i, j] ** 2 for i in range(9) for j in range(9) if i != j) / 81
-    )
-    assert quality.orthogonality(torch.eye(5)) == pytest.approx(0, abs=1e-12)
+    expected = sum(float(rows[i] @ rows[j]) ** 2 for i in range(12) for j in range(12) if i != j) / 144
+    assert quality.orthogonality(atoms) == pytest.approx(expected, rel=1e-6)
+    assert quality.orthogonality(3 * torch.eye(6)) == pytest.approx(0, abs=1e-12)
 
 
-@pytest.mark.parametrize("architecture", ["topk", "relu"])
-def test_recovery_is_what_the_strongest_latents_make(architecture: str) -> None:
-    sae, x = random_sae(k=5), embeddings()
-    if architecture == "relu":
-        relu = SAE(SAEConfig(n_inputs=24, n_latents=96, architecture="relu")).requires_grad_(False)
-        relu.load_state_dict(sae.state_dict())
-        sae = relu
-    spread = (x - x.mean(0)).double().square().sum()
-    for row in quality.recovery(sae, x, [1, 5, 20]):
-        full = sae.encode(x, topk=int(row["k"]))[1]
-        error = (x - sae.decode(full)).double().square().sum()
-        assert row["fvu"] == pytest.approx(float(error / spread), rel=1e-4)
+def test_alignment_with_a_permuted_copy_is_one() -> None:
+    one, other, order = random_sae(), random_sae(), torch.randperm(LATENTS, generator=torch.Generator().manual_seed(0))
+    other.encoder.copy_(one.encoder[:, order] * 2)
+    other.decoder.copy_(one.decoder[order])  # type: ignore[union-attr, index]
+    assert quality.alignment(one, other) == pytest.approx({"atoms": 1, "encoders": 1, "same": 1}, abs=1e-6)
+    assert quality.alignment(one, random_sae(seed=3))["same"] == 0
+    with pytest.raises(ValueError, match="widths 24 and 20 cannot be compared"):
+        quality.alignment(one, random_sae(n_inputs=20))
 
 
-def test_an_sae_agrees_with_its_shuffled_self_and_not_with_another() -> None:
-    sae, order = random_sae(), torch.randperm(96, generator=torch.Generator().manual_seed(3))
-    shuffled = random_sae()
-    shuffled.encoder.copy_(sae.encoder[:, order])
-    assert sae.decoder is not None
-    assert shuffled.decoder is not None
-    shuffled.decoder.copy_(sae.decoder[order])
-    assert quality.alignment(sae, shuffled) == pytest.approx({"atoms": 1, "encoders": 1, "same": 1}, abs=1e-5)
-    assert quality.alignment(sae, random_sae(seed=5))["atoms"] < 0.7
+# ---- Recovery.
 
 
-def test_agreement_of_logits() -> None:
-    one, other = embeddings(50, 4), embeddings(50, 4, seed=2)
-    labels = torch.arange(50) % 4
-    found = quality.agreement(one, other, labels)
-    p, q = (np.exp(rows.double().numpy()) for rows in (one, other))
-    p, q = p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+def test_recovery_zeroes_all_but_the_k_strongest(architecture: str) -> None:
+    """Where a k rules it may be exceeded; 1,000 is as many as there are."""
+    sae, x = sae_of(architecture), normal(1100, WIDTH)
+    rows = x.double().numpy()
+    found = quality.recovery(sae, x, [1000, 4, 30])
+    assert [row["k"] for row in found] == [4, 30, LATENTS]
+    for row in found:
+        again = code_of(sae, x, int(row["k"]))[2]
+        assert row["fvu"] == pytest.approx(((rows - again) ** 2).sum() / ((rows - rows.mean(0)) ** 2).sum(), rel=1e-5)
+        cosines = (rows * again).sum(1) / np.linalg.norm(rows, axis=1) / np.linalg.norm(again, axis=1)
+        assert row["cosine"] == pytest.approx(cosines.mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["relu", "jumprelu"])
+def test_recovery_ends_at_what_fires_where_no_k_rules(architecture: str) -> None:
+    sae, x = sae_of(architecture, threshold=1.0), normal(200, WIDTH)
+    last = quality.recovery(sae, x, [3, LATENTS])[-1]
+    found = quality.quality(sae, x)
+    assert (last["fvu"], last["cosine"]) == pytest.approx((found.fvu, found.cosine), rel=1e-5)
+
+
+# ---- Classifiers.
+
+
+def test_agreement_is_kl_same_answer_and_accuracy() -> None:
+    before, after = (3 * normal(50, 4, seed=seed) for seed in (0, 1))
+    labels = before.argmax(1).clone()
+    labels[:10] = (labels[:10] + 1) % 4
+    p, q = (np.exp(z.double().numpy()) / np.exp(z.double().numpy()).sum(1, keepdims=True) for z in (before, after))
+    found = quality.agreement(before, after, labels)
     assert found["kl"] == pytest.approx((p * np.log(p / q)).sum(1).mean(), rel=1e-5)
     assert found["same"] == pytest.approx((p.argmax(1) == q.argmax(1)).mean())
-    assert found["accuracy"] == pytest.approx((p.argmax(1) == labels.numpy()).mean())
+    assert found["accuracy"] == pytest.approx(0.8)
+    assert found["accuracy_reconstructed"] == pytest.approx((q.argmax(1) == labels.numpy()).mean())
+    assert quality.agreement(before, after).keys() == {"kl", "same"}
 
 
-def test_classifiers_see_the_same_in_a_perfect_reconstruction_and_nothing_in_none() -> None:
-    generator = torch.Generator().manual_seed(0)
-    centres = torch.eye(6)[:3] * 4
-    labels = torch.arange(300) % 3
-    x = centres[labels] + torch.randn(300, 6, generator=generator) * 0.4
-    for found in (quality.zero_shot(identity(), x, centres, labels), quality.linear_probe(identity(), x, labels)):
-        assert found["accuracy"] > 0.98
-        assert found["accuracy_reconstructed"] == pytest.approx(found["accuracy"])
-        assert found["kl"] == pytest.approx(0, abs=1e-5)
-    blind = identity()
-    blind.encoder.zero_()
-    assert quality.linear_probe(blind, x, labels)["accuracy_reconstructed"] < 0.5
+def classes(n: int = 400) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeddings round three centres, labels, centres."""
+    labels = torch.randint(0, 3, (n,), generator=torch.Generator().manual_seed(1))
+    centres = 3 * normal(3, WIDTH, seed=2)
+    return centres[labels] + normal(n, WIDTH, seed=3), labels, centres
 
 
-def test_a_calibrated_threshold_lets_k_fire_on_average() -> None:
-    x = embeddings(4000, 24)
-    sae = SAE(SAEConfig(n_inputs=24, n_latents=96, k=7, architecture="batchtopk")).requires_grad_(False)
-    sae.load_state_dict({**random_sae().state_dict(), "threshold": torch.tensor(torch.nan)})
-    quality.calibrate(sae, x[:3000], 7)
-    assert quality.quality(sae, x[3000:]).l0 == pytest.approx(7, rel=0.05)
-    with pytest.raises(ValueError, match="topk SAE has no threshold"):
-        quality.calibrate(random_sae(), x, 7)
+def test_zero_shot_is_clips_classifier_on_both() -> None:
+    x, labels, texts = classes()
+    sae = random_sae()
+    found = quality.zero_shot(sae, x, texts, labels)
+    t = texts / texts.norm(dim=1, keepdim=True)
+    logits = [100 * (rows / rows.norm(dim=1, keepdim=True)) @ t.T for rows in (x, sae.reconstruct(x))]
+    assert found == pytest.approx(quality.agreement(logits[0], logits[1], labels), rel=1e-3)
+    assert found["accuracy"] > 0.97
+    kept = quality.zero_shot(identity(), x, 5 * texts, labels)
+    assert kept == pytest.approx({**kept, "kl": 0, "same": 1, "accuracy_reconstructed": kept["accuracy"]}, abs=1e-3)
+
+
+def test_a_linear_probe_learns_separable_classes_and_a_good_sae_keeps_them() -> None:
+    x, labels, _ = classes()
+    good = quality.linear_probe(identity(), x, labels)
+    assert good["accuracy"] > 0.97
+    assert (good["same"], good["accuracy_reconstructed"]) == (1, good["accuracy"])
+    assert good["kl"] == pytest.approx(0, abs=1e-5)
+    bad = quality.linear_probe(random_sae(), x, labels)
+    assert bad["accuracy"] > 0.97
+    assert bad["same"] < good["same"]
+    assert quality.linear_probe(identity(), x, labels.flip(0))["accuracy"] < 0.6
+
+
+# ---- The threshold of BatchTopK.
+
+
+@pytest.mark.parametrize("by_magnitude", [False, True])
+@pytest.mark.parametrize("rows", [500, 2500])
+def test_calibrated_k_latents_fire_on_average(rows: int, by_magnitude: bool) -> None:
+    """Also on rows that lie in the order of their strength: the first and the last batch are of another kind."""
+    x = normal(rows, WIDTH) * torch.linspace(0.5, 3, rows)[:, None]
+    sae = sae_of("batchtopk", threshold=math.nan, output="signed" if by_magnitude else "relu")
+    if by_magnitude:
+        sae.config = SAEConfig(WIDTH, LATENTS, 8, "batchtopk", "signed", by_magnitude=True)
+    with pytest.raises(ValueError, match="no threshold"):
+        sae.encode_sparse(x)
+    threshold = quality.calibrate(sae, x, 8)
+    assert float(sae.firing_threshold()) == threshold
+    assert quality.quality(sae, x).l0 == pytest.approx(8, rel=0.03)
+
+
+def test_only_a_batchtopk_sae_with_a_k_is_calibrated() -> None:
+    with pytest.raises(ValueError, match="a topk SAE has no threshold to calibrate"):
+        quality.calibrate(random_sae(), normal(20, WIDTH), 8)
+    with pytest.raises(ValueError, match="does not say its k"):
+        quality.calibrate(sae_of("batchtopk"), normal(20, WIDTH), 0)
