@@ -70,7 +70,7 @@ def test_tables_are_as_the_design_says(local_run: Path) -> None:
         ("maps", schema.maps_schema(64)),
     ):
         assert runs.dataset(str(local_run), table).schema.remove_metadata() == expected
-    images, k = rows(local_run, "images"), 16
+    images, k = rows(local_run, "images"), 12
     assert len(images) == N_SCENES
     assert {row["error"] for row in images.values()} == {None}
     assert {key[0] >> schema.INDEX_BITS for key in images} == {0, 1, 2}
@@ -94,7 +94,7 @@ def test_the_demo_explains_all_its_scenes(demo_run: Path) -> None:
     assert len(images) == 512
     assert {row["error"] for row in images.values()} == {None}
     for table in ("activations", "maps"):
-        assert set(Counter(image_id for image_id, _ in rows(demo_run, table)).values()) == {16}
+        assert set(Counter(image_id for image_id, _ in rows(demo_run, table)).values()) == {12}
 
 
 def test_maps_point_at_the_object_that_their_latent_follows(demo_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -367,7 +367,7 @@ def test_another_configuration_into_the_same_run_is_refused(
     shards: Path, local_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert explain.main(command(shards, local_run, "--local", "--k", "4")) == 2
-    assert "k was 16, now 4" in capsys.readouterr().err
+    assert "k was 12, now 4" in capsys.readouterr().err
 
 
 def test_changed_images_behind_the_same_path_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
