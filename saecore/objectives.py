@@ -96,9 +96,12 @@ def _open(sae: SAE, recipe: Recipe, p: Tensor, strength: Tensor, u: Tensor) -> t
         a = sae.output(p)
         cost = _penalty(penalty, a, u, recipe.k)
     else:
-        opened = jump_relu(strength, sae.threshold, recipe.bandwidth)
-        # `output` clamps, and clamp passes gradients at 0: a threshold learns from latents on both of its sides.
-        a = sae.output(opened * p.sign() if sae.config.by_magnitude else opened)
+        a = jump_relu(strength, sae.threshold, recipe.bandwidth)
+        if sae.config.by_magnitude:
+            a = a * {"relu": p > 0, "signed": p.sign(), "absolute": torch.ones_like(p)}[sae.config.output]
+        # Not `sae.output`: |a| has no slope at 0, so that thresholds would not hear of latents that stay just below them.
+        if cap := sae.config.soft_cap:
+            a = cap * torch.tanh(a / cap)
         if penalty == "l0":
             cost = (step(strength, sae.threshold, recipe.bandwidth).sum(-1).mean() / recipe.k - 1).square()
         else:

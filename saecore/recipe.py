@@ -101,9 +101,10 @@ class Recipe:
         for field, choices in CHOICES.items():
             if getattr(self, field) not in choices:
                 raise ValueError(f"{_flag(field)} {getattr(self, field)}: must be one of {', '.join(choices)}")
-        for field, least in (("latents", 1), ("k", 1), ("batch_size", 1), ("warmup", 0), ("clip", 0.0), ("aux", 0.0)):
-            if getattr(self, field) < least:
-                raise ValueError(f"{_flag(field)} {getattr(self, field)}: must be at least {least}")
+        least = {"latents": 1, "k": 1, "batch_size": 1}
+        for field in (*least, "warmup", "clip", "aux", "rate", "soft_cap", "dead_after", "seed"):
+            if getattr(self, field) < least.get(field, 0):
+                raise ValueError(f"{_flag(field)} {getattr(self, field)}: must be at least {least.get(field, 0)}")
         for field in ("epochs", "bandwidth"):
             if getattr(self, field) <= 0:
                 raise ValueError(f"{_flag(field)} {getattr(self, field)}: must be above 0")
@@ -120,12 +121,14 @@ class Recipe:
             raise ValueError(
                 f"--nested: {self.architecture} has no nested levels; matryoshka and matryoshka-prefixes do"
             )
-        if self.nested and (sorted(set(self.nested)) != list(self.nested) or self.nested[-1] > self.latents):
-            raise ValueError(f"--nested {self.nested}: must ascend, to at most {self.latents} latents")
+        ascending = sorted({*self.nested, 0})[1:] == list(self.nested)
+        if self.nested and (not ascending or self.nested[-1] > self.latents):
+            raise ValueError(f"--nested {self.nested}: must ascend, from at least 1 to at most {self.latents} latents")
         if nesting == "levels" and self.nested and self.nested[0] != self.k:
             raise ValueError(f"--nested {self.nested}: the first level is what fires, so it must be --k {self.k}")
         if nesting == "prefixes" and self.nested and self.nested[-1] != self.latents:
             raise ValueError(f"--nested {self.nested}: the last prefix is the dictionary, so it must be {self.latents}")
+        self.sae(1)  # what the SAE itself refuses
 
     def sae(self, width: int, source: str = "") -> SAEConfig:
         """The SAE that this recipe trains, on embeddings of that width."""
