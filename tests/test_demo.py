@@ -227,7 +227,7 @@ def test_sae_figures(sample: list[world.Scene], embeddings: torch.Tensor) -> Non
     found = figures.sae_figures(sae, embeddings, sample)
     print(found)
     assert found["cosine"] >= 0.95
-    assert found["dead"] < 0.10
+    assert found["dead"] < 0.15
     assert 1 < found["l0"] <= 12
 
 
