@@ -48,6 +48,14 @@ class Trace(NamedTuple):
     """(B, D) CLS residual stream leaving the last layer, before the final LayerNorm."""
     sinks: Tensor
     """bool (B, P): patches whose norm was an outlier where they enter any layer of the upper half."""
+    keys: list[Tensor]
+    """(B, N, D) key vectors of all tokens; empty unless asked for, since they double what a trace holds."""
+    cls_query: list[Tensor]
+    """(B, D) the CLS token's query."""
+
+
+Step = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]
+"""What one layer leaves: values, CLS attention, CLS before and after attention, keys if asked for, CLS query."""
 
 
 class ReadOut(NamedTuple):
@@ -97,21 +105,22 @@ class ImageTower(nn.Module):
         scaled = (pixels.float() * self.rescale - self.mean) / self.std
         return scaled.permute(0, 3, 1, 2).to(self.vision.embeddings.patch_embedding.weight.dtype)
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Trace]:
+    def forward(self, pixels: Tensor, keys: bool = False) -> tuple[Tensor, Trace]:
         """uint8 pixels (B, height, width, 3) -> float32 embedding (B, E), not L2-normalised, and the trace."""
-        steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        hidden, norms = self._run(pixels, steps)
-        values, attention, before, after = (list(column) for column in zip(*steps, strict=True))
-        return self.embed_cls(hidden), Trace(values, attention, before, after, hidden, _outliers(norms))
+        steps: list[Step] = []
+        hidden, norms = self._run(pixels, steps, keys)
+        values, attention, before, after, key, query = (list(column) for column in zip(*steps, strict=True))
+        sinks = _outliers(norms)
+        return self.embed_cls(hidden), Trace(
+            values, attention, before, after, hidden, sinks, key if keys else [], query
+        )
 
     def embed(self, pixels: Tensor) -> Tensor:
         """The embedding alone: the plain forward that the cost of maps is measured against."""
         return self.embed_cls(self._run(pixels, None)[0])
 
-    def _run(
-        self, pixels: Tensor, steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] | None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """CLS residual (B, D) after all layers; each layer's (values, CLS attention, CLS before, CLS after) into `steps`."""
+    def _run(self, pixels: Tensor, steps: "list[Step] | None", keys: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """CLS residual (B, D) after all layers; what each layer leaves for the trace into `steps`."""
         hidden = self.vision.pre_layrnorm(self.vision.embeddings(self.normalise(pixels)))
         layers = self.vision.encoder.layers
         norms: list[Tensor] = []
@@ -135,7 +144,7 @@ class ImageTower(nn.Module):
             scores = q_BHND[:, :, 0].unsqueeze(2).float() @ k_BHND.transpose(2, 3).float()
             row = torch.softmax(scores.squeeze(2) * attention.scale, dim=-1)
             # clones, since a view would keep every layer's whole residual stream in memory
-            steps.append((v, row, before[:, 0].clone(), after[:, 0].clone()))
+            steps.append((v, row, before[:, 0].clone(), after[:, 0].clone(), k if keys else None, q[:, 0].clone()))
         return hidden[:, 0], norms
 
     def _split(self, tokens: Tensor) -> Tensor:

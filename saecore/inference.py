@@ -12,8 +12,18 @@ from saecore import relevance
 from saecore.clip import ImageTower
 from saecore.sae import SAE
 
-METHODS = {"contrib": relevance.contrib}
+METHODS = {
+    "contrib": relevance.contrib,
+    "contrib_grad": relevance.contrib_grad,
+    "chefer": relevance.chefer,
+    "legrad": relevance.legrad,
+    "gradeclip": relevance.gradeclip,
+    "attention": relevance.attention,
+}
 """How maps can be computed."""
+
+NEED_KEYS = ("contrib_grad", "gradeclip")
+"""Methods that look at keys, which a trace holds on demand."""
 
 INT8_MAX = 127
 
@@ -93,10 +103,11 @@ class Inference(_OnDevice[Findings]):
         super().__init__(tower, device)
         self.sae = sae.to(self.device)
         self.method = METHODS[method]
+        self.needs_keys = method in NEED_KEYS
         self.k = k
 
     def _find(self, pixels: torch.Tensor) -> Findings:
-        embedding, trace = self.tower(pixels)
+        embedding, trace = self.tower(pixels, keys=self.needs_keys)
         code = self.sae.encode_sparse(embedding, at_least=self.k)
         reconstruction = self.sae.decode_sparse(code.latents, code.activations, embedding)
         latents, pre_activations = code.latents[:, : self.k], code.pre_activations[:, : self.k]
