@@ -38,7 +38,7 @@ class Arguments(pipeline.Arguments):
     k: int = 0
     """Latents kept per image; 0 is 32, or as many as the SAE lets fire where these are fewer."""
     method: str = "contrib"
-    """How maps are computed; `contrib` is the exact signed decomposition."""
+    """How maps are computed: contrib (exact), contrib_grad (exact gradient), chefer, legrad, gradeclip or attention."""
     embeddings: bool = False
     """Write the CLIP embeddings too."""
     demo: bool = False

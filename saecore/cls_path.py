@@ -19,6 +19,7 @@ Shapes as in `saecore.clip`: B images, k read-outs, N = 1 + P tokens, H heads, D
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +72,7 @@ def _before_attention(tower: ImageTower, trace: Trace, index: int, G_o: Tensor, 
     return _norm_vjp(layer.layer_norm1, trace.cls_before[index], inside)
 
 
-def _mlp_and_norm(layer: nn.Module, after: Tensor, G: Tensor) -> Tensor:
+def _mlp_and_norm(layer: Any, after: Tensor, G: Tensor) -> Tensor:
     """J_LN2' J_MLP' G at the CLS token `after` (B, D)."""
     hidden = layer.mlp.fc1(layer.layer_norm2(after)).float()
     slope = _slope(layer.mlp.activation_fn, hidden)

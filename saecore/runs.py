@@ -17,6 +17,7 @@ Left out: a lock. Two jobs with one fingerprint on one folder do the work twice 
 import dataclasses
 import hashlib
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -135,7 +136,9 @@ class Run:
         errors = [error for error in payload["error"].to_pylist() if error is not None]
         worst = None
         if "completeness" in payload.column_names:
-            worst = max(payload["completeness"].drop_null().to_pylist(), default=0.0)
+            errors_found = payload["completeness"].drop_null().to_pylist()
+            # NaN: the method's maps are no decomposition, and nothing has to add up.
+            worst = None if any(map(math.isnan, errors_found)) else max(errors_found, default=0.0)
         commit = Commit(
             chunk_id=chunk_id,
             fingerprint=self.fingerprint,

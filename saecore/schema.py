@@ -103,7 +103,7 @@ def maps_schema(n_patches: int) -> pa.Schema:
             pa.field("method", pa.string(), nullable=False),
             pa.field("map", pa.binary(n_patches), nullable=False),  # row-major
             pa.field("scale", pa.float32(), nullable=False),
-            pa.field("remainder", pa.float32(), nullable=False),
+            pa.field("remainder", pa.float32(), nullable=False),  # NaN where the method is no decomposition
             pa.field("sink_share", pa.float32(), nullable=False),  # of sum |map|, in [0, 1]
         ]
     )

@@ -188,6 +188,28 @@ def test_maps_of_an_sae_with_thresholds_and_a_normaliser_are_exact(
     assert json.loads((out / "run.json").read_text())["worst_completeness_error"] < 1e-4
 
 
+@pytest.mark.parametrize("method", ["contrib_grad", "chefer", "legrad", "gradeclip", "attention"])
+def test_every_method_writes_its_maps(shards: Path, local_run: Path, tmp_path: Path, method: str) -> None:
+    """The same latents as by default, with other maps; a remainder and its check only where maps add up."""
+    assert explain.main([*command(shards, tmp_path / "out", "--local", "--limit", "16"), "--method", method]) == 0
+    kept, maps = rows(tmp_path / "out", "activations"), rows(tmp_path / "out", "maps")
+    before, others = rows(local_run, "activations"), rows(local_run, "maps")
+    assert kept.keys() == maps.keys()
+    assert kept.keys() <= before.keys()
+    assert {row["method"] for row in maps.values()} == {method}
+    assert any(maps[key]["map"] != others[key]["map"] for key in maps)
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    if method == "contrib_grad":
+        assert record["worst_completeness_error"] < 1e-4
+        for key, row in maps.items():
+            total = np.frombuffer(row["map"], np.int8).sum(dtype=int) * row["scale"] + row["remainder"]
+            assert abs(total - kept[key]["pre_activation"]) <= 32 * row["scale"]  # 64 patches, each off by half a step
+    else:
+        assert "worst_completeness_error" not in record
+        assert all(np.isnan(row["remainder"]) for row in maps.values())
+        assert all(min(np.frombuffer(row["map"], np.int8)) >= 0 for row in maps.values())
+
+
 def test_the_same_command_again_does_nothing(shards: Path, local_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in local_run.rglob("*")}
     assert explain.main(command(shards, local_run, "--local")) == 0

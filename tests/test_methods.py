@@ -95,9 +95,9 @@ def test_every_method_equals_its_formula(model: Any) -> None:
         read_outs = sae.read_outs(latents)
         for name in METHODS.keys() - {"contrib"}:
             assert_close(METHODS[name](tower, trace, *read_outs).relevance, by_formula(name, seen))
-        for name in ("chefer", "legrad"):
-            found = METHODS[name](tower, trace, *read_outs, layers=len(seen.D))  # type: ignore[operator]
-            assert_close(found.relevance, all_layers(name, seen))
+        for method in (relevance.chefer, relevance.legrad):
+            found = method(tower, trace, *read_outs, layers=len(seen.D))
+            assert_close(found.relevance, all_layers(method.__name__, seen))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
