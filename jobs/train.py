@@ -47,7 +47,7 @@ class Arguments:
     embeddings: str
     """A run of jobs.embed (or of jobs.explain --embeddings), NAME_rows_width.npy, or Parquet with a column of lists."""
     out: str
-    """Folder for the SAE, local or s3:// or gs://. The same command again resumes."""
+    """Folder for the SAE, local or s3:// or gs://; one that all workers see. The same command again resumes."""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     """How to train."""
     column: str = "embedding"
