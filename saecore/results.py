@@ -44,6 +44,23 @@ class Maps(NamedTuple):
     remainders: np.ndarray
     """float32 (k): what of each pre-activation no patch accounts for; NaN where the method is no decomposition."""
 
+    def table(self) -> pa.Table:
+        """A row a map: its target, the place and value of its strongest patch, its sum, and its remainder."""
+        flat = self.maps.reshape(len(self.maps), -1)
+        row, column = np.unravel_index(flat.argmax(1), self.maps.shape[1:])
+        return pa.table(
+            {
+                "latent": pa.array(self.latents, pa.int32()),
+                "target": pa.array(self.targets, pa.string()),
+                "method": pa.array(self.methods, pa.string()),
+                "row": row,
+                "column": column,
+                "strongest": flat.max(1),
+                "sum": flat.sum(1),
+                "remainder": self.remainders,
+            }
+        )
+
 
 def open(uri: str) -> "Results":  # noqa: A001 - `results.open` is what it is
     """A complete run of jobs.explain, local or at an address; ValueError if there is none, or an index of another run's."""
