@@ -46,21 +46,21 @@ def overlay(picture: np.ndarray, relevance: np.ndarray, limit: float, smooth: bo
 
 
 class Example(NamedTuple):
-    """One image of a run with its strongest latents."""
+    """One image of a run with its first maps: of the strongest latents, where those were kept."""
 
     key: str
     picture: np.ndarray  # uint8 (height, width, 3): the crop that CLIP saw, in the file's own pixels
-    latents: list[int]
-    activations: list[float]
-    maps: np.ndarray  # float32 (n latents, H, W), pre-activation units
+    targets: list[str]
+    pre_activations: list[float]
+    maps: np.ndarray  # float32 (n targets, H, W), in the units of the run's first method
 
 
-def examples(run: runs.Run, n_images: int, n_latents: int) -> Iterator[Example]:
+def examples(run: runs.Run, n_images: int, n_maps: int) -> Iterator[Example]:
     """The first images of a run that were not refused, read from the run's own files and the shards they came from."""
-    return itertools.islice(_examples(run, n_latents), n_images)
+    return itertools.islice(_examples(run, n_maps), n_images)
 
 
-def _examples(run: runs.Run, n_latents: int) -> Iterator[Example]:
+def _examples(run: runs.Run, n_maps: int) -> Iterator[Example]:
     for chunk in run.plan().to_pylist():
         tables = {name: _chunk_table(run, name, chunk["chunk_id"]) for name in runs.TABLES}
         metadata = tables["maps"].schema.metadata
@@ -73,14 +73,13 @@ def _examples(run: runs.Run, n_latents: int) -> Iterator[Example]:
                 image = shown[row["image_id"]]
                 picture = images.open_rgb(row["data"]).image
                 left, top, right, bottom = (image[f"crop_{side}"] for side in ("left", "top", "right", "bottom"))
-                strongest = _rows_of(tables["activations"], row["image_id"])[:n_latents]
-                maps = {found["latent"]: found for found in _rows_of(tables["maps"], row["image_id"])}
+                maps = _rows_of(tables["maps"], row["image_id"])[:n_maps]  # by method, then by target
                 yield Example(
                     key=row["key"],
                     picture=np.asarray(picture.crop((left, top, right, bottom))),
-                    latents=[found["latent"] for found in strongest],
-                    activations=[found["activation"] for found in strongest],
-                    maps=np.stack([_decode(maps[found["latent"]], grid) for found in strongest]),
+                    targets=[found["target"] or f"latent {found['latent']}" for found in maps],
+                    pre_activations=[found["pre_activation"] for found in maps],
+                    maps=np.stack([_decode(found, grid) for found in maps]),
                 )
 
 
@@ -101,7 +100,7 @@ def _chunk_table(run: runs.Run, name: str, chunk_id: int) -> pa.Table:
 def preview(found: list[Example], side: int = 232, gap: int = 12) -> Image.Image:
     """One row per image: the crop that CLIP saw, then the maps of its strongest latents on a scale shared in the row."""
     caption = 22
-    columns = 1 + max(len(example.latents) for example in found)
+    columns = 1 + max(len(example.targets) for example in found)
     size = (gap + columns * (side + gap), gap + len(found) * (side + caption + gap) + caption)
     sheet = Image.new("RGB", size, (255, 255, 255))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
@@ -111,20 +110,21 @@ def preview(found: list[Example], side: int = 232, gap: int = 12) -> Image.Image
         tiles = [picture, *(overlay(picture, relevance, limit) for relevance in example.maps)]
         texts = [example.key.rsplit("/", 1)[-1][-32:]]
         texts += [
-            f"latent {latent}   {value:.2f}" for latent, value in zip(example.latents, example.activations, strict=True)
+            f"{target[-26:]}   {value:.2f}"
+            for target, value in zip(example.targets, example.pre_activations, strict=True)
         ]
         for column, (tile, text) in enumerate(zip(tiles, texts, strict=True)):
             left, top = gap + column * (side + gap), gap + line * (side + caption + gap)
             sheet.paste(Image.fromarray(tile), (left, top))
             draw.text((left, top + side + 3), text, fill=(60, 60, 60), font=font)
-    legend = "orange adds to the latent, blue takes away from it; one scale per row"
+    legend = "orange adds to the target, blue takes away from it; one scale per row"
     draw.text((gap, size[1] - caption), legend, fill=(60, 60, 60), font=font)
     return sheet
 
 
-def write_preview(run: runs.Run, n_images: int = 3, n_latents: int = 3) -> str | None:
+def write_preview(run: runs.Run, n_images: int = 3, n_maps: int = 3) -> str | None:
     """`preview.png` in the run; returns where it is, or None if every image was refused."""
-    found = list(examples(run, n_images, n_latents))
+    found = list(examples(run, n_images, n_maps))
     if not found:
         return None
     sink = pa.BufferOutputStream()

@@ -195,19 +195,14 @@ class Results:
     def maps(self, image: int | str, method: str | None = None) -> Maps:
         """Its relevance maps by one method."""
         by_method = pc.field("method") == self._method(method)
-        image_id, names = self.image_id(image), self.tables.datasets["maps"].schema.names
-        found = self.tables.rows("maps", [image_id], [name for name in names if name != "image_id"], by_method)
+        columns = ("latent", "target", "method", "map", "scale", "remainder")
+        image_id = self.image_id(image)
+        found = self.tables.rows("maps", [image_id], columns, by_method)
         kept = self.tables.rows("activations", [image_id], ("latent", "rank"))
         ranks = lookup(found.select(["latent"]), kept, "latent")["rank"]
         found = found.take(pc.sort_indices(pc.fill_null(ranks, np.iinfo(np.int16).max)))
-        targets: list[str | None] = [None] * found.num_rows
-        return Maps(
-            decode(found, self.grid),
-            found["latent"].to_pylist(),
-            found["target"].to_pylist() if "target" in names else targets,
-            found["method"].to_pylist(),
-            found["remainder"].to_numpy(),
-        )
+        lists = {name: found[name].to_pylist() for name in ("latent", "target", "method")}
+        return Maps(decode(found, self.grid), *lists.values(), remainders=found["remainder"].to_numpy())
 
     # ---- All latents.
 

@@ -18,7 +18,7 @@ import pyarrow.fs
 
 from saecore import by_latent, latents, runs
 from saecore.by_latent import Reader
-from saecore.schema import INDEX_BITS
+from saecore.schema import INDEX_BITS, VERSION
 from saecore.storage import filesystem_of, join_uri
 
 
@@ -31,6 +31,10 @@ def read_record(uri: str) -> dict[str, Any]:
         record: dict[str, Any] = json.loads(stream.read())
     if record["parts"].get("kind", "explain") != "explain":
         raise ValueError(f"{uri} is a run of another job and holds no latents: jobs.explain makes those")
+    if (version := record["parts"]["schema"]) != VERSION:
+        raise ValueError(
+            f"{uri} has tables of version {version}, and these questions are to version {VERSION}: make it again"
+        )
     if record["status"] != "complete":
         raise ValueError(f"{uri} is not complete; the command that began it, given again, ends it: {record['command']}")
     return record

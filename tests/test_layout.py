@@ -11,16 +11,15 @@ ROOT = Path(__file__).parent.parent
 
 # A module imports from the lines above its own only.
 ORDER = [
-    ["storage", "schema", "spec", "kernels", "demo.scenes"],
+    ["storage", "schema", "spec", "methods", "kernels", "demo.scenes"],
     ["listing", "images", "isolation", "runs", "recipe"],
     ["shards", "clip", "sae", "memmaps", "embeddings", "latents", "contrast", "by_latent"],
-    ["tables", "indexing", "synthetic"],
-    ["formats", "cls_path", "text", "quality", "objectives"],
-    ["checkpoints", "relevance", "trainer", "naive"],
-    ["training"],
+    ["formats", "cls_path", "targets", "text", "quality", "objectives", "tables", "indexing", "synthetic"],
+    ["checkpoints", "mean_token", "trainer", "naive", "results"],
+    ["relevance", "training", "statistics"],
+    ["reruns"],
     ["inference"],
-    ["stages", "results"],
-    ["statistics"],
+    ["stages"],
     ["report", "demo.lessons"],
     ["demo.figures"],
     ["demo.build"],
