@@ -99,7 +99,7 @@ class OfMaps(Question):
     npy: str = ""
     """File to write the maps to, for np.load: float32 (maps, H, W), in the order of the table."""
 
-    columns = ("latent", "target", "method", "row", "column", "strongest", "sum", "remainder")
+    columns = ("latent", "target", "row", "column", "strongest", "sum", "remainder", "method")
 
     def ask(self, run: Results) -> pa.Table:
         """See `Question.ask`."""
@@ -279,7 +279,7 @@ def show(answer: pa.Table, columns: Sequence[str]) -> None:
     shown: list[str] = []
     for name in wanted:
         room -= max(map(len, [name, *cells[name]])) + 2
-        if room < -2 and shown:
+        if room < 0 and shown:
             break
         shown.append(name)
         numbers = pa.types.is_integer(answer[name].type) or pa.types.is_floating(answer[name].type)

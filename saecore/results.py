@@ -201,8 +201,8 @@ class Results:
         kept = self.tables.rows("activations", [image_id], ("latent", "rank"))
         ranks = lookup(found.select(["latent"]), kept, "latent")["rank"]
         found = found.take(pc.sort_indices(pc.fill_null(ranks, np.iinfo(np.int16).max)))
-        lists = {name: found[name].to_pylist() for name in ("latent", "target", "method")}
-        return Maps(decode(found, self.grid), *lists.values(), remainders=found["remainder"].to_numpy())
+        latents, targets, methods = (found[name].to_pylist() for name in ("latent", "target", "method"))
+        return Maps(decode(found, self.grid), latents, targets, methods, found["remainder"].to_numpy())
 
     # ---- All latents.
 
