@@ -121,13 +121,14 @@ class Results:
         ready = [part.select(["image_id", *columns]) for part in ready]
         known = pa.chunked_array([chunk for part in ready for chunk in part["image_id"].chunks], pa.int64())
         missing = found["image_id"].filter(pc.invert(pc.is_in(found["image_id"], known)))
-        if len(missing):
+        if len(missing) or not ready:
             more = self.tables.rows("images", missing, SHOWN)
             if maps:
                 condition = (pc.field("latent") == latent) & by_method
                 more = lookup(more, self.tables.rows("maps", missing, MAP, condition), "image_id")
             ready.append(more)
-        return lookup(found, pa.concat_tables(ready), "image_id")
+        # Columns may be null in the copies and not where they were copied from.
+        return lookup(found, pa.concat_tables(ready, promote_options="default"), "image_id")
 
     def _fired(self, latent: int, n: int | None = None) -> pa.Table:
         """image_id and `STRENGTH` where it fires: the n strongest images are among them, or all of them are."""
@@ -218,7 +219,7 @@ class Results:
             lowered = [name.casefold() for listed in lists for name in listed if name is not None]
             if any(wanted in name for name in lowered):
                 found.append((wanted not in lowered, -(score or 0), row))
-        return self.latents.take([row for *_, row in sorted(found)])
+        return self.latents.take(pa.array([row for *_, row in sorted(found)], pa.int64()))
 
     def compare(self, filter_a: str, filter_b: str = "") -> pa.Table:
         """Which latents fire more on one set of images than on another: SQL conditions on the columns of `images`.
