@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from tests import planted
 from tests.planted import IDS
 
 ROOT = Path(__file__).parent.parent
+JOBS = {"index": index, "query": query}
 
 
 @pytest.fixture(scope="module")
@@ -113,46 +115,32 @@ def test_compare_shows_both_ends(run: str, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["top", "{run}", "6"], "latent 6: this run's are 0 to 5"),
-        (["top", "/no/such/run", "6"], "/no/such/run holds no run"),
-        (["top", "{run}", "0", "--n", "0"], "--n 0: must be at least 1"),
-        (["histogram", "{run}", "0", "--bins", "-1"], "--bins -1"),
-        (["image", "{run}", "z.jpg"], "image z.jpg"),
-        (["maps", "{run}", "a.jpg", "--method", "tea"], "method tea"),
-        (["compare", "{run}", "wdith > 1"], "wdith"),
-        (["latents", "{run}", "--by", "beauty"], "--by beauty"),
-        (["sql", "{run}", "SELEKT 1"], "SELEKT"),
-        (["sql", "{run}", "SELECT beauty FROM latents"], "beauty"),
+        (["query", "top", "{run}", "6"], "latent 6: this run's are 0 to 5"),
+        (["query", "top", "/no/such/run", "6"], "/no/such/run holds no run"),
+        (["query", "top", "{run}", "0", "--n", "0"], "--n 0: must be at least 1"),
+        (["query", "histogram", "{run}", "0", "--bins", "-1"], "--bins -1"),
+        (["query", "image", "{run}", "z.jpg"], "image z.jpg"),
+        (["query", "maps", "{run}", "a.jpg", "--method", "tea"], "method tea"),
+        (["query", "compare", "{run}", "wdith > 1"], "wdith"),
+        (["query", "latents", "{run}", "--by", "beauty"], "--by beauty"),
+        (["query", "sql", "{run}", "SELEKT 1"], "SELEKT"),
+        (["query", "sql", "{run}", "SELECT beauty FROM latents"], "beauty"),
+        (["index", "/no/such/run"], "holds no run"),
+        (["index", "{run}", "--top", "3"], "--top 3: must be at least 20"),
+        (["index", "{run}", "--memory", "0.1"], "--memory 0.1"),
+        (["index", "{run}", "--segments", "0"], "--segments 0"),
     ],
 )
 def test_a_mistake_is_one_sentence(
     arguments: list[str], complaint: str, run: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert query.main([argument.format(run=run) for argument in arguments]) == 2
+    job, *given = (argument.format(run=run) for argument in arguments)
+    assert JOBS[job].main(given) == 2
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.startswith("error: ")
     assert said.err.count("\n") == 1
     assert complaint in said.err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        (["/no/such/run"], "holds no run"),
-        (["{run}", "--top", "3"], "--top 3: must be at least 20"),
-        (["{run}", "--memory", "0.1"], "--memory 0.1"),
-        (["{run}", "--segments", "0"], "--segments 0"),
-    ],
-)
-def test_a_mistake_of_the_index_too(
-    arguments: list[str], complaint: str, run: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert index.main([argument.format(run=run) for argument in arguments]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
-    assert complaint in said
 
 
 def test_every_table_in_every_reader(local_run: Path, tmp_path: Path) -> None:
@@ -176,22 +164,20 @@ def readme(section: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-def test_the_readme_does_what_it_says(local_run: Path, tmp_path: Path) -> None:
+def test_the_readme_does_what_it_says(
+    local_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Its commands and its Python, word for word, on fewer scenes than `make demo` has."""
     shutil.copytree(local_run, tmp_path / "runs" / "demo")
-    (tmp_path / ".venv").symlink_to(sys.prefix)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-
-    def said(*command: str) -> str:
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
+    monkeypatch.chdir(tmp_path)
     (commands,) = readme("Questions to a run", "bash")
-    named = [line for line in commands.splitlines() if "runs/photos" not in line]
-    assert len(named) == 9
-    assert "counted       80 latents" in said("bash", "-ec", "\n".join(named))
-    python = readme("Questions to a run", "python")
-    assert len(python) == 2
-    for block in python:
-        said(sys.executable, "-W", "error", "-c", block)
+    asked = [shlex.split(line, comments=True) for line in commands.splitlines() if "runs/photos" not in line]
+    assert len(asked) == 9
+    for python, flag, module, *arguments in asked:
+        assert (python, flag) == (".venv/bin/python", "-m")
+        assert JOBS[module.removeprefix("jobs.")].main(arguments) == 0
+    assert "counted       80 latents" in capsys.readouterr().out
+    blocks = readme("Questions to a run", "python")
+    assert len(blocks) == 2
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-W", "error", "-c", "\n".join(blocks)], check=True, env=environment)
