@@ -21,21 +21,21 @@ from saecore.storage import filesystem_of, join_uri, write_atomic
 
 
 class Example(NamedTuple):
-    """One image of a run with its strongest latents."""
+    """One image of a run with its first maps: of the strongest latents, where those were kept."""
 
     key: str
     picture: np.ndarray  # uint8 (height, width, 3): the crop that CLIP saw, in the file's own pixels
-    latents: list[int]
-    activations: list[float]
-    maps: np.ndarray  # float32 (n latents, H, W), pre-activation units
+    targets: list[str]
+    pre_activations: list[float]
+    maps: np.ndarray  # float32 (n targets, H, W), in the units of the run's first method
 
 
-def examples(run: runs.Run, n_images: int, n_latents: int) -> Iterator[Example]:
+def examples(run: runs.Run, n_images: int, n_maps: int) -> Iterator[Example]:
     """The first images of a run that were not refused, read from the run's own files and the shards they came from."""
-    return itertools.islice(_examples(run, n_latents), n_images)
+    return itertools.islice(_examples(run, n_maps), n_images)
 
 
-def _examples(run: runs.Run, n_latents: int) -> Iterator[Example]:
+def _examples(run: runs.Run, n_maps: int) -> Iterator[Example]:
     for chunk in run.plan().to_pylist():
         tables = {name: _chunk_table(run, name, chunk["chunk_id"]) for name in runs.TABLES}
         metadata = tables["maps"].schema.metadata
@@ -48,14 +48,13 @@ def _examples(run: runs.Run, n_latents: int) -> Iterator[Example]:
                 image = shown[row["image_id"]]
                 picture = images.open_rgb(row["data"]).image
                 left, top, right, bottom = (image[f"crop_{side}"] for side in ("left", "top", "right", "bottom"))
-                strongest = _rows_of(tables["activations"], row["image_id"])[:n_latents]
-                maps = {found["latent"]: found for found in _rows_of(tables["maps"], row["image_id"])}
+                maps = _rows_of(tables["maps"], row["image_id"])[:n_maps]  # by method, then by target
                 yield Example(
                     key=row["key"],
                     picture=np.asarray(picture.crop((left, top, right, bottom))),
-                    latents=[found["latent"] for found in strongest],
-                    activations=[found["activation"] for found in strongest],
-                    maps=np.stack([_decode(maps[found["latent"]], grid) for found in strongest]),
+                    targets=[found["target"] or f"latent {found['latent']}" for found in maps],
+                    pre_activations=[found["pre_activation"] for found in maps],
+                    maps=np.stack([_decode(found, grid) for found in maps]),
                 )
 
 
@@ -78,18 +77,18 @@ def preview(found: list[Example], side: int = 232) -> Image.Image:
     rows: list[list[display.Tile]] = []
     for example in found:
         picture, limit = display.resized(example.picture, side), display.shared_limit(example.maps)
-        named = zip(example.latents, example.activations, example.maps, strict=True)
+        named = zip(example.targets, example.pre_activations, example.maps, strict=True)
         maps = [
-            (display.overlay(picture, relevance, limit), f"latent {latent}   {value:.2f}")
-            for latent, value, relevance in named
+            (display.overlay(picture, relevance, limit), f"{target[-26:]}   {value:.2f}")
+            for target, value, relevance in named
         ]
         rows.append([(picture, example.key.rsplit("/", 1)[-1][-32:]), *maps])
-    return display.mosaic(rows, foot="orange adds to the latent, blue takes away from it; one scale per row")
+    return display.mosaic(rows, foot=f"{display.MEANING}; one scale per row")
 
 
-def write_preview(run: runs.Run, n_images: int = 3, n_latents: int = 3) -> str | None:
+def write_preview(run: runs.Run, n_images: int = 3, n_maps: int = 3) -> str | None:
     """`preview.png` in the run; returns where it is, or None if every image was refused."""
-    found = list(examples(run, n_images, n_latents))
+    found = list(examples(run, n_images, n_maps))
     if not found:
         return None
     address = join_uri(run.uri, "preview.png")
