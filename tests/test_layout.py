@@ -14,7 +14,7 @@ ORDER = [
     ["storage", "schema", "spec", "kernels", "demo.scenes"],
     ["listing", "images", "isolation", "runs", "recipe"],
     ["shards", "clip", "sae", "memmaps", "embeddings", "latents", "contrast"],
-    ["formats", "cls_path", "text", "quality", "objectives"],
+    ["formats", "cls_path", "text", "quality", "objectives", "naming"],
     ["checkpoints", "relevance", "trainer", "naive"],
     ["training"],
     ["inference"],
@@ -61,7 +61,7 @@ def test_no_job_imports_another() -> None:
         assert others <= {"jobs.session", "jobs.pipeline"}, path
 
 
-@pytest.mark.parametrize("job", ["explain", "embed", "train", "measure", "benchmark"])
+@pytest.mark.parametrize("job", ["explain", "embed", "train", "measure", "name", "benchmark"])
 def test_the_command_line_loads_neither_pytorch_nor_ray(job: str) -> None:
     """So that --help and a wrong argument answer at once, and workers that decode start in a second."""
     code = f"import sys, jobs.{job}; print(sorted({{'torch', 'transformers', 'ray'}} & set(sys.modules)))"
