@@ -17,11 +17,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import tyro
+
 from jobs import pipeline, session
 from saecore import report, runs
 from saecore.demo import scenes
 from saecore.listing import list_shards
-from saecore.stages import Decode, Explain, ExplainConfig, load_models
+from saecore.methods import DEFAULT_OPTIONS, Options, dtype_of, parse_methods, parse_targets
+from saecore.stages import Decode, Explain, ExplainConfig, load_models, load_words
 from saecore.storage import resolved
 
 DEFAULT_K = 32
@@ -38,7 +41,15 @@ class Arguments(pipeline.Arguments):
     k: int = 0
     """Latents kept per image; 0 is 32, or as many as the SAE lets fire where these are fewer."""
     method: str = "contrib"
-    """How maps are computed: contrib (exact), contrib_grad (exact gradient), chefer, legrad, gradeclip or attention."""
+    """How maps are computed, one or several joined by commas: contrib (exact), contrib_grad (exact gradient), chefer, legrad,
+    gradeclip, rollout, dense, occlusion, attention."""
+    targets: tuple[str, ...] = ("kept",)
+    """What they explain: kept, latents:NUMBER[,NUMBER], text:A PHRASE, concept:A WORD; several in one run."""
+    concept_latents: int = 8
+    """Latents that make up a concept."""
+    concept_positive: bool = False
+    """Take latents with a positive weight only."""
+    options: tyro.conf.OmitArgPrefixes[Options] = DEFAULT_OPTIONS
     embeddings: bool = False
     """Write the CLIP embeddings too."""
     demo: bool = False
@@ -48,7 +59,8 @@ class Arguments(pipeline.Arguments):
         """See `pipeline.Arguments.check`."""
         if not self.demo and not (self.images and self.clip and self.sae):
             raise ValueError("give --images, --clip and --sae, or --demo for all three")
-        self.at_least(k=0)
+        self.at_least(k=0, concept_latents=1)
+        self.options.check()
         super().check()
 
 
@@ -78,10 +90,7 @@ def explain(argv: list[str]) -> int:
 
 def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
     """Resolve the arguments to a job, or print what it would be for --dry-run; ValueError for what the user can mend."""
-    from saecore.inference import METHODS  # and with it PyTorch: --help and the workers that decode do without
-
-    if arguments.method not in METHODS:
-        raise ValueError(f"--method {arguments.method}: must be one of {', '.join(METHODS)}")
+    methods, targets = parse_methods(arguments.method), parse_targets(arguments.targets)
     images = arguments.images or demo_images(arguments.out)
     clip, sae_address = pipeline.address(arguments.clip or "demo"), pipeline.address(arguments.sae or "demo")
     tower, sae = load_models(clip, sae_address)
@@ -89,6 +98,10 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
     most = sae.config.k if sae.config.architecture == "topk" else sae.config.n_latents
     if arguments.k > most:
         raise ValueError(f"--k {arguments.k}: this SAE lets {most} latents fire, so at most that many can be kept")
+    if wrong := [latent for latent in targets.latents if latent >= sae.config.n_latents]:
+        raise ValueError(f"--targets latents:{wrong[0]}: this SAE has {sae.config.n_latents} latents, the first is 0")
+    if arguments.options.layers > tower.n_layers:
+        raise ValueError(f"--layers {arguments.options.layers}: this CLIP has {tower.n_layers}")
     k = arguments.k or min(DEFAULT_K, most)
     shards = list_shards(images)
     pool = session.make_pool(arguments.replicas, arguments.gpus_per_replica, arguments.local or arguments.dry_run)
@@ -98,15 +111,25 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
         k=k,
         batch_size=arguments.batch_size,
         device=pool.device,
-        method=arguments.method,
+        methods=methods,
+        targets=targets,
+        concept_latents=arguments.concept_latents,
+        concept_positive=arguments.concept_positive,
+        options=arguments.options,
         embeddings=arguments.embeddings,
         threads=pool.threads,
     )
+    if targets.words:
+        load_words(config, sae)  # so that a text tower that cannot be had is told now
     parts = pipeline.parts(arguments, shards, pool) | {
+        "dtype": dtype_of(pool.device, methods),
         "clip": tower.sha256()[:16],
         "sae": sae.sha256()[:16],
         "k": k,
-        "method": arguments.method,
+        "method": ",".join(methods),
+        "targets": list(arguments.targets),
+        "concepts": [arguments.concept_latents, arguments.concept_positive] if targets.concepts else [],
+        "options": dataclasses.asdict(arguments.options),
         "embeddings": arguments.embeddings,
     }
     height, width = tower.grid
@@ -115,7 +138,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
         "clip_sha256": parts["clip"],
         "sae": sae_address,
         "sae_sha256": parts["sae"],
-        "method": arguments.method,
+        "methods": ",".join(methods),
         "grid_height": str(height),
         "grid_width": str(width),
     }
@@ -123,7 +146,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
     if arguments.dry_run:
         how = [
             f"with CLIP {clip} and SAE {sae_address}",
-            f"{k} latents and maps ({arguments.method}) per image",
+            f"{k} latents per image, maps of {', '.join(arguments.targets)} by {', '.join(methods)}",
         ]
         print(report.outline(pipeline.plan(arguments, shards), "explain", arguments.out, how))
         return None

@@ -52,10 +52,29 @@ class Trace(NamedTuple):
     """(B, N, D) key vectors of all tokens; empty unless asked for, since they double what a trace holds."""
     cls_query: list[Tensor]
     """(B, D) the CLS token's query."""
+    tokens: list[Tensor]
+    """(B, N, D) residual streams entering each of the last layers, then that leaving the last; as many as were asked for."""
 
 
 Step = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]
 """What one layer leaves: values, CLS attention, CLS before and after attention, keys if asked for, CLS query."""
+
+
+class PathLayer(NamedTuple):
+    """One layer as the CLS token passes through it: o = concat_h(A v), y = x + W_O o + b_O, x' = y + MLP(LN2(y))."""
+
+    norm1: nn.LayerNorm
+    q: Tensor
+    """(D, D), as nn.Linear holds it; k and v likewise."""
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    out_bias: Tensor
+    norm2: nn.LayerNorm
+    mlp: Any
+    """With fc1, activation_fn and fc2."""
+    scale: float
+    """Of queries times keys."""
 
 
 class ReadOut(NamedTuple):
@@ -83,6 +102,9 @@ class ImageTower(nn.Module):
         self.preprocess = preprocess
         config = model.config
         self.n_heads: int = config.num_attention_heads
+        self.n_layers: int = config.num_hidden_layers
+        self.n_own = 1
+        """Tokens before the patches: the CLS token."""
         self.n_outputs: int = config.projection_dim
         height, width = preprocess.size
         if (height, width) != (config.image_size, config.image_size):
@@ -105,23 +127,86 @@ class ImageTower(nn.Module):
         scaled = (pixels.float() * self.rescale - self.mean) / self.std
         return scaled.permute(0, 3, 1, 2).to(self.vision.embeddings.patch_embedding.weight.dtype)
 
-    def forward(self, pixels: Tensor, keys: bool = False) -> tuple[Tensor, Trace]:
-        """uint8 pixels (B, height, width, 3) -> float32 embedding (B, E), not L2-normalised, and the trace."""
+    def forward(self, pixels: Tensor, keys: bool = False, tokens: int = 0) -> tuple[Tensor, Trace]:
+        """uint8 pixels (B, height, width, 3) -> float32 embedding (B, E), not L2-normalised, and the trace.
+
+        keys, tokens: what the trace holds beside the rest; of `tokens` the last so many. With any of those, the last layer
+        computes all tokens.
+        """
         steps: list[Step] = []
-        hidden, norms = self._run(pixels, steps, keys)
+        kept: list[Tensor] = []
+        hidden, norms = self._run(self.first_tokens(pixels), steps, keys, tokens, kept)
         values, attention, before, after, key, query = (list(column) for column in zip(*steps, strict=True))
         sinks = _outliers(norms)
         return self.embed_cls(hidden), Trace(
-            values, attention, before, after, hidden, sinks, key if keys else [], query
+            values, attention, before, after, hidden, sinks, key if keys else [], query, kept
         )
 
     def embed(self, pixels: Tensor) -> Tensor:
         """The embedding alone: the plain forward that the cost of maps is measured against."""
-        return self.embed_cls(self._run(pixels, None)[0])
+        return self.embed_tokens(self.first_tokens(pixels))
 
-    def _run(self, pixels: Tensor, steps: "list[Step] | None", keys: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """CLS residual (B, D) after all layers; what each layer leaves for the trace into `steps`."""
-        hidden = self.vision.pre_layrnorm(self.vision.embeddings(self.normalise(pixels)))
+    def first_tokens(self, pixels: Tensor) -> Tensor:
+        """uint8 pixels (B, height, width, 3) -> tokens (B, N, D) that enter the first layer, positions in them."""
+        first: Tensor = self.vision.pre_layrnorm(self.vision.embeddings(self.normalise(pixels)))
+        return first
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """First tokens (B, n, D), CLS and any of the patches -> embedding (B, E): what CLIP makes of only these."""
+        return self.embed_cls(self._run(tokens, None)[0])
+
+    def path(self) -> list[PathLayer]:
+        """The layers as the CLS token passes through them, first layer first."""
+        found = []
+        for layer in self.vision.encoder.layers:
+            at = layer.self_attn
+            found.append(
+                PathLayer(
+                    norm1=layer.layer_norm1,
+                    q=at.q_proj.weight,
+                    k=at.k_proj.weight,
+                    v=at.v_proj.weight,
+                    out=at.out_proj.weight,
+                    out_bias=at.out_proj.bias,
+                    norm2=layer.layer_norm2,
+                    mlp=layer.mlp,
+                    scale=at.scale,
+                )
+            )
+        return found
+
+    def attended(self, index: int, hidden: Tensor) -> Tensor:
+        """Tokens (B, N, D) that enter a layer -> the same between its attention and its MLP."""
+        layer = self.vision.encoder.layers[index]
+        attention, normed = layer.self_attn, layer.layer_norm1(hidden)
+        q, k, v = (self._split(part(normed)) for part in (attention.q_proj, attention.k_proj, attention.v_proj))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, scale=attention.scale)
+        after: Tensor = hidden + attention.out_proj(mixed.transpose(1, 2).flatten(2))
+        return after
+
+    def attend_plainly(self, first: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """First tokens -> final CLS residual (B, D) and every layer's whole attention (B, H, N, N), in autograd's graph."""
+        hidden, weights = first, []
+        for layer in self.vision.encoder.layers:
+            attention, normed = layer.self_attn, layer.layer_norm1(hidden)
+            q, k, v = (self._split(part(normed)) for part in (attention.q_proj, attention.k_proj, attention.v_proj))
+            scores = (q @ k.transpose(2, 3)).float() * attention.scale
+            weights.append(torch.softmax(scores, dim=-1))
+            if not weights[-1].requires_grad:
+                weights[-1].requires_grad_()  # the first layer's: nothing before it is differentiated
+            hidden = hidden + attention.out_proj((weights[-1].to(v.dtype) @ v).transpose(1, 2).flatten(2))
+            hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
+        return hidden[:, 0], weights
+
+    def _run(
+        self,
+        hidden: Tensor,
+        steps: "list[Step] | None",
+        keys: bool = False,
+        tokens: int = 0,
+        kept: "list[Tensor] | None" = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """CLS residual (B, D) after all layers; what each layer leaves for the trace into `steps` and `kept`."""
         layers = self.vision.encoder.layers
         norms: list[Tensor] = []
         for index, layer in enumerate(layers):
@@ -129,7 +214,9 @@ class ImageTower(nn.Module):
             normed = layer.layer_norm1(hidden)
             if steps is not None and index >= len(layers) // 2:
                 norms.append(torch.linalg.vector_norm(hidden[:, 1:], dim=-1, dtype=torch.float32))
-            if index + 1 == len(layers):
+            if kept is not None and index + tokens > len(layers):
+                kept.append(hidden)
+            if index + 1 == len(layers) and not tokens:
                 hidden = hidden[:, :1]  # only CLS reaches the embedding; keys and values still need every token
             k, v = attention.k_proj(normed), attention.v_proj(normed)
             q = attention.q_proj(normed[:, : hidden.shape[1]])
@@ -145,6 +232,8 @@ class ImageTower(nn.Module):
             row = torch.softmax(scores.squeeze(2) * attention.scale, dim=-1)
             # clones, since a view would keep every layer's whole residual stream in memory
             steps.append((v, row, before[:, 0].clone(), after[:, 0].clone(), k if keys else None, q[:, 0].clone()))
+        if kept is not None and tokens:
+            kept.append(hidden)
         return hidden[:, 0], norms
 
     def _split(self, tokens: Tensor) -> Tensor:
@@ -159,18 +248,30 @@ class ImageTower(nn.Module):
         )
         return normed @ self.projection.weight.float().T
 
-    def pull_back(self, read_outs: Tensor, cls: Tensor) -> ReadOut:
+    def embed_alone(self, tokens: Tensor) -> Tensor:
+        """Final residual streams (B, n, D), each put in CLS's place -> embeddings (B, n, E)."""
+        return self.embed_cls(tokens)
+
+    def pull_back(self, read_outs: Tensor, cls: Tensor, exact: bool = False) -> ReadOut:
         """Read-outs of the embedding (B, k, E) -> read-outs of the CLS residual `cls` (B, D) that give the same numbers.
 
         The final LayerNorm's sigma is data, frozen at its value for this image; its mean subtraction is linear and moves
-        into the direction, which centres every term of the residual stream exactly.
+        into the direction, which centres every term of the residual stream exactly. `exact`: the direction is the true
+        gradient instead, through sigma too, and the constant what is left then.
         """
         norm = self.vision.post_layernorm
         normed = read_outs.float() @ self.projection.weight.float()
         scaled = normed * norm.weight.float()
-        sigma = (cls.float().var(dim=-1, correction=0) + norm.eps).sqrt()
-        direction = (scaled - scaled.mean(dim=-1, keepdim=True)) / sigma[:, None, None]
-        return ReadOut(direction, normed @ norm.bias.float())
+        x = cls.float()
+        centred = x - x.mean(dim=-1, keepdim=True)
+        sigma = (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+        direction = (scaled - scaled.mean(dim=-1, keepdim=True)) / sigma[:, None]
+        constant = normed @ norm.bias.float()
+        if exact:
+            along = direction @ (centred / sigma)[..., None]
+            direction = direction - along * (centred / sigma)[:, None] / x.shape[-1]
+            constant = constant + (along * sigma[:, None]).squeeze(-1) - (direction @ x[..., None]).squeeze(-1)
+        return ReadOut(direction, constant)
 
     def sha256(self) -> str:
         """Hash of everything that changes an embedding: weights, head count, LayerNorm epsilon, activation, preprocessing."""

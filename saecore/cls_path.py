@@ -19,12 +19,11 @@ Shapes as in `saecore.clip`: B images, k read-outs, N = 1 + P tokens, H heads, D
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from saecore.clip import ImageTower, Trace
+from saecore.clip import ImageTower, PathLayer, Trace
 
 
 def attention_gradients(
@@ -35,49 +34,40 @@ def attention_gradients(
     `exact`: through the final LayerNorm's deviation too, instead of holding it constant. The trace must hold keys if `layers`
     is above 1.
     """
-    G = tower.pull_back(read_outs, trace.cls_final).direction
-    if exact:
-        x = trace.cls_final.float()
-        centred = x - x.mean(-1, keepdim=True)
-        normed = centred / (centred.square().mean(-1, keepdim=True) + tower.vision.post_layernorm.eps).sqrt()
-        G = G - (G @ normed[..., None]) * normed[:, None] / x.shape[-1]
-    depth = len(trace.values)
+    G = tower.pull_back(read_outs, trace.cls_final, exact).direction
+    path = tower.path()
+    depth = len(path)
     for index in range(depth - 1, depth - 1 - layers, -1):
-        layer = tower.vision.encoder.layers[index]
-        G_y = G + _mlp_and_norm(layer, trace.cls_after[index], G)
-        G_o = _by_head(_product(G_y, layer.self_attn.out_proj.weight), tower.n_heads)  # B k H Dh
-        v = _by_head(trace.values[index], tower.n_heads).transpose(1, 2).float()  # B H N Dh
+        layer = path[index]
+        G_y = G + mlp_vjp(layer, trace.cls_after[index], G)
+        G_o = by_head(product(G_y, layer.out), tower.n_heads)  # B k H Dh
+        v = by_head(trace.values[index], tower.n_heads).transpose(1, 2).float()  # B H N Dh
         D = (G_o.transpose(1, 2) @ v.mT).transpose(1, 2)
         yield index, D, G_y
         if index > depth - layers:
-            G = G_y + _before_attention(tower, trace, index, G_o, D)
+            G = G_y + _before_attention(tower, trace, index, layer, G_o, D)
 
 
-def _before_attention(tower: ImageTower, trace: Trace, index: int, G_o: Tensor, D: Tensor) -> Tensor:
+def _before_attention(tower: ImageTower, trace: Trace, index: int, layer: PathLayer, G_o: Tensor, D: Tensor) -> Tensor:
     """What reaches the CLS token before a layer through its query, its key and its value (B, k, D)."""
-    layer = tower.vision.encoder.layers[index]
-    attention = layer.self_attn
     A = trace.cls_attention[index][:, None]  # B 1 H N
     dS = A * (D - (A * D).sum(-1, keepdim=True))
-    keys = _by_head(trace.keys[index], tower.n_heads).transpose(1, 2).float()  # B H N Dh
-    q = _by_head(trace.cls_query[index], tower.n_heads).float()  # B H Dh
-    dq = attention.scale * (dS.transpose(1, 2) @ keys).transpose(1, 2)  # B k H Dh
-    dk = attention.scale * dS[..., :1] * q[:, None]
+    keys = by_head(trace.keys[index], tower.n_heads).transpose(1, 2).float()  # B H N Dh
+    q = by_head(trace.cls_query[index], tower.n_heads).float()  # B H Dh
+    dq = layer.scale * (dS.transpose(1, 2) @ keys).transpose(1, 2)  # B k H Dh
+    dk = layer.scale * dS[..., :1] * q[:, None]
     dv = A[..., :1] * G_o
-    inside = sum(
-        _product(part.flatten(2), projection.weight)
-        for part, projection in ((dq, attention.q_proj), (dk, attention.k_proj), (dv, attention.v_proj))
-    )
+    inside = sum(product(part.flatten(2), weight) for part, weight in ((dq, layer.q), (dk, layer.k), (dv, layer.v)))
     assert isinstance(inside, Tensor)
-    return _norm_vjp(layer.layer_norm1, trace.cls_before[index], inside)
+    return _norm_vjp(layer.norm1, trace.cls_before[index], inside)
 
 
-def _mlp_and_norm(layer: Any, after: Tensor, G: Tensor) -> Tensor:
-    """J_LN2' J_MLP' G at the CLS token `after` (B, D)."""
-    hidden = layer.mlp.fc1(layer.layer_norm2(after)).float()
+def mlp_vjp(layer: PathLayer, after: Tensor, G: Tensor) -> Tensor:
+    """J_LN2' J_MLP' G (B, k, D) at tokens `after` (B, D), between a layer's attention and its MLP."""
+    hidden = layer.mlp.fc1(layer.norm2(after)).float()
     slope = _slope(layer.mlp.activation_fn, hidden)
-    back = _product(_product(G, layer.mlp.fc2.weight) * slope[:, None], layer.mlp.fc1.weight)
-    return _norm_vjp(layer.layer_norm2, after, back)
+    back = product(product(G, layer.mlp.fc2.weight) * slope[:, None], layer.mlp.fc1.weight)
+    return _norm_vjp(layer.norm2, after, back)
 
 
 def _slope(activation: nn.Module, x: Tensor) -> Tensor:
@@ -101,10 +91,11 @@ def _norm_vjp(norm: nn.LayerNorm, x: Tensor, g: Tensor) -> Tensor:
     return g / deviation[:, None]
 
 
-def _product(g: Tensor, weight: Tensor) -> Tensor:
+def product(g: Tensor, weight: Tensor) -> Tensor:
     """g @ weight in the tower's precision, the result in float32."""
     return (g.to(weight.dtype) @ weight).float()
 
 
-def _by_head(x: Tensor, n_heads: int) -> Tensor:
+def by_head(x: Tensor, n_heads: int) -> Tensor:
+    """(.., D) -> (.., H, Dh)."""
     return x.unflatten(-1, (n_heads, -1))

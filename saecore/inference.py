@@ -1,29 +1,66 @@
 """Pixels -> everything a run says about an image, as NumPy arrays: CLIP, SAE and maps for one batch on one device.
 
-Shapes: B images, E embedding width, k kept latents, P patches.
+Shapes: B images, E embedding width, k kept latents, M methods, n targets of maps, P patches.
 """
 
+from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
-from saecore import relevance
+from saecore import relevance, reruns
 from saecore.clip import ImageTower
+from saecore.methods import DECOMPOSE, DEFAULT_OPTIONS, KEPT, Options, Wanted, dtype_of
+from saecore.relevance import Batch, Maps
 from saecore.sae import SAE
+from saecore.targets import Targets, Words, no_words
 
-METHODS = {
+METHODS: dict[str, Callable[[Batch], Maps]] = {
     "contrib": relevance.contrib,
     "contrib_grad": relevance.contrib_grad,
     "chefer": relevance.chefer,
     "legrad": relevance.legrad,
     "gradeclip": relevance.gradeclip,
+    "rollout": reruns.rollout,
+    "dense": relevance.dense,
+    "occlusion": reruns.occlusion,
     "attention": relevance.attention,
 }
-"""How maps can be computed."""
+"""`saecore.methods.METHODS`, as functions."""
 
-NEED_KEYS = ("contrib_grad", "gradeclip")
-"""Methods that look at keys, which a trace holds on demand."""
+
+def trace_needs(methods: Iterable[str], options: Options) -> dict[str, int]:
+    """What the tower must leave in its trace for these methods: its arguments `keys` and `tokens`.
+
+    Keys double what a trace holds, and residual streams keep the last layer from computing CLS alone.
+    """
+    deep = {name for name in methods if name in ("contrib_grad", "chefer", "legrad") and options.layers != 1}
+    if not options.layers:
+        deep -= {"chefer", "legrad"}  # one layer is theirs
+    surrogate = "legrad" in methods and options.legrad_target == "mean"
+    tokens = (options.layers or 1) + 1 if surrogate else 0
+    if "dense" in methods and options.dense == "token":
+        tokens = max(tokens, 1)
+    return {"keys": bool(deep) or "gradeclip" in methods, "tokens": tokens}
+
+
+def explain(
+    tower: ImageTower,
+    sae: SAE,
+    pixels: torch.Tensor,
+    latents: torch.Tensor,
+    methods: Sequence[str] = ("contrib",),
+    options: Options = DEFAULT_OPTIONS,
+    words: Words | None = None,
+    heads: bool = False,
+) -> dict[str, Maps]:
+    """Maps of the latents (B, k) of images (uint8 (B, height, width, 3)), and of `words`, by every method: one forward."""
+    embedding, trace = tower(pixels, **trace_needs(methods, options))
+    targets = Targets(sae, latents, words or no_words(sae))
+    batch = relevance.batch_of(tower, pixels, embedding, trace, targets, options, heads)
+    return {name: METHODS[name](batch) for name in methods}
+
 
 INT8_MAX = 127
 
@@ -40,21 +77,29 @@ class Findings(NamedTuple):
     fvu: np.ndarray
     """float32 (B,)."""
     completeness: np.ndarray
-    """float32 (B,): the worst of the image's maps, before rounding to 8 bits."""
+    """float32 (B,): the worst of the image's maps, before rounding to 8 bits; NaN if no method decomposes."""
+    sinks: np.ndarray
+    """bool (B, P): patches flagged as sinks."""
     latent: np.ndarray
     """int32 (B, k), strongest first."""
     activation: np.ndarray
     """float32 (B, k)."""
     pre_activation: np.ndarray
     """float32 (B, k)."""
+    target: np.ndarray
+    """int32 (B, n): the latent that each map explains, or -1 for a text or concept."""
+    wanted: np.ndarray
+    """bool (B, n): False for a latent that is there twice, kept and asked for."""
     map: np.ndarray
-    """int8 (B, k, P): relevance / scale."""
+    """int8 (B, M, n, P): relevance / scale."""
     scale: np.ndarray
-    """float32 (B, k)."""
+    """float32 (B, M, n)."""
+    map_pre_activation: np.ndarray
+    """float32 (B, n): what a map and its remainder add up to."""
     remainder: np.ndarray
-    """float32 (B, k)."""
+    """float32 (B, M, n)."""
     sink_share: np.ndarray
-    """float32 (B, k)."""
+    """float32 (B, M, n)."""
 
 
 class Embedded(NamedTuple):
@@ -68,12 +113,12 @@ Found = TypeVar("Found", Embedded, Findings)
 
 
 class _OnDevice(Generic[Found]):
-    """CLIP on its device: bfloat16 on CUDA, float32 on the CPU. What else a batch needs, and finds, is the subclass's."""
+    """CLIP on its device, in the precision that `dtype_of` says. What else a batch needs, and finds, is the subclass's."""
 
-    def __init__(self, tower: ImageTower, device: str) -> None:
+    def __init__(self, tower: ImageTower, device: str, methods: Sequence[str] = ()) -> None:
         self.device = torch.device(device)
         self.tower = tower.to(self.device)
-        if self.device.type == "cuda":
+        if dtype_of(self.device.type, methods) == "bfloat16":
             self.tower.run_in(torch.bfloat16)
 
     def __call__(self, pixels: np.ndarray) -> Found:
@@ -97,36 +142,66 @@ class Embedder(_OnDevice[Embedded]):
 
 
 class Inference(_OnDevice[Findings]):
-    """CLIP, SAE and method. SAE and sums of maps are in float32 everywhere."""
+    """CLIP, SAE and methods. SAE and sums of maps are in float32 everywhere."""
 
-    def __init__(self, tower: ImageTower, sae: SAE, k: int, method: str, device: str) -> None:
-        super().__init__(tower, device)
+    def __init__(
+        self,
+        tower: ImageTower,
+        sae: SAE,
+        k: int,
+        methods: Sequence[str],
+        device: str,
+        wanted: Wanted = KEPT,
+        words: Words | None = None,
+        options: Options = DEFAULT_OPTIONS,
+    ) -> None:
+        super().__init__(tower, device, methods)
         self.sae = sae.to(self.device)
-        self.method = METHODS[method]
-        self.needs_keys = method in NEED_KEYS
-        self.k = k
+        self.k, self.methods, self.options = k, tuple(methods), options
+        self.kept = wanted.kept
+        self.words = (words or no_words(sae)).to(self.device)
+        self.fixed = torch.tensor(wanted.latents, dtype=torch.int64, device=self.device)
+        self.needs = trace_needs(methods, options)
 
     def _find(self, pixels: torch.Tensor) -> Findings:
-        embedding, trace = self.tower(pixels, keys=self.needs_keys)
+        embedding, trace = self.tower(pixels, **self.needs)
         code = self.sae.encode_sparse(embedding, at_least=self.k)
         reconstruction = self.sae.decode_sparse(code.latents, code.activations, embedding)
-        latents, pre_activations = code.latents[:, : self.k], code.pre_activations[:, : self.k]
-        maps = self.method(self.tower, trace, *self.sae.read_outs(latents, embedding))
-        scale = maps.relevance.abs().amax(-1) / INT8_MAX
-        rounded = (maps.relevance / scale.clamp(min=torch.finfo(scale.dtype).tiny)[..., None]).round().to(torch.int8)
         squared_error = (embedding - reconstruction).square().sum(-1)
+        kept = code.latents[:, : self.k]
+        explained = kept if self.kept else kept[:, :0]
+        fixed = self.fixed.expand(len(pixels), -1)
+        n_words = len(self.words.texts) + len(self.words.concept_latents)
+        targets = Targets(self.sae, torch.cat([explained, fixed], 1), self.words)
+        twice = (fixed[:, :, None] == explained[:, None]).any(-1)
+        batch = relevance.batch_of(self.tower, pixels, embedding, trace, targets, self.options)
+        maps = [METHODS[name](batch) for name in self.methods]
+        values = targets.values(embedding[:, None])[:, 0]
+        errors = [
+            relevance.completeness_error(found, values).amax(-1)
+            for name, found in zip(self.methods, maps, strict=True)
+            if name in DECOMPOSE
+        ]
+        stacked = torch.stack([found.relevance for found in maps], 1)
+        scale = stacked.abs().amax(-1) / INT8_MAX
         found = {
             "embedding": embedding,
             "l0": (code.activations != 0).sum(-1, dtype=torch.int32),
             "cosine": torch.cosine_similarity(embedding, reconstruction),
             "fvu": squared_error / (embedding - self.sae.mean).square().sum(-1),
-            "completeness": relevance.completeness_error(maps, pre_activations).amax(-1),
-            "latent": latents.int(),
+            "completeness": torch.stack(errors).amax(0) if errors else torch.full_like(squared_error, torch.nan),
+            "sinks": trace.sinks,
+            "latent": kept.int(),
             "activation": code.activations[:, : self.k],
-            "pre_activation": pre_activations,
-            "map": rounded,
+            "pre_activation": code.pre_activations[:, : self.k],
+            "target": torch.nn.functional.pad(targets.latents, (0, n_words), value=-1).int(),
+            "wanted": torch.cat(
+                [torch.ones_like(explained, dtype=torch.bool), ~twice, twice.new_ones(len(pixels), n_words)], 1
+            ),
+            "map": (stacked / scale.clamp(min=torch.finfo(scale.dtype).tiny)[..., None]).round().to(torch.int8),
             "scale": scale,
-            "remainder": maps.remainder,
-            "sink_share": relevance.sink_share(maps, trace.sinks),
+            "map_pre_activation": values,
+            "remainder": torch.stack([found.remainder for found in maps], 1),
+            "sink_share": torch.stack([relevance.sink_share(found, trace.sinks) for found in maps], 1),
         }
         return Findings(**{name: tensor.cpu().numpy() for name, tensor in found.items()})

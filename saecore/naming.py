@@ -32,7 +32,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import normalize
 
 from saecore import schema
 from saecore.sae import SAE
@@ -74,15 +74,6 @@ class Nearest(NamedTuple):
     """int64 (n, w): their numbers in the vocabulary."""
     scores: Tensor
     """float32 (n, w): -inf for a latent that cannot be named."""
-
-
-class Concept(NamedTuple):
-    """The latents of a word, by falling |weight|."""
-
-    latents: Tensor
-    """int64."""
-    weights: Tensor
-    """float32: cosines."""
 
 
 # ---- Scores: blocks (words, n) in the vocabulary's order, one of which is held at a time.
@@ -239,19 +230,7 @@ WHERE lower(word) = lower(?) ORDER BY place, score DESC, latent"""
 def latents_of(names: pa.Table, word: str) -> pa.Table:
     """The latents (schema.NAMES) among whose words is this one, in any case: latent, place (0: its name), score, valid.
 
-    By place, then by falling score. For a text that is not in the vocabulary, see `concept_weights`.
+    By place, then by falling score. For a text that is not in the vocabulary: `saecore.targets.concept_weights`.
     """
     with duckdb.connect() as database:
         return database.register("names", names).sql(LATENTS_OF, params=[word]).to_arrow_table()
-
-
-def concept_weights(text: Tensor, sae: SAE, n: int = 32, positive: bool = False) -> Concept:
-    """A word's or any text's embedding (E,) -> the n latents whose decoder rows have the largest |cosine| with it, signed.
-
-    With `positive`, those that point away from it are left out. There are fewer than n where no others have a cosine at all.
-    """
-    weights = cosine_similarity(sae.atoms.detach(), text[None], dim=-1)
-    best = (weights if positive else weights.abs()).topk(min(n, len(weights))).indices
-    found = weights[best]
-    kept = found > 0 if positive else found != 0
-    return Concept(best[kept], found[kept])

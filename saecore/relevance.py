@@ -1,46 +1,87 @@
 """Relevance maps: one value per patch for any linear read-out of the CLIP image embedding.
 
-One pure function a method; all take a `Trace` and explain every read-out of every image of the batch at once, with no
-autograd and no second forward. Always the pre-activation is explained, never the value after TopK, which is flat wherever
-a latent is off. With A the CLS attention row of a layer and D = dz/dA along the CLS path (`saecore.cls_path`), by head h:
+One pure function a method; all take a `Batch`, that is one forward's `Trace` and what to explain of it, and explain every
+target of every image at once, with no autograd and no second forward. Always the pre-activation is explained, never the value
+after TopK, which is flat wherever a latent is off. With A the CLS attention row of a layer and D = dz/dA along the CLS path
+(`saecore.cls_path`), by head h, summed over the last `layers` layers l:
 
     contrib        sum_lh A (v . W_O' u)         signed, exact: adds up to the pre-activation with its remainder
     contrib_grad   sum_lh A D                    signed, exact gradient: adds up likewise
     chefer         R_0 <- R_0 + c (R_0, R_i),  c = mean_h max(A D, 0)       of the last layer: mean_h max(A D, 0)
     legrad         sum_l mean_h max(D, 0)
     gradeclip      max(lambda_i sum_h D, 0)      lambda: cosine of CLS's query and each key, from 0 to 1 over the patches
-    attention      mean_h A                      the same for every read-out: a control
+    dense          z of the patch's token in CLS's place, or v . W_O' u without attention: an activation, not a cause
+    attention      mean_h A                      the same for every target: a control
 
-The remainder is defined for the first two, and NaN for the others: they are in no units.
+The remainder is defined for the first two, and NaN for the others. Options are documented with `saecore.methods.Options`.
 
-Left out: gradient rollout, dense read-outs, occlusion.
+Left out: what needs more than the one forward (`saecore.reruns`).
 
-Shapes as in `saecore.clip`: B images, k read-outs, N = 1 + P tokens, H heads, D width.
+Shapes as in `saecore.clip`: B images, k targets, N = 1 + P tokens, H heads, D width.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from saecore.clip import ImageTower, Trace
-from saecore.cls_path import attention_gradients
+from saecore.cls_path import attention_gradients, by_head
+from saecore.mean_token import mean_token_gradients
+from saecore.methods import DEFAULT_OPTIONS, Options
+from saecore.targets import Targets
+
+
+class Batch(NamedTuple):
+    """One forward over B images, and what is to be explained of it: what every method reads."""
+
+    tower: ImageTower
+    pixels: Tensor
+    """uint8 (B, height, width, 3)."""
+    embedding: Tensor
+    """float32 (B, E)."""
+    trace: Trace
+    targets: Targets
+    read_outs: Tensor
+    """float32 (B, k, E): w of the targets, with norms frozen or exact as the options say."""
+    offsets: Tensor
+    """float32 (B, k): c."""
+    options: Options
+    heads: bool
+    """Keep heads apart, for contrib, contrib_grad, chefer of one layer, legrad and attention."""
 
 
 class Maps(NamedTuple):
     """k maps of each image; for methods that decompose, relevance.sum(-1) + remainder = pre-activation."""
 
     relevance: Tensor
-    """float32 (B, k, P), row-major over the patch grid, in pre-activation units where the method has units."""
+    """float32 (B, k, P), row-major over the patch grid, in pre-activation units where the method has units; (B, k, H, P), which
+    add up to that, with `Batch.heads`."""
     remainder: Tensor
     """float32 (B, k): what no patch accounts for (the CLS token's own path, MLPs, biases, constants); NaN if undefined."""
 
 
-def contrib(tower: ImageTower, trace: Trace, read_outs: Tensor, offsets: Tensor) -> Maps:
-    """Exact signed contribution of every patch to `read_outs . e + offsets`, summed over heads and all layers.
+def batch_of(
+    tower: ImageTower,
+    pixels: Tensor,
+    embedding: Tensor,
+    trace: Trace,
+    targets: Targets,
+    options: Options = DEFAULT_OPTIONS,
+    heads: bool = False,
+) -> Batch:
+    """A batch, with its targets' read-outs; ValueError for options that cannot be."""
+    options.check()
+    read_outs = targets.read_outs(embedding, options.norm == "exact")
+    return Batch(tower, pixels, embedding, trace, targets, *read_outs, options, heads)
+
+
+def contrib(batch: Batch) -> Maps:
+    """Exact signed contribution of every patch to `read_outs . e + offsets`, summed over heads and layers.
 
     Gandelsman et al. 2024 (arXiv:2310.05916), with every term centred exactly. With u the read-out pulled back to the CLS
-    residual stream (final LayerNorm frozen) and A, v the CLS attention row and values of layer l and head h:
+    residual stream (final LayerNorm frozen or exact) and A, v the CLS attention row and values of layer l and head h:
 
         R_i = sum_{l,h} A_i^{lh} (v_i^{lh} . W_O^{lh}' u)       remainder = everything else that was added to CLS
 
@@ -48,95 +89,150 @@ def contrib(tower: ImageTower, trace: Trace, read_outs: Tensor, offsets: Tensor)
     from its own terms and not by subtraction, so that the invariant can fail and is worth measuring.
     A direct effect only: what patches do to CLS through other patches, or through its later MLPs, is not in R.
 
-    read_outs: (B, k, E); offsets: (B, k). Cost: 2ND(1 + k) + 2kD^2 FLOP per layer and image, 1 to 6 % of a forward at k = 32.
+    Cost: 2ND(1 + k) + 2kD^2 FLOP per layer and image, 1 to 6 % of a forward at k = 32.
     """
-    direction, constant = tower.pull_back(read_outs, trace.cls_final)
+    tower, trace = batch.tower, batch.trace
+    direction, constant = tower.pull_back(batch.read_outs, trace.cls_final, batch.options.norm == "exact")
+    path = tower.path()
+    first = len(path) - (batch.options.layers or len(path))
     own_path = trace.cls_before[0].float()
-    tokens_BkN = torch.zeros((*read_outs.shape[:2], trace.values[0].shape[1]), device=direction.device)
-    layers = tower.vision.encoder.layers
-    for index, (layer, v, attention) in enumerate(zip(layers, trace.values, trace.cls_attention, strict=True)):
-        out = layer.self_attn.out_proj
-        target_BkD = direction.to(v.dtype) @ out.weight
-        by_head_BNHD = v.unflatten(-1, (tower.n_heads, -1))
-        weighted_BND = (by_head_BNHD * attention.transpose(1, 2).unsqueeze(-1).to(v.dtype)).flatten(2)
-        tokens_BkN += target_BkD @ weighted_BND.transpose(1, 2)
-        leaving = trace.cls_before[index + 1] if index + 1 < len(layers) else trace.cls_final
-        own_path = own_path + out.bias.float() + leaving.float() - trace.cls_after[index].float()
+    tokens_BkHN = _no_tokens(batch)
+    for index, (layer, v, A) in enumerate(zip(path, trace.values, trace.cls_attention, strict=True)):
+        leaving = trace.cls_before[index + 1] if index + 1 < len(path) else trace.cls_final
+        if index < first:  # not looked at: all that this layer adds is remainder
+            own_path = own_path + leaving.float() - trace.cls_before[index].float()
+            continue
+        own_path = own_path + layer.out_bias.float() + leaving.float() - trace.cls_after[index].float()
+        target_BkD = direction.to(v.dtype) @ layer.out
+        v_BNHD = by_head(v, tower.n_heads)
+        if batch.heads:
+            read_BHkN = by_head(target_BkD, tower.n_heads).transpose(1, 2) @ v_BNHD.permute(0, 2, 3, 1)
+            tokens_BkHN = tokens_BkHN + A[:, None] * read_BHkN.transpose(1, 2).float()
+        else:  # concatenating heads sums over them: one product for all
+            weighted_BND = (v_BNHD * A.transpose(1, 2).unsqueeze(-1).to(v.dtype)).flatten(2)
+            tokens_BkHN += (target_BkD @ weighted_BND.transpose(1, 2))[:, :, None]
     fixed = (direction @ own_path.unsqueeze(-1)).squeeze(-1)
-    return Maps(tokens_BkN[..., 1:], tokens_BkN[..., 0] + fixed + constant + offsets)
+    return _decomposed(batch, tokens_BkHN, fixed + constant + batch.offsets)
 
 
-def contrib_grad(tower: ImageTower, trace: Trace, read_outs: Tensor, offsets: Tensor) -> Maps:
-    """Attention times its exact gradient along the CLS path, summed over heads and all layers: signed.
+def contrib_grad(batch: Batch) -> Maps:
+    """Attention times its exact gradient along the CLS path, summed over heads and layers: signed.
 
     R_i = sum_l sum_h A_i^{lh} dz/dA_i^{lh}: unlike `contrib` it knows what later MLPs and later queries of the CLS token make
     of a patch. Invariant of each layer: sum over tokens of A D = G_y . (y - x - b_O), which the remainder takes from the
     residual stream, so that relevance.sum + remainder = pre-activation can fail.
     """
-    pre = (read_outs @ trace_embedding(tower, trace)[..., None]).squeeze(-1) + offsets
-    tokens = torch.zeros((*read_outs.shape[:2], trace.values[0].shape[1]), device=read_outs.device)
-    linear = torch.zeros_like(pre)
-    for index, D, G_y in attention_gradients(tower, trace, read_outs, len(trace.values)):
-        tokens += (trace.cls_attention[index][:, None] * D).sum(2)
-        bias = tower.vision.encoder.layers[index].self_attn.out_proj.bias.float()
-        added = trace.cls_after[index].float() - trace.cls_before[index].float() - bias
+    tower, trace = batch.tower, batch.trace
+    pre = (batch.read_outs @ tower.embed_cls(trace.cls_final)[..., None]).squeeze(-1) + batch.offsets
+    path, linear, tokens_BkHN = tower.path(), torch.zeros_like(pre), _no_tokens(batch)
+    for index, D, G_y in _gradients(batch, batch.options.layers or len(path)):
+        product_BkHN = trace.cls_attention[index][:, None] * D
+        tokens_BkHN = tokens_BkHN + (product_BkHN if batch.heads else product_BkHN.sum(2, keepdim=True))
+        added = trace.cls_after[index].float() - trace.cls_before[index].float() - path[index].out_bias.float()
         linear += (G_y @ added[..., None]).squeeze(-1)
-    return Maps(tokens[..., 1:], tokens[..., 0] + pre - linear)
+    return _decomposed(batch, tokens_BkHN, pre - linear)
 
 
-def trace_embedding(tower: ImageTower, trace: Trace) -> Tensor:
-    """The embedding (B, E) that a trace ends in."""
-    return tower.embed_cls(trace.cls_final)
-
-
-def chefer(tower: ImageTower, trace: Trace, read_outs: Tensor, offsets: Tensor, layers: int = 1) -> Maps:
+def chefer(batch: Batch) -> Maps:
     """Chefer et al. 2021 (arXiv:2103.15679): positive part of attention times gradient; CLIP's default is the last layer.
 
-    With more `layers`, their rule R <- R + c R along the CLS path: all rows of c but CLS's are left out, so that only the CLS
-    row of R ever changes.
+    With more layers, their rule R <- R + c R along the CLS path: all rows of c but CLS's are left out, so that only the CLS
+    row of R ever changes. Heads can be kept apart in one layer only (ValueError), since the rule mixes them.
     """
-    own = torch.ones(read_outs.shape[:2], device=read_outs.device)
-    patches = torch.zeros((*own.shape, trace.values[0].shape[1] - 1), device=own.device)
-    gradients = list(attention_gradients(tower, trace, read_outs, layers))
-    for index, D, _ in reversed(gradients):  # the rule goes from the first layer to the last
-        cam = (trace.cls_attention[index][:, None] * D).clamp(min=0).mean(2)
-        patches = patches + cam[..., :1] * patches + cam[..., 1:]
-        own = own + cam[..., 0] * own
-    return Maps(patches, torch.full_like(own, torch.nan))
+    layers, tower = batch.options.layers or 1, batch.tower
+    if batch.heads and layers > 1:
+        raise ValueError(f"chefer mixes the heads of {layers} layers: they can be kept apart in one layer only")
+    found = list(_gradients(batch, layers))
+    patches = _no_tokens(batch)[..., tower.n_own :]
+    for index, D, _ in reversed(found):  # the rule goes from the first layer to the last
+        cam = _mean_heads((batch.trace.cls_attention[index][:, None] * D).clamp(min=0), batch)
+        patches = patches + cam[..., : tower.n_own].sum(-1, keepdim=True) * patches + cam[..., tower.n_own :]
+    return _undivided(batch, patches)
 
 
-def legrad(tower: ImageTower, trace: Trace, read_outs: Tensor, offsets: Tensor, layers: int = 1) -> Maps:
-    """LeGrad (Bousselham et al. 2024, arXiv:2404.03214) of the true target: positive part of the attention gradient.
+def legrad(batch: Batch) -> Maps:
+    """LeGrad (Bousselham et al. 2024, arXiv:2404.03214): positive part of the attention gradient, summed over layers.
 
-    The paper reads the target off the mean token of each layer; here it is the read-out of the embedding itself.
+    The paper reads the target off the mean token of each layer; `legrad_target="cls"`, our default, is the read-out of the
+    embedding itself, and looks at CLS's attention row. `"mean"` is the paper's: all rows, each layer's own target.
     """
-    total = torch.zeros((*read_outs.shape[:2], trace.values[0].shape[1] - 1), device=read_outs.device)
-    for _, D, _ in attention_gradients(tower, trace, read_outs, layers):
-        total += D[..., 1:].clamp(min=0).mean(2)
-    return Maps(total, total.new_full(total.shape[:2], torch.nan))
+    layers, n_own = batch.options.layers or 1, batch.tower.n_own
+    total = _no_tokens(batch)[..., n_own:]
+    if batch.options.legrad_target == "mean":
+        exact = batch.options.norm == "exact"
+        for D_BkHN in mean_token_gradients(batch.tower, batch.trace, batch.read_outs, layers, exact):
+            total = total + _mean_heads(D_BkHN, batch)[..., n_own:]
+    else:
+        for _, D, _ in _gradients(batch, layers):
+            total = total + _mean_heads(D.clamp(min=0), batch)[..., n_own:]
+    return _undivided(batch, total)
 
 
-def gradeclip(tower: ImageTower, trace: Trace, read_outs: Tensor, offsets: Tensor) -> Maps:
+def gradeclip(batch: Batch) -> Maps:
     """Grad-ECLIP (Zhao et al. 2024, arXiv:2502.18816) with the model's own heads; the published code runs one head."""
-    _, D, _ = next(attention_gradients(tower, trace, read_outs, 1))
-    query, keys = trace.cls_query[-1].float(), trace.keys[-1][:, 1:].float()
+    trace, n_own = batch.trace, batch.tower.n_own
+    _, D, _ = next(_gradients(batch, 1))
+    query, keys = trace.cls_query[-1].float(), trace.keys[-1][:, n_own:].float()
     loose = torch.cosine_similarity(query[:, None], keys, dim=-1)
     low, high = loose.amin(-1, keepdim=True), loose.amax(-1, keepdim=True)
     loose = (loose - low) / (high - low).clamp(min=torch.finfo(loose.dtype).tiny)
-    relevance = (loose[:, None] * D.sum(2)[..., 1:]).clamp(min=0)
-    return Maps(relevance, relevance.new_full(relevance.shape[:2], torch.nan))
+    return _undivided(batch, (loose[:, None] * D.sum(2)[..., n_own:]).clamp(min=0)[:, :, None])
 
 
-def attention(tower: ImageTower, trace: Trace, read_outs: Tensor, offsets: Tensor) -> Maps:
-    """The last layer's CLS attention, mean over heads: knows nothing of the read-out, and so is what maps must beat."""
-    row = trace.cls_attention[-1].mean(1)[:, None, 1:]
-    relevance = row.expand(-1, read_outs.shape[1], -1).contiguous()
-    return Maps(relevance, relevance.new_full(relevance.shape[:2], torch.nan))
+def dense(batch: Batch) -> Maps:
+    """What the SAE makes of each patch's own token: where a target is active, which is not where it comes from.
+
+    `token`: the patch's last residual stream through the final LayerNorm and projection, in CLS's place, as MaskCLIP-like
+    read-outs do; the value of the target there, constants included. `value`: its last value vector through the CLS token's
+    way out, v_i . W_O' u, without attention. An SAE that was trained on CLS tokens has seen neither.
+    """
+    tower, trace = batch.tower, batch.trace
+    if batch.options.dense == "token":
+        values = batch.targets.values(tower.embed_alone(trace.tokens[-1][:, tower.n_own :]))
+        return _undivided(batch, values.transpose(1, 2)[:, :, None])
+    direction, _ = tower.pull_back(batch.read_outs, trace.cls_final, batch.options.norm == "exact")
+    v = trace.values[-1]
+    read = (direction.to(v.dtype) @ tower.path()[-1].out) @ v.transpose(1, 2)
+    return _undivided(batch, read[:, :, None, tower.n_own :].float())
+
+
+def attention(batch: Batch) -> Maps:
+    """The last layer's CLS attention, mean over heads: knows nothing of the target, and so is what maps must beat."""
+    row = _mean_heads(batch.trace.cls_attention[-1][:, None], batch)[..., batch.tower.n_own :]
+    return _undivided(batch, row.expand(-1, batch.read_outs.shape[1], -1, -1).contiguous())
+
+
+def _gradients(batch: Batch, layers: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    return attention_gradients(batch.tower, batch.trace, batch.read_outs, layers, batch.options.norm == "exact")
+
+
+def _no_tokens(batch: Batch) -> Tensor:
+    """Zeros to sum into, (B, k, 1, N): heads are summed over, or broadcast."""
+    shape = (*batch.read_outs.shape[:2], 1, batch.trace.values[0].shape[1])
+    return torch.zeros(shape, device=batch.read_outs.device)
+
+
+def _mean_heads(x: Tensor, batch: Batch) -> Tensor:
+    """(B, k, H, N) -> mean over heads (B, k, 1, N), or each head's part of it."""
+    return x / x.shape[2] if batch.heads else x.mean(2, keepdim=True)
+
+
+def _decomposed(batch: Batch, tokens: Tensor, rest: Tensor) -> Maps:
+    """Maps of what all tokens (B, k, H or 1, N) contribute: the CLS token's own part is remainder."""
+    n_own = batch.tower.n_own
+    patches = tokens[..., n_own:]
+    return Maps(patches if batch.heads else patches.squeeze(2), tokens[..., :n_own].sum((2, 3)) + rest)
+
+
+def _undivided(batch: Batch, patches: Tensor) -> Maps:
+    """Maps (B, k, H or 1, P) that add up to nothing."""
+    relevance = patches if batch.heads else patches.squeeze(2)
+    return Maps(relevance, torch.full_like(batch.offsets, torch.nan))
 
 
 def completeness_error(maps: Maps, pre_activations: Tensor) -> Tensor:
     """(B, k): |relevance.sum + remainder - pre-activation| / max(1, |pre-activation|)."""
-    error = maps.relevance.sum(-1) + maps.remainder - pre_activations
+    error = maps.relevance.flatten(2).sum(-1) + maps.remainder - pre_activations
     return error.abs() / pre_activations.abs().clamp(min=1)
 
 

@@ -29,7 +29,7 @@ Only plain Arrow types appear here, no extension types: DuckDB, pandas, Polars a
 import numpy as np
 import pyarrow as pa
 
-VERSION = 1
+VERSION = 2
 """Version of these schemas; part of every fingerprint."""
 
 INDEX_BITS = 32
@@ -91,7 +91,9 @@ ACTIVATIONS = pa.schema(
 
 
 def maps_schema(n_patches: int) -> pa.Schema:
-    """Relevance maps of an image's kept latents; value = int8 x `scale`, in pre-activation units.
+    """Relevance maps of an image's targets, for each method; value = int8 x `scale`, in the method's units.
+
+    A target is a latent, kept or asked for, or else named in `target`: "text: a red square", "concept: red".
 
     `map` is fixed-size binary because Parquet stores 8-bit list elements as 32-bit integers (35 to 40 % larger, 15 times
     slower to write). One line of NumPy decodes it: `np.frombuffer(map, np.int8).reshape(grid_height, grid_width) * scale`.
@@ -99,10 +101,14 @@ def maps_schema(n_patches: int) -> pa.Schema:
     return pa.schema(
         [
             pa.field("image_id", pa.int64(), nullable=False),
-            pa.field("latent", pa.int32(), nullable=False),
+            pa.field("latent", pa.int32()),  # null where the target is no latent
+            pa.field("target", pa.string()),  # null where it is
             pa.field("method", pa.string(), nullable=False),
             pa.field("map", pa.binary(n_patches), nullable=False),  # row-major
             pa.field("scale", pa.float32(), nullable=False),
+            pa.field(
+                "pre_activation", pa.float32(), nullable=False
+            ),  # what map and remainder add up to; of a text, the cosine
             pa.field("remainder", pa.float32(), nullable=False),  # NaN where the method is no decomposition
             pa.field("sink_share", pa.float32(), nullable=False),  # of sum |map|, in [0, 1]
         ]
@@ -120,6 +126,7 @@ IMAGES = pa.schema(
         pa.field("l0", pa.int32()),  # latents that fire in all
         pa.field("cosine", pa.float32()),  # between the embedding and its SAE reconstruction
         pa.field("fvu", pa.float32()),  # |x - reconstruction|^2 / |x - training mean|^2 of this image
+        pa.field("sinks", pa.list_(pa.int16())),  # numbers of the patches whose norm is an outlier, row-major
         *_ERROR,
     ]
 )

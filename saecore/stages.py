@@ -15,11 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from saecore import images, schema
+from saecore.methods import DEFAULT_OPTIONS, KEPT, Options, Wanted
 
 if TYPE_CHECKING:
     from saecore.clip import ImageTower
     from saecore.inference import Embedder, Inference
     from saecore.sae import SAE
+    from saecore.targets import Words
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,8 +46,16 @@ class ExplainConfig(EmbedConfig):
     """SAE: a folder, a file, a Hub address, or `demo`."""
     k: int
     """Latents kept per image."""
-    method: str = "contrib"
+    methods: tuple[str, ...] = ("contrib",)
     """How maps are computed."""
+    targets: Wanted = KEPT
+    """What they explain."""
+    concept_latents: int = 8
+    """Latents that make up a concept."""
+    concept_positive: bool = False
+    """Whether a concept takes latents with a positive weight only."""
+    options: Options = DEFAULT_OPTIONS
+    """What the methods leave open."""
     embeddings: bool = False
     """Whether the CLIP embedding is written too."""
 
@@ -62,6 +72,16 @@ def load_models(clip: str, sae: str) -> "tuple[ImageTower, SAE]":
             f"--clip {clip} makes them {tower.n_outputs} wide: they do not belong together"
         )
     return tower, autoencoder
+
+
+def load_words(config: ExplainConfig, sae: "SAE") -> "Words":
+    """The targets that are texts or concepts, from CLIP's text tower; ValueError if it cannot be had."""
+    from saecore.targets import words_of
+    from saecore.text import embed_texts, load_text_tower
+
+    wanted = config.targets
+    embeddings = embed_texts(load_text_tower(config.clip), wanted.words, config.batch_size)
+    return words_of(sae, embeddings, len(wanted.texts), config.concept_latents, config.concept_positive)
 
 
 class Decode:
@@ -129,7 +149,10 @@ class Explain:
         _use_threads(config.threads)
         self.config = config
         tower, sae = load_models(config.clip, config.sae)
-        self.infer = Inference(tower, sae, config.k, config.method, config.device)
+        words = load_words(config, sae) if config.targets.words else None
+        self.infer = Inference(
+            tower, sae, config.k, config.methods, config.device, config.targets, words, config.options
+        )
         self.n_patches = tower.grid[0] * tower.grid[1]
         self.schema = schema.explained_schema(self.n_patches)
 
@@ -140,24 +163,51 @@ class Explain:
     def _columns(self, found: dict[str, np.ndarray], shown: np.ndarray) -> dict[str, pa.Array]:
         """Spread the findings of the shown images over all rows; refused rows get null."""
         k, n_shown = self.config.k, int(shown.sum())
-        flat = {name: pa.array(found[name].ravel()) for name in found if name != "map"}
-        flat["rank"] = pa.array(np.tile(np.arange(k, dtype=np.int16), n_shown))
-        flat["method"] = pa.array([self.config.method] * n_shown * k, pa.string())
-        map_bytes = pa.py_buffer(np.ascontiguousarray(found["map"]))
-        flat["map"] = pa.FixedSizeBinaryArray.from_buffers(pa.binary(self.n_patches), n_shown * k, [None, map_bytes])
-
+        columns: dict[str, pa.Array] = {}
         # Row -> its place among the shown, null for the others: what takes values there and leaves null here.
         place = pa.array(np.cumsum(shown) - 1, mask=~shown)
-        columns = {name: flat[name].take(place) for name in ("l0", "cosine", "fvu", "completeness")}
-        for name in ("activations", "maps"):
-            kind = self.schema.field(name).type
-            structs = pa.StructArray.from_arrays(
-                [flat[field.name] for field in kind.value_type], fields=list(kind.value_type)
-            )
-            columns[name] = _lists(structs, shown, k, kind)
+        for name in ("l0", "cosine", "fvu", "completeness"):
+            columns[name] = pa.array(found[name]).take(place)
+        kept = {
+            "rank": np.tile(np.arange(k, dtype=np.int16), n_shown),
+            **{name: found[name].ravel() for name in ("latent", "activation", "pre_activation")},
+        }
+        columns["activations"] = self._nested("activations", kept, shown, np.full(n_shown, k))
+        columns["maps"] = self._maps(found, shown)
+        sinks = pa.array(np.nonzero(found["sinks"])[1], pa.int16())
+        columns["sinks"] = _lists(sinks, shown, found["sinks"].sum(1), self.schema.field("sinks").type)
         if self.config.embeddings:
             columns["embedding"] = _embeddings(found["embedding"], shown)
         return columns
+
+    def _maps(self, found: dict[str, np.ndarray], shown: np.ndarray) -> pa.Array:
+        """MAPS of each shown image: by method, then by target."""
+        _, n_methods, n_targets, _ = found["map"].shape
+        labels = self.config.targets.labels()
+        latent = np.broadcast_to(found["target"][:, None], found["scale"].shape)
+        label = np.broadcast_to(np.arange(n_targets) - (n_targets - len(labels)), found["scale"].shape)
+        method = np.broadcast_to(np.arange(n_methods)[:, None], found["scale"].shape)
+        wanted = np.broadcast_to(found["wanted"][:, None], found["scale"].shape)
+        pre = np.broadcast_to(found["map_pre_activation"][:, None], found["scale"].shape)[wanted]
+        maps = np.ascontiguousarray(found["map"][wanted])
+        flat = {
+            "latent": pa.array(latent[wanted], mask=latent[wanted] < 0),
+            "target": pa.array(labels, pa.string()).take(pa.array(label[wanted], mask=latent[wanted] >= 0)),
+            "method": pa.array(self.config.methods, pa.string()).take(pa.array(method[wanted])),
+            "map": pa.FixedSizeBinaryArray.from_buffers(
+                pa.binary(self.n_patches), len(maps), [None, pa.py_buffer(maps)]
+            ),
+            "pre_activation": pre,
+            **{name: found[name][wanted] for name in ("scale", "remainder", "sink_share")},
+        }
+        return self._nested("maps", flat, shown, wanted.sum((1, 2)))
+
+    def _nested(self, name: str, flat: dict[str, Any], shown: np.ndarray, lengths: np.ndarray) -> pa.Array:
+        """Columns of a table that travels nested -> its lists, of these lengths for the shown images."""
+        kind = self.schema.field(name).type
+        fields = list(kind.value_type)
+        columns = [pa.array(flat[field.name], field.type) for field in fields]
+        return _lists(pa.StructArray.from_arrays(columns, fields=fields), shown, lengths, kind)
 
 
 def _use_threads(threads: int) -> None:
@@ -195,12 +245,13 @@ def _pixels(decoded: pa.Table, shape: tuple[int, ...]) -> np.ndarray:
     return np.frombuffer(values, np.uint8)[first : first + size].reshape(len(column), *shape)
 
 
-def _lists(values: pa.Array, shown: np.ndarray, length: int, kind: pa.DataType) -> pa.ListArray:
-    """One list of `length` values for every shown row, null for the others."""
-    ends = np.cumsum(shown) * length
-    offsets = np.concatenate([[0], ends]).astype(np.int32)
+def _lists(values: pa.Array, shown: np.ndarray, lengths: np.ndarray, kind: pa.DataType) -> pa.ListArray:
+    """One list for every shown row, of `lengths` values, null for the others."""
+    of_rows = np.zeros(len(shown), np.int64)
+    of_rows[shown] = lengths
+    offsets = np.concatenate([[0], np.cumsum(of_rows)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), values, type=kind, mask=pa.array(~shown))
 
 
 def _embeddings(found: np.ndarray, shown: np.ndarray) -> pa.ListArray:
-    return _lists(pa.array(found.ravel()), shown, found.shape[1], schema.IMAGES.field("embedding").type)
+    return _lists(pa.array(found.ravel()), shown, np.full(*found.shape), schema.IMAGES.field("embedding").type)

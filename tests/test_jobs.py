@@ -26,6 +26,7 @@ from jobs import explain, pipeline, session
 from saecore import isolation, runs, schema
 from saecore.checkpoints import load_sae
 from saecore.demo import scenes
+from saecore.methods import DECOMPOSE, METHODS
 from saecore.sae import from_tensors
 from saecore.stages import Decode, Explain
 from tests.conftest import N_SCENES, command
@@ -45,9 +46,9 @@ def rows(run: Path, table: str) -> dict[tuple[Any, ...], dict[str, Any]]:
 def assert_same_rows(one: Path, other: Path) -> None:
     """Ids and latents are equal, numbers within 1e-4, maps within one step of their 8 bits."""
     for table, close, exact in (
-        ("images", ("embedding", "cosine", "fvu"), ("uri", "key", "width", "height", "format", "l0", "error")),
+        ("images", ("embedding", "cosine", "fvu"), ("uri", "key", "width", "height", "format", "l0", "sinks", "error")),
         ("activations", ("activation", "pre_activation"), ("rank",)),
-        ("maps", ("scale", "remainder", "sink_share"), ("method",)),
+        ("maps", ("scale", "pre_activation", "remainder", "sink_share"), ("method", "target")),
     ):
         a, b = rows(one, table), rows(other, table)
         assert a.keys() == b.keys()
@@ -188,26 +189,64 @@ def test_maps_of_an_sae_with_thresholds_and_a_normaliser_are_exact(
     assert json.loads((out / "run.json").read_text())["worst_completeness_error"] < 1e-4
 
 
-@pytest.mark.parametrize("method", ["contrib_grad", "chefer", "legrad", "gradeclip", "attention"])
-def test_every_method_writes_its_maps(shards: Path, local_run: Path, tmp_path: Path, method: str) -> None:
-    """The same latents as by default, with other maps; a remainder and its check only where maps add up."""
-    assert explain.main([*command(shards, tmp_path / "out", "--local", "--limit", "16"), "--method", method]) == 0
-    kept, maps = rows(tmp_path / "out", "activations"), rows(tmp_path / "out", "maps")
-    before, others = rows(local_run, "activations"), rows(local_run, "maps")
-    assert kept.keys() == maps.keys()
+def test_all_methods_and_targets_in_one_run(shards: Path, local_run: Path, tmp_path: Path) -> None:
+    """The same kept latents and `contrib` maps as by default; a remainder only where maps add up; every target by every
+    method, a latent that is kept and asked for once."""
+    out = tmp_path / "out"
+    targets = ["kept", "latents:3,60", "text:a red square", "concept:red"]
+    more = ["--local", "--limit", "16", "--method", ",".join(METHODS), "--targets", *targets]
+    assert explain.main([*command(shards, out), *more]) == 0
+    kept, before, others = (
+        rows(run, table) for run, table in ((out, "activations"), (local_run, "activations"), (local_run, "maps"))
+    )
     assert kept.keys() <= before.keys()
-    assert {row["method"] for row in maps.values()} == {method}
-    assert any(maps[key]["map"] != others[key]["map"] for key in maps)
-    record = json.loads((tmp_path / "out" / "run.json").read_text())
-    if method == "contrib_grad":
-        assert record["worst_completeness_error"] < 1e-4
-        for key, row in maps.items():
-            total = np.frombuffer(row["map"], np.int8).sum(dtype=int) * row["scale"] + row["remainder"]
-            assert abs(total - kept[key]["pre_activation"]) <= 32 * row["scale"]  # 64 patches, each off by half a step
-    else:
-        assert "worst_completeness_error" not in record
-        assert all(np.isnan(row["remainder"]) for row in maps.values())
-        assert all(min(np.frombuffer(row["map"], np.int8)) >= 0 for row in maps.values())
+    found = runs.dataset(str(out), "maps").to_table().to_pylist()
+    by_method: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {name: {} for name in METHODS}
+    for row in found:
+        by_method[row["method"]][row["image_id"], row["latent"], row["target"]] = row
+    assert sum(len(of_one) for of_one in by_method.values()) == len(found)
+    images = {image_id for image_id, _ in kept}
+    expected: set[tuple[Any, ...]] = {(image_id, latent, None) for image_id, latent in kept} | {
+        (i, latent, None) for i in images for latent in (3, 60)
+    }
+    expected |= {(i, None, target) for i in images for target in ("text: a red square", "concept: red")}
+    for name, of_one in by_method.items():
+        assert of_one.keys() == expected
+        assert np.isnan([row["remainder"] for row in of_one.values()]).all() == (name not in DECOMPOSE)
+        for key, row in of_one.items():
+            assert row["pre_activation"] == by_method["contrib"][key]["pre_activation"]
+            if name in DECOMPOSE:
+                total = np.frombuffer(row["map"], np.int8).sum(dtype=int) * row["scale"] + row["remainder"]
+                assert abs(total - row["pre_activation"]) <= 32 * row["scale"]  # 64 patches, each off by half a step
+            if name in ("chefer", "legrad", "gradeclip", "rollout", "attention"):
+                assert min(np.frombuffer(row["map"], np.int8)) >= 0
+    for key in kept:
+        row = by_method["contrib"][key[0], key[1], None]
+        assert row["pre_activation"] == pytest.approx(kept[key]["pre_activation"], rel=1e-4, abs=1e-4)
+        assert row["scale"] == pytest.approx(others[key]["scale"], rel=1e-4)
+    assert all(
+        -1 <= row["pre_activation"] <= 1 for key, row in by_method["contrib"].items() if key[2] == "text: a red square"
+    )
+    assert json.loads((out / "run.json").read_text())["worst_completeness_error"] < 1e-4
+
+
+def test_maps_of_a_text_alone_point_at_it(shards: Path, tmp_path: Path) -> None:
+    """No latents at all: the word itself, as a direction, found where its true mask is."""
+    out = tmp_path / "out"
+    assert (
+        explain.main([*command(shards, out, "--local"), "--targets", *(f"text:{word}" for word in scenes.COLOURS)]) == 0
+    )
+    keys = {key[0]: row["key"] for key, row in rows(out, "images").items()}
+    hits = []
+    for row in runs.dataset(str(out), "maps").to_table().to_pylist():
+        scene = scenes.scene_at(scenes.SEED_DEMO, int(Path(keys[row["image_id"]]).stem))
+        wanted = [row["target"] == f"text: {thing.colour}" for thing in scene.things]
+        if any(wanted):
+            best = int(np.frombuffer(row["map"], np.int8).argmax())
+            mask = np.asarray(scenes.visible(scene, 64)[wanted].any(axis=0))
+            hits.append(on_mask(mask, 8 * (best // 8) + 4, 8 * (best % 8) + 4))
+    assert len(hits) > N_SCENES
+    assert np.mean(hits) > 0.9
 
 
 def test_the_same_command_again_does_nothing(shards: Path, local_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -284,7 +323,8 @@ class DeadlyExplain(Explain):
 def test_an_image_that_kills_its_worker_becomes_a_row(
     step: str, ray_session: None, shards: Path, local_run: Path, tmp_path: Path
 ) -> None:
-    arguments = command(shards, tmp_path / "run")
+    arguments = command(shards, tmp_path / "run", "--limit", "32")
+    arguments[arguments.index("--chunk-size") + 1] = "2"  # four deaths and not six: a replica takes seconds to come back
     job = explain.prepare(session.parse(explain.Arguments, arguments, "jobs.explain"), arguments)
     assert job is not None
     if step == "decode":
@@ -297,8 +337,9 @@ def test_an_image_that_kills_its_worker_becomes_a_row(
     found = rows(tmp_path / "run", "images")
     refused = {row["key"]: row["error"] for row in found.values() if row["error"] is not None}
     assert refused == {DEADLY: isolation.REASON}
-    expected = {key for key, row in rows(local_run, "maps").items() if found[key[0], None]["error"] is None}
-    assert rows(tmp_path / "run", "maps").keys() == expected
+    fine = {key[0] for key, row in found.items() if row["error"] is None}
+    assert len(fine) == 31
+    assert rows(tmp_path / "run", "maps").keys() == {key for key in rows(local_run, "maps") if key[0] in fine}
 
 
 def real_photographs(folder: Path) -> list[str]:
@@ -359,6 +400,10 @@ def test_photographs_with_a_broken_file_of_each_kind(ray_session: None, tmp_path
         (["--images", "{shards}", "--clip", "demo", "--sae", "demo", "--batch-size", "0"], "--batch-size 0"),
         (["--images", "{shards}", "--clip", "demo", "--sae", "demo", "--gpus-per-replica", "1"], "GPU"),
         (["--images", "{shards}", "--clip", "demo", "--sae", "demo", "--method", "tea-leaves"], "tea-leaves"),
+        (["--images", "{shards}", "--clip", "demo", "--sae", "demo", "--targets", "words:red"], "words:red"),
+        (["--images", "{shards}", "--clip", "demo", "--sae", "demo", "--targets", "latents:80"], "latents:80"),
+        (["--images", "{shards}", "--clip", "demo", "--sae", "demo", "--layers", "6"], "--layers 6"),
+        (["--images", "{shards}", "--clip", "demo", "--sae", "demo", "--norm", "loose"], "--norm 'loose'"),
         (["--images", "{shards}", "--clip", "demo"], "--sae"),
     ],
 )
@@ -419,8 +464,8 @@ def test_the_query_that_is_printed_can_be_pasted(local_run: Path) -> None:
 def test_duckdb_reads_what_was_written(local_run: Path) -> None:
     """Without this package: the stored map, decoded by hand, and its remainder add up to the pre-activation."""
     table = duckdb.sql(
-        f"""SELECT map, scale, remainder, pre_activation FROM '{local_run}/maps/*.parquet'
-            JOIN '{local_run}/activations/*.parquet' USING (image_id, latent)"""
+        f"""SELECT map, scale, remainder, kept.pre_activation FROM '{local_run}/maps/*.parquet'
+            JOIN '{local_run}/activations/*.parquet' AS kept USING (image_id, latent)"""
     ).to_arrow_table()
     maps = (
         np.frombuffer(b"".join(table["map"].to_pylist()), np.int8).reshape(-1, 64) * table["scale"].to_numpy()[:, None]

@@ -11,12 +11,13 @@ ROOT = Path(__file__).parent.parent
 
 # A module imports from the lines above its own only.
 ORDER = [
-    ["storage", "schema", "spec", "kernels", "demo.scenes"],
+    ["storage", "schema", "spec", "methods", "kernels", "display", "localisation", "demo.scenes"],
     ["listing", "images", "isolation", "runs", "recipe"],
     ["shards", "clip", "sae", "memmaps", "embeddings", "latents", "contrast"],
-    ["formats", "cls_path", "text", "quality", "objectives", "naming"],
-    ["checkpoints", "relevance", "trainer", "naive"],
-    ["training"],
+    ["formats", "cls_path", "targets", "text", "quality", "objectives", "naming"],
+    ["checkpoints", "mean_token", "trainer", "naive"],
+    ["relevance", "training"],
+    ["reruns"],
     ["inference"],
     ["stages", "results"],
     ["report", "demo.lessons"],

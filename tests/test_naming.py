@@ -201,28 +201,6 @@ def test_look_up_both_ways() -> None:
     assert names["words"][1].as_py() == ["green", "red", "blue"]
 
 
-# ---- Concepts.
-
-
-def test_the_latents_of_a_word_with_their_signs(texts: torch.Tensor) -> None:
-    rows = torch.linalg.qr(torch.randn(E, E, generator=torch.Generator().manual_seed(4))).Q
-    word = 4 * (0.8 * rows[3] - 0.6 * rows[7])
-    decoder = rows * torch.linspace(1, 2, E)[:, None]
-    decoder[9] = 0
-    latents, weights = naming.concept_weights(word, sae_of(decoder), n=2)
-    assert (latents.dtype, weights.dtype) == (torch.int64, torch.float32)
-    assert latents.tolist() == [3, 7]
-    torch.testing.assert_close(weights, torch.tensor([0.8, -0.6]))
-    latents, weights = naming.concept_weights(word, sae_of(decoder), n=50, positive=True)
-    assert latents[0] == 3
-    assert (weights > 0).all()
-    every = naming.concept_weights(texts[0], sae_of(decoder), n=50)
-    assert sorted(every.latents.tolist()) == [j for j in range(E) if j != 9]
-    expected = cosines(texts[:1].numpy(), decoder.numpy()[every.latents])[0]
-    np.testing.assert_allclose(every.weights, expected, atol=1e-6)
-    assert (np.diff(np.abs(expected)) <= 1e-6).all()
-
-
 # ---- MSAE's files.
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from saecore import relevance
 from saecore.checkpoints import load_sae
 from saecore.clip import ImageTower, load_tower
+from saecore.inference import Inference, explain
 from saecore.sae import SAE
 from tests.towers import SHAPES, random_pixels, random_sae, random_tower
 
@@ -17,9 +18,8 @@ from tests.towers import SHAPES, random_pixels, random_sae, random_tower
 def maps_of(tower: ImageTower, sae: SAE, pixels: Tensor, latents: Tensor) -> tuple[relevance.Maps, Tensor]:
     """Maps of the given latents (B, k), and their pre-activations as the SAE computes them."""
     with torch.inference_mode():
-        embedding, trace = tower(pixels)
-        maps = relevance.contrib(tower, trace, *sae.read_outs(latents))
-        return maps, sae.pre_activations(embedding).gather(1, latents)
+        maps = explain(tower, sae, pixels, latents)["contrib"]
+        return maps, sae.pre_activations(tower.embed(pixels)).gather(1, latents)
 
 
 def linearised(tower: ImageTower, sae: SAE, pixels: Tensor, latents: Tensor) -> Tensor:
@@ -120,11 +120,10 @@ def test_cost_of_32_maps(patch_size: int, capsys: pytest.CaptureFixture[str]) ->
     model, tower = random_tower(image_size=224, patch_size=patch_size, width=768, heads=12, layers=12, outputs=512)
     sae = random_sae(n_inputs=512, n_latents=4096, k=32)
     pixels = random_pixels(tower, 4)
+    inference = Inference(tower, sae, 32, ("contrib",), "cpu")
 
     def explained() -> None:
-        embedding, trace = tower(pixels)
-        code = sae.encode_sparse(embedding)
-        relevance.contrib(tower, trace, *sae.read_outs(code.latents))
+        inference(pixels.numpy())
 
     ways = {
         "plain forward": lambda: tower.embed(pixels),

@@ -37,7 +37,8 @@ def explained(chunk_id: int) -> pa.Table:
         "fvu": 0.0, "completeness": 2e-7,
         "activations": [{"rank": r, "latent": 5 + r, "activation": 1.5, "pre_activation": 1.5} for r in range(2)],
         "maps": [
-            {"latent": 5 + r, "method": "contrib", "map": b"\x01\xff", "scale": 0.5, "remainder": 1.5, "sink_share": 0.0}
+            {"latent": 5 + r, "method": "contrib", "map": b"\x01\xff", "scale": 0.5, "pre_activation": 1.0, "remainder": 1.5,
+             "sink_share": 0.0}
             for r in range(2)
         ],
     }  # fmt: skip

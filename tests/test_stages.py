@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from saecore import images, relevance, schema
+from saecore import images, inference, schema
 from saecore.demo import scenes
 from saecore.stages import Decode, Explain, ExplainConfig
 
@@ -76,9 +76,9 @@ def test_rows_say_what_the_models_computed(decode: Decode, explain: Explain) -> 
     for index, row in ((0, explained.slice(0, 1).to_pylist()[0]), (1, explained.slice(2, 1).to_pylist()[0])):
         pixels = torch.from_numpy(images.decode(scene(index), explain.infer.tower.preprocess).pixels.copy())[None]
         with torch.inference_mode():
-            embedding, trace = explain.infer.tower(pixels)
+            embedding = explain.infer.tower.embed(pixels)
             code, reconstruction = explain.infer.sae.encode_sparse(embedding), explain.infer.sae.reconstruct(embedding)
-            maps = relevance.contrib(explain.infer.tower, trace, *explain.infer.sae.read_outs(code.latents[:, :5]))
+            maps = inference.explain(explain.infer.tower, explain.infer.sae, pixels, code.latents[:, :5])["contrib"]
         np.testing.assert_allclose(row["embedding"], embedding[0], rtol=1e-4, atol=1e-4)
         assert row["l0"] == int((code.activations > 0).sum())
         assert row["cosine"] == pytest.approx(float(torch.cosine_similarity(embedding, reconstruction)), abs=1e-5)
@@ -90,7 +90,8 @@ def test_rows_say_what_the_models_computed(decode: Decode, explain: Explain) -> 
         for rank, (activation, found) in enumerate(zip(row["activations"], row["maps"], strict=True)):
             assert activation["activation"] == pytest.approx(float(code.activations[0, rank]), rel=1e-4)
             assert activation["pre_activation"] == pytest.approx(float(code.pre_activations[0, rank]), rel=1e-4)
-            assert found["latent"] == activation["latent"]
+            assert (found["latent"], found["target"]) == (activation["latent"], None)
+            assert found["pre_activation"] == pytest.approx(activation["pre_activation"], rel=1e-4, abs=1e-4)
             decoded = np.frombuffer(found["map"], np.int8) * found["scale"]
             # 8 bits: at most half a step off, and the step is 1/127 of the strongest patch.
             np.testing.assert_allclose(decoded, maps.relevance[0, rank], atol=0.51 * found["scale"])
