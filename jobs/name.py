@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from jobs import session
 from saecore import latents, report, results, runs
@@ -185,8 +184,8 @@ def prepare(arguments: Arguments) -> Job:
 
 
 def has_embeddings(run: results.Results | None) -> bool:
-    """Whether the run was made with --embeddings."""
-    return run is not None and run.record["parts"]["embeddings"]
+    """Whether the run was made with --embeddings, and of some images."""
+    return run is not None and run.record["parts"]["embeddings"] and run.n_images > 0
 
 
 def load_sae(arguments: Arguments, run: results.Results | None) -> "SAE":
@@ -269,14 +268,13 @@ def evidence(run: results.Results, seed: int) -> "tuple[Tensor, Tensor, Tensor]"
     found = run.sql(
         """SELECT latent, image_id, row_number() OVER (PARTITION BY latent ORDER BY activation DESC, image_id) AS place
         FROM activations WHERE activation > 0 QUALIFY place <= ?""",
-        [TOP_IMAGES],
+        TOP_IMAGES,
     )
     image_ids, row = np.unique(found["image_id"].to_numpy(), return_inverse=True)
     top = np.full((run.n_latents, TOP_IMAGES), -1)
     top[found["latent"].to_numpy(), found["place"].to_numpy() - 1] = row
-    these = pc.field("image_id").isin(pa.array(image_ids))
-    rows = run.dataset("images", image_ids.tolist()).to_table(columns=["image_id", "embedding"], filter=these)
-    embeddings = rows.sort_by("image_id")["embedding"].combine_chunks().flatten().to_numpy().reshape(len(image_ids), -1)
+    rows = run.tables.rows("images", pa.chunked_array([image_ids]), ["embedding"]).sort_by("image_id")
+    embeddings = rows["embedding"].combine_chunks().flatten().to_numpy().reshape(len(image_ids), -1)
     _, sample = draw(open_embeddings(run.uri), SAMPLE_IMAGES, seed)
     return torch.from_numpy(embeddings.copy()), torch.from_numpy(top), torch.from_numpy(sample)
 

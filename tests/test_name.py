@@ -1,6 +1,7 @@
 """jobs.name end to end: names on the demo and how many of them are true, what is written where, mistakes."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +160,14 @@ def test_texts_of_jobs_embed_give_the_same_names(demo_run: Path, tmp_path: Path)
     found = named(demo_run, "--texts", str(tmp_path / "words"), "--subtract-mean")
     assert found.equals(expected)
     assert not found["scores"].equals(named(demo_run)["scores"])
+
+
+def test_an_object_store(local_run: Path, tmp_path: Path, store: Path) -> None:
+    assert embed.main(["--text", "demo", "--clip", "demo", "--out", "s3://bucket/words"]) == 0
+    shutil.copytree(local_run, store / "run")
+    table = named("s3://bucket/run", "--texts", "s3://bucket/words")
+    assert (store / "run" / "latents.parquet").is_file()
+    assert sum(table["by_data"].to_pylist()) > 20
 
 
 def test_an_sae_without_a_run(demo_run: Path, tmp_path: Path) -> None:
