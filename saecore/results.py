@@ -91,8 +91,7 @@ class Results:
     @property
     def methods(self) -> list[str]:
         """How maps were computed: the first is what `method=None` means. None where there are no maps."""
-        maps = self.tables.datasets.get("maps")
-        return [] if maps is None else by_latent.methods(maps.schema)
+        return by_latent.methods(self.tables.schemas["maps"]) if "maps" in self.tables.schemas else []
 
     @property
     def latents(self) -> pa.Table:
@@ -141,7 +140,7 @@ class Results:
             fires = (pc.field("latent") == latent) & (pc.field("activation") != 0)
             waiting = self.tables.files("activations", self.tables.not_indexed)
             found.append(waiting.to_table(columns=columns, filter=fires))
-        none = self.tables.datasets["activations"].schema.empty_table().select(columns)
+        none = self.tables.schemas["activations"].empty_table().select(columns)
         return pa.concat_tables([part.replace_schema_metadata(None) for part in (none, *found)])
 
     def histogram(self, latent: int, bins: int = 20) -> pa.Table:
@@ -185,7 +184,7 @@ class Results:
 
     def image(self, image: int | str) -> dict[str, Any]:
         """Its row of `images`."""
-        names = self.tables.datasets["images"].schema.names
+        names = self.tables.schemas["images"].names
         return self.tables.rows("images", [self.image_id(image)], names).to_pylist()[0]
 
     def latents_of(self, image: int | str) -> pa.Table:

@@ -59,7 +59,7 @@ def explained(chunk: dict, latents: int, k: int, grid: tuple[int, int]) -> pa.Ta
     """EXPLAINED rows of one chunk, the same whenever they are asked for."""
     random = np.random.default_rng(chunk["chunk_id"])
     n, n_patches = chunk["end"] - chunk["start"], grid[0] * grid[1]
-    alive = int(latents * (1 - DEAD))
+    alive = latents - int(latents * DEAD)
     # The k first arrivals of Poisson processes: k distinct latents, drawn one after the other by weight.
     arrival = random.standard_exponential((n, alive), np.float32) * (np.arange(alive, dtype=np.float32) + MANDELBROT)
     latent = np.argpartition(arrival, k, axis=1)[:, :k].astype(np.int32)

@@ -60,12 +60,18 @@ class Tables:
         return runs.dataset(self.uri, table, held)
 
     @functools.cached_property
+    def schemas(self) -> dict[str, pa.Schema]:
+        """Of the tables that the run itself wrote, from one file each."""
+        first = self.manifest["chunk_id"].to_numpy()[:1]
+        return {table: self.files(table, first).schema for table in self.manifest["table"].unique().to_pylist()}
+
+    @functools.cached_property
     def datasets(self) -> dict[str, pyarrow.dataset.Dataset]:
         """`images`, `activations` and `by_latent`; `maps` and `top_images` where there are some.
 
         by_latent: the sorted files, and of the chunks that they do not cover the activations as they lie.
         """
-        found = {table: self.files(table) for table in self.manifest["table"].unique().to_pylist()}
+        found = {table: self.files(table) for table in self.schemas}
         filesystem, root = filesystem_of(self.uri)
         indexed = {} if self.reader is None else self.reader.paths()
         paths = {name: [f"{root}/{path}" for path in held] for name, held in indexed.items()}
