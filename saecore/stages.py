@@ -18,10 +18,10 @@ from saecore import images, schema
 from saecore.methods import DEFAULT_OPTIONS, KEPT, Options, Wanted
 
 if TYPE_CHECKING:
-    from saecore.clip import ImageTower
     from saecore.inference import Embedder, Inference
     from saecore.sae import SAE
     from saecore.targets import Words
+    from saecore.tower import ImageTower
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
