@@ -29,7 +29,7 @@ class EmbedConfig:
     """Everything `Embed` needs to build itself in another process."""
 
     clip: str
-    """CLIP: a Hub id, a local directory in transformers format, or `demo`."""
+    """CLIP or SigLIP: a Hub id, a local directory in transformers format, or `demo`."""
     batch_size: int = 64
     """Images per forward. Changes speed and memory, not results."""
     device: str = "cpu"
