@@ -90,6 +90,8 @@ def explain(argv: list[str]) -> int:
 
 def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
     """Resolve the arguments to a job, or print what it would be for --dry-run; ValueError for what the user can mend."""
+    from saecore.inference import check_fits
+
     methods, targets = parse_methods(arguments.method), parse_targets(arguments.targets)
     images = arguments.images or demo_images(arguments.out)
     clip, sae_address = pipeline.address(arguments.clip or "demo"), pipeline.address(arguments.sae or "demo")
@@ -100,8 +102,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
         raise ValueError(f"--k {arguments.k}: this SAE lets {most} latents fire, so at most that many can be kept")
     if wrong := [latent for latent in targets.latents if latent >= sae.config.n_latents]:
         raise ValueError(f"--targets latents:{wrong[0]}: this SAE has {sae.config.n_latents} latents, the first is 0")
-    if arguments.options.layers > tower.n_layers:
-        raise ValueError(f"--layers {arguments.options.layers}: this CLIP has {tower.n_layers}")
+    check_fits(tower, methods, arguments.options)
     k = arguments.k or min(DEFAULT_K, most)
     shards = list_shards(images)
     pool = session.make_pool(arguments.replicas, arguments.gpus_per_replica, arguments.local or arguments.dry_run)

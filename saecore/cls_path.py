@@ -1,6 +1,7 @@
 """The gradient of read-outs along the CLS path: through every later step of the CLS token, with patch tokens held constant.
 
-Of the last layer this is the true gradient, since nothing but the CLS row of its attention reaches the embedding. Below, it
+Of the last layer this is the true gradient, since nothing but the CLS row of its attention reaches the embedding; so it is of
+SigLIP's pooling, the one layer on the way of its learned query, which takes the place of CLS (`saecore.siglip`). Below, it
 contains every later MLP and every later change of the CLS token's query, key and value, and leaves out what patches do to
 each other. A hand-written vector-Jacobian product for all k read-outs at once, top-down, without autograd; one layer is
 
@@ -14,16 +15,28 @@ and with G = dz/dx' (a row for each read-out):
 
 D^l = dz/dA^l is what methods of `saecore.relevance` are made of. Cost: 24 D^2 + 8 N D FLOP a read-out and layer.
 
-Shapes as in `saecore.clip`: B images, k read-outs, N = 1 + P tokens, H heads, D width.
+Shapes as in `saecore.tower`: B images, k read-outs, N tokens (CLS first), H heads, D width.
 """
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from saecore.clip import ImageTower, PathLayer, Trace
+from saecore.tower import Entry, ImageTower, PathLayer, Trace
+
+
+class Within(NamedTuple):
+    """The gradient inside one layer, for k read-outs of what leaves it."""
+
+    G_y: Tensor
+    """float32 (B, k, D), between attention and MLP."""
+    G_o: Tensor
+    """float32 (B, k, H, Dh), at what the heads give."""
+    D: Tensor
+    """float32 (B, k, H, N), by the attention."""
 
 
 def attention_gradients(
@@ -39,27 +52,33 @@ def attention_gradients(
     depth = len(path)
     for index in range(depth - 1, depth - 1 - layers, -1):
         layer = path[index]
-        G_y = G + mlp_vjp(layer, trace.cls_after[index], G)
-        G_o = by_head(product(G_y, layer.out), tower.n_heads)  # B k H Dh
-        v = by_head(trace.values[index], tower.n_heads).transpose(1, 2).float()  # B H N Dh
-        D = (G_o.transpose(1, 2) @ v.mT).transpose(1, 2)
-        yield index, D, G_y
+        inside = within_layer(layer, tower.n_heads, trace.cls_after[index], trace.values[index], G)
+        yield index, inside.D, inside.G_y
         if index > depth - layers:
-            G = G_y + _before_attention(tower, trace, index, layer, G_o, D)
+            assert layer.entry is not None  # a learned query has no layer below
+            G = inside.G_y + _before_attention(tower, trace, index, layer.entry, inside)
 
 
-def _before_attention(tower: ImageTower, trace: Trace, index: int, layer: PathLayer, G_o: Tensor, D: Tensor) -> Tensor:
+def within_layer(layer: PathLayer, n_heads: int, after: Tensor, values: Tensor, G: Tensor) -> Within:
+    """G (B, k, D) where a layer is left -> the same inside; `after` (B, D) between attention and MLP, `values` (B, N, D)."""
+    G_y = G + mlp_vjp(layer, after, G)
+    G_o = by_head(product(G_y, layer.out), n_heads)
+    v = by_head(values, n_heads).transpose(1, 2).float()  # B H N Dh
+    return Within(G_y, G_o, (G_o.transpose(1, 2) @ v.mT).transpose(1, 2))
+
+
+def _before_attention(tower: ImageTower, trace: Trace, index: int, entry: Entry, inside: Within) -> Tensor:
     """What reaches the CLS token before a layer through its query, its key and its value (B, k, D)."""
     A = trace.cls_attention[index][:, None]  # B 1 H N
-    dS = A * (D - (A * D).sum(-1, keepdim=True))
+    dS = A * (inside.D - (A * inside.D).sum(-1, keepdim=True))
     keys = by_head(trace.keys[index], tower.n_heads).transpose(1, 2).float()  # B H N Dh
     q = by_head(trace.cls_query[index], tower.n_heads).float()  # B H Dh
-    dq = layer.scale * (dS.transpose(1, 2) @ keys).transpose(1, 2)  # B k H Dh
-    dk = layer.scale * dS[..., :1] * q[:, None]
-    dv = A[..., :1] * G_o
-    inside = sum(product(part.flatten(2), weight) for part, weight in ((dq, layer.q), (dk, layer.k), (dv, layer.v)))
-    assert isinstance(inside, Tensor)
-    return _norm_vjp(layer.norm1, trace.cls_before[index], inside)
+    dq = entry.scale * (dS.transpose(1, 2) @ keys).transpose(1, 2)  # B k H Dh
+    dk = entry.scale * dS[..., :1] * q[:, None]
+    dv = A[..., :1] * inside.G_o
+    into = sum(product(part.flatten(2), weight) for part, weight in ((dq, entry.q), (dk, entry.k), (dv, entry.v)))
+    assert isinstance(into, Tensor)
+    return _norm_vjp(entry.norm1, trace.cls_before[index], into)
 
 
 def mlp_vjp(layer: PathLayer, after: Tensor, G: Tensor) -> Tensor:
@@ -78,7 +97,10 @@ def _slope(activation: nn.Module, x: Tensor) -> Tensor:
         return gate * (1 + 1.702 * x * (1 - gate))
     if name in ("GELUActivation", "GELU"):
         return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi)
-    raise ValueError(f"the gradient of {name} is not known here; supported are quick_gelu and gelu")
+    if name in ("GELUTanh", "PytorchGELUTanh"):  # transformers 5's name, and 4's
+        t = torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+        return 0.5 * (1 + t) + 0.5 * x * (1 - t.square()) * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x.square())
+    raise ValueError(f"the gradient of {name} is not known here; supported are quick_gelu, gelu and gelu_pytorch_tanh")
 
 
 def _norm_vjp(norm: nn.LayerNorm, x: Tensor, g: Tensor) -> Tensor:

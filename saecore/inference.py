@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from saecore import relevance, reruns
-from saecore.clip import ImageTower
 from saecore.methods import DECOMPOSE, DEFAULT_OPTIONS, KEPT, Options, Wanted, dtype_of
 from saecore.relevance import Batch, Maps
 from saecore.sae import SAE
 from saecore.targets import Targets, Words, no_words
+from saecore.tower import ImageTower
 
 METHODS: dict[str, Callable[[Batch], Maps]] = {
     "contrib": relevance.contrib,
@@ -45,6 +45,19 @@ def trace_needs(methods: Iterable[str], options: Options) -> dict[str, int]:
     return {"keys": bool(deep) or "gradeclip" in methods, "tokens": tokens}
 
 
+def check_fits(tower: ImageTower, methods: Sequence[str], options: Options) -> None:
+    """ValueError if a method is to look at more layers than its query passes, or to drop all that there is to look at."""
+    for name in (name for name in methods if name in ("contrib", "contrib_grad", "chefer", "legrad")):
+        own = name == "legrad" and options.legrad_target == "mean"  # whatever the query passes, all layers have targets
+        most = tower.n_layers if own else len(tower.path())
+        if options.layers > most:
+            raise ValueError(f"--layers {options.layers}: {name} has {most} to look at in this model")
+    if "occlusion" in methods and options.block >= max(tower.grid) and not tower.n_own:
+        raise ValueError(
+            f"--block {options.block}: this model has {max(tower.grid)} patches a side, and nothing else to see"
+        )
+
+
 def explain(
     tower: ImageTower,
     sae: SAE,
@@ -56,6 +69,7 @@ def explain(
     heads: bool = False,
 ) -> dict[str, Maps]:
     """Maps of the latents (B, k) of images (uint8 (B, height, width, 3)), and of `words`, by every method: one forward."""
+    check_fits(tower, methods, options)
     embedding, trace = tower(pixels, **trace_needs(methods, options))
     targets = Targets(sae, latents, words or no_words(sae))
     batch = relevance.batch_of(tower, pixels, embedding, trace, targets, options, heads)

@@ -9,20 +9,20 @@ from torch import Tensor
 
 from saecore import relevance
 from saecore.checkpoints import load_sae
-from saecore.clip import ImageTower, load_tower
+from saecore.clip import ClipTower
 from saecore.inference import Inference, explain
 from saecore.sae import SAE
-from tests.towers import SHAPES, random_pixels, random_sae, random_tower
+from tests.towers import SHAPES, demo_tower, random_pixels, random_sae, random_tower
 
 
-def maps_of(tower: ImageTower, sae: SAE, pixels: Tensor, latents: Tensor) -> tuple[relevance.Maps, Tensor]:
+def maps_of(tower: ClipTower, sae: SAE, pixels: Tensor, latents: Tensor) -> tuple[relevance.Maps, Tensor]:
     """Maps of the given latents (B, k), and their pre-activations as the SAE computes them."""
     with torch.inference_mode():
         maps = explain(tower, sae, pixels, latents)["contrib"]
         return maps, sae.pre_activations(tower.embed(pixels)).gather(1, latents)
 
 
-def linearised(tower: ImageTower, sae: SAE, pixels: Tensor, latents: Tensor) -> Tensor:
+def linearised(tower: ClipTower, sae: SAE, pixels: Tensor, latents: Tensor) -> Tensor:
     """R (B, k, P) derived another way, float64: gradient x input of a model in which nothing but the patches' path is live.
 
     Each layer's CLS attention output is a sum over tokens of g_i times its term; the gates g (one per layer and patch) are
@@ -84,7 +84,7 @@ def test_equals_autograd_on_the_linearised_model(shape: dict[str, Any]) -> None:
 
 
 def test_on_the_embedded_model() -> None:
-    tower, sae = load_tower("demo"), load_sae("demo")
+    tower, sae = demo_tower(), load_sae("demo")
     pixels = random_pixels(tower, 8)
     latents = torch.topk(sae.pre_activations(tower.embed(pixels)), sae.config.k).indices
     maps, pre = maps_of(tower, sae, pixels, latents)
