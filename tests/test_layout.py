@@ -17,7 +17,7 @@ ORDER = [
     ["formats", "cls_path", "targets", "text", "quality", "objectives", "tables", "indexing", "synthetic"],
     ["checkpoints", "mean_token", "trainer", "naive", "results"],
     ["relevance", "training", "statistics"],
-    ["reruns"],
+    ["reruns", "query_speed"],
     ["inference"],
     ["stages"],
     ["report", "demo.lessons"],
