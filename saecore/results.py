@@ -207,7 +207,10 @@ class Results:
     # ---- All latents.
 
     def find(self, word: str) -> pa.Table:
-        """The latents with `word` in one of their names, in any case: those named just so first, then by score."""
+        """The latents with `word` in one of their names, in any case: those named just so first, then by place, then by score.
+
+        Names are of all columns of text, whose order is that of their weight: a name before a runner-up, before words listed.
+        """
         text = [field.name for field in self.latents.schema if field.type in (pa.string(), pa.list_(pa.string()))]
         if not text:
             raise ValueError(f"{self.uri}: its latents have no names yet; jobs.name gives them some")
@@ -217,7 +220,8 @@ class Results:
             lists = [value if isinstance(value, list) else [value] for value in names.values()]
             lowered = [name.casefold() for listed in lists for name in listed if name is not None]
             if any(wanted in name for name in lowered):
-                found.append((wanted not in lowered, -(score or 0), row))
+                place = lowered.index(wanted) if wanted in lowered else [wanted in name for name in lowered].index(True)
+                found.append((wanted not in lowered, place, -(score or 0), row))
         return self.latents.take(pa.array([row for *_, row in sorted(found)], pa.int64()))
 
     def compare(self, filter_a: str, filter_b: str = "") -> pa.Table:

@@ -130,8 +130,8 @@ def test_find_and_names(tmp_path: Path) -> None:
     latents.merge(uri, named)
     for indexed in (False, True):
         run = results.open(uri)
-        # Called just so, by one name or the other; then partly; each by score. Latents 2 and 5 have no row, or no name.
-        assert run.find("red")["latent"].to_pylist() == [0, 3, 1]
+        # Called just so; next to it; then partly. Latents 2 and 5 have no row, or no name.
+        assert run.find("red")["latent"].to_pylist() == [3, 0, 1]
         assert run.find("100%")["latent"].to_pylist() == [4]
         assert run.find("%").num_rows == 1
         assert run.find("green").num_rows == 0
