@@ -1,6 +1,7 @@
 """How fast, against what, on this machine: ratios within one run, never seconds alone.
 
     python -m jobs.benchmark train        training an SAE, against a straightforward dense loop
+    python -m jobs.benchmark query        questions to a synthetic run with and without its index; sizes, memory
 
 Left out: the cost of maps (`make bench` prints it).
 """
@@ -9,17 +10,17 @@ import dataclasses
 import json
 import multiprocessing
 import platform
-import resource
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from jobs import session
+from saecore.query_speed import peak_rss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,38 @@ class TrainBenchmark:
             raise ValueError(f"--latents {self.latents}: at least one number, none below --k {self.k}")
 
 
+@dataclasses.dataclass(frozen=True)
+class QueryBenchmark:
+    """Questions to a synthetic run, with and without its index; what the index takes; sizes on disk."""
+
+    images: int = 20_000
+    """Images of the run, rounded up to whole chunks of 512. A million take 2.4 GB on disk."""
+    latents: int = 6144
+    """Latents of the SAE."""
+    k: int = 32
+    """Latents kept per image."""
+    side: int = 7
+    """Patches of a map along each side: 7 is ViT-B/32's."""
+    memory: float = 2.0
+    """GB for DuckDB while the index is made."""
+    threads: int = 0
+    """CPU threads of the index; 0 is all."""
+    rounds: int = 15
+    """Times that each question is asked."""
+    folder: str = ""
+    """Where to put the run; nothing is a temporary folder. It is removed at the end either way."""
+    json: bool = False
+    """Print one JSON object instead of tables."""
+
+    def check(self) -> None:
+        """ValueError for what cannot be."""
+        for name in ("images", "k", "side", "rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if self.k >= self.latents:
+            raise ValueError(f"--k {self.k}: must be less than --latents {self.latents}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     return session.run_job(lambda: benchmark(sys.argv[1:] if argv is None else list(argv)))
@@ -60,9 +93,14 @@ def benchmark(argv: list[str]) -> int:
     steps = tyro.extras.subcommand_cli_from_dict
     with session.mistakes():
         chosen = steps(
-            {"train": _as_is}, args=argv, prog="python -m jobs.benchmark", config=(tyro.conf.OmitArgPrefixes,)
+            {"train": _as_is, "query": QueryBenchmark},
+            args=argv,
+            prog="python -m jobs.benchmark",
+            config=(tyro.conf.OmitArgPrefixes,),
         )
         chosen.check()
+    if isinstance(chosen, QueryBenchmark):
+        return measure_queries(chosen)
     rows = measure_training(chosen)
     if chosen.json:
         print(json.dumps({"machine": machine(), "config": dataclasses.asdict(chosen), "rows": rows}))
@@ -79,6 +117,21 @@ def benchmark(argv: list[str]) -> int:
 
 def _as_is(config: Annotated[TrainBenchmark, tyro.conf.arg(name="")]) -> TrainBenchmark:
     return config
+
+
+def measure_queries(config: QueryBenchmark) -> int:
+    """Write a run, ask it, index it, ask it again, print, and remove it."""
+    from saecore import query_speed
+
+    sizes = query_speed.Sizes(-(-config.images // 512) * 512, config.latents, config.k, config.side)
+    with tempfile.TemporaryDirectory(dir=config.folder or None) as folder:
+        found = query_speed.measure(f"{folder}/run", sizes, config.memory, config.threads, config.rounds)
+    print(
+        json.dumps({"machine": machine(), "config": dataclasses.asdict(config), **found}) if config.json else machine()
+    )
+    if not config.json:
+        print(query_speed.told(found, sizes))
+    return 0
 
 
 def machine() -> str:
@@ -154,10 +207,7 @@ def peak_memory(config: TrainBenchmark, name: str, latents: int) -> int:
     step()
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux: getrusage there remembers the process that this one was forked from
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_rss()
 
 
 if __name__ == "__main__":

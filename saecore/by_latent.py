@@ -130,16 +130,16 @@ def ranges(chunk_ids: np.ndarray) -> list[tuple[int, int]]:
     return [(int(part[0]), int(part[-1])) for part in np.split(chunk_ids, breaks) if len(part)]
 
 
-def top_schema(held: Mapping[str, pyarrow.dataset.Dataset]) -> pa.Schema:
+def top_schema(held: Mapping[str, pa.Schema]) -> pa.Schema:
     """Of top_images, for a run with these tables: one row for each latent, image and method; null where there is no map."""
     wanted = {"activations": ("latent", "image_id", "activation", "pre_activation"), "images": SHOWN, "maps": MAP}
     fields = [
-        held[table].schema.field(name).with_nullable(table != "activations")
+        held[table].field(name).with_nullable(table != "activations")
         for table, names in wanted.items()
         if table in held
         for name in names
     ]
-    return pa.schema(fields, held["activations"].schema.metadata)
+    return pa.schema(fields, held["activations"].metadata)
 
 
 def methods(schema: pa.Schema) -> list[str]:

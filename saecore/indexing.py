@@ -88,13 +88,14 @@ def build_segment(
         sorted_rows = _Files(uri, by_latent.ROWS, name, held["activations"].schema)
         rows, first = _write_rows(database, sorted_rows, n_latents, top)
         database.register("first", first)
-        top_images = _Files(uri, by_latent.TOP, name, by_latent.top_schema(held))
+        schema = by_latent.top_schema({table: dataset.schema for table, dataset in held.items()})
+        top_images = _Files(uri, by_latent.TOP, name, schema)
         if "maps" in held:
             maps, extents = _copy_maps(database, held["maps"], n_latents)
         else:
             maps, extents = np.zeros(n_latents, np.int64), np.zeros(n_latents)
             database.sql("CREATE TABLE found AS SELECT image_id, latent FROM first LIMIT 0")
-        query = f"""SELECT {", ".join(top_images.schema.names)}
+        query = f"""SELECT {", ".join(schema.names)}
             FROM first JOIN images USING (image_id) LEFT JOIN found USING (image_id, latent)
             {ORDER}{", method" if "maps" in held else ""}"""
         for batch in database.sql(query).to_arrow_reader(16_384):
@@ -123,14 +124,15 @@ def _write_rows(
     """All rows, sorted, into `files`; returns these and the first `top` rows of each latent where it fires."""
     seen, first = np.zeros(n_latents, np.int64), []
     query = f"SELECT {', '.join(ACTIVATIONS.names)} FROM activations {ORDER}"
-    for batch in database.sql(query).to_arrow_reader(ROW_GROUP_ROWS[by_latent.ROWS]):
+    reader = database.sql(query).to_arrow_reader(ROW_GROUP_ROWS[by_latent.ROWS])
+    for batch in reader:
         files.add(batch)
         fired = batch.filter(pc.not_equal(batch["activation"], 0))
         latent = fired["latent"].to_numpy()
         place = seen[latent] + np.arange(len(latent)) - np.searchsorted(latent, latent)
         first.append(fired.filter(pa.array(place < top)))
         seen += np.bincount(latent, minlength=n_latents)
-    return files.close(), pa.Table.from_batches(first)
+    return files.close(), pa.Table.from_batches(first, reader.schema)
 
 
 def _copy_maps(

@@ -22,7 +22,7 @@ MANDELBROT = 20
 def write_run(
     uri: str, images: int, latents: int = 6144, k: int = 32, grid: tuple[int, int] = (7, 7), chunk_size: int = 512
 ) -> runs.Run:
-    """A complete run at `uri`; where a shorter one is, with the same settings, it grows."""
+    """A complete run at `uri`; where a shorter one is, with the same settings and whole chunks, it grows."""
     parts = {"schema": schema.VERSION, "synthetic": [latents, k, *grid, chunk_size], "method": "contrib"}
     made_by = {"command": "saecore.synthetic", "config": parts, "grid": list(grid), "n_latents": latents}
     plan = make_plan(images, chunk_size)

@@ -67,11 +67,13 @@ class Tables:
 
     @functools.cached_property
     def datasets(self) -> dict[str, pyarrow.dataset.Dataset]:
-        """`images`, `activations` and `by_latent`; `maps` and `top_images` where there are some.
+        """`images`, `activations`, `by_latent`, `top_images`, and `maps` where the run has some.
 
-        by_latent: the sorted files, and of the chunks that they do not cover the activations as they lie.
+        by_latent: the sorted files, and of the chunks that they do not cover the activations as they lie. top_images is empty
+        without an index.
         """
         found = {table: self.files(table) for table in self.schemas}
+        found["top_images"] = pyarrow.dataset.dataset(by_latent.top_schema(self.schemas).empty_table())
         filesystem, root = filesystem_of(self.uri)
         indexed = {} if self.reader is None else self.reader.paths()
         paths = {name: [f"{root}/{path}" for path in held] for name, held in indexed.items()}

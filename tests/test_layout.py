@@ -19,7 +19,7 @@ ORDER = [
     ["clip"],
     ["text"],
     ["relevance", "training", "statistics"],
-    ["reruns"],
+    ["reruns", "query_speed"],
     ["inference"],
     ["stages"],
     ["report", "demo.lessons"],

@@ -156,6 +156,18 @@ def test_a_run_without_maps(indexed: bool, tmp_path: Path) -> None:
             question()
 
 
+def test_a_run_of_refused_images_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planted, "IMAGES", [[(key, 0, []) for key, *_ in chunk] for chunk in planted.IMAGES])
+    uri = planted.write(tmp_path / "run")
+    for indexed in (False, True):
+        run = results.open(uri)
+        assert run.n_images == 0
+        assert run.top_images(0, maps=True).num_rows == run.co_firing(0).num_rows == 0
+        assert run.sql("SELECT count(*) AS n FROM top_images")["n"].to_pylist() == [0]
+        assert indexed or index.main([uri]) == 0
+    assert run.latents["dead"].to_pylist() == [True] * 6
+
+
 def test_images_beyond_the_copied_ones_are_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("saecore.statistics.LISTED_IMAGES", 1)
     uri = planted.write(tmp_path / "run")
