@@ -1,6 +1,7 @@
 """How fast, against what, on this machine: ratios within one run, never seconds alone.
 
     python -m jobs.benchmark train        training an SAE, against a straightforward dense loop
+    python -m jobs.benchmark truth        where maps of the demo's scenes lie, against true masks: no speed at all
 
 Left out: the cost of maps (`make bench` prints it).
 """
@@ -15,11 +16,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 
 from jobs import session
+from saecore.methods import DEFAULT_OPTIONS, METHODS, Options, parse_methods
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,28 @@ class TrainBenchmark:
             raise ValueError(f"--latents {self.latents}: at least one number, none below --k {self.k}")
 
 
+@dataclasses.dataclass(frozen=True)
+class TruthBenchmark:
+    """Maps of the demo's scenes by every method, against the true masks of their objects."""
+
+    scenes: int = 2000
+    """Scenes to measure on; as many others choose the latents."""
+    method: str = ",".join(METHODS)
+    """Methods, joined by commas; those that run the model again (rollout, occlusion) take most of the time."""
+    options: tyro.conf.OmitArgPrefixes[Options] = DEFAULT_OPTIONS
+    json: bool = False
+    """Print one JSON object instead of tables."""
+
+    def check(self) -> None:
+        """ValueError for what cannot be."""
+        parse_methods(self.method)
+        self.options.check()
+        if self.scenes < 50:
+            raise ValueError(
+                f"--scenes {self.scenes}: at least 50, since as many others say which latents follow a word"
+            )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     return session.run_job(lambda: benchmark(sys.argv[1:] if argv is None else list(argv)))
@@ -57,12 +81,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def benchmark(argv: list[str]) -> int:
     """Measure and print."""
-    steps = tyro.extras.subcommand_cli_from_dict
+    kinds: Any = tyro.extras.subcommand_type_from_defaults({"train": TrainBenchmark(), "truth": TruthBenchmark()})
     with session.mistakes():
-        chosen = steps(
-            {"train": _as_is}, args=argv, prog="python -m jobs.benchmark", config=(tyro.conf.OmitArgPrefixes,)
-        )
+        chosen = tyro.cli(kinds, args=argv, prog="python -m jobs.benchmark", config=(tyro.conf.OmitArgPrefixes,))
         chosen.check()
+    return tell_truth(chosen) if isinstance(chosen, TruthBenchmark) else tell_training(chosen)
+
+
+def tell_training(chosen: TrainBenchmark) -> int:
+    """Measure training and print."""
     rows = measure_training(chosen)
     if chosen.json:
         print(json.dumps({"machine": machine(), "config": dataclasses.asdict(chosen), "rows": rows}))
@@ -77,8 +104,23 @@ def benchmark(argv: list[str]) -> int:
     return 0
 
 
-def _as_is(config: Annotated[TrainBenchmark, tyro.conf.arg(name="")]) -> TrainBenchmark:
-    return config
+def tell_truth(chosen: TruthBenchmark) -> int:
+    """Measure maps and print."""
+    from saecore.demo import truth
+
+    session.hush()
+    progress = session.Progress(chosen.scenes, 0, "scenes")
+    tell = truth.nothing if chosen.json else lambda count: progress.add(count, 0)
+    found = truth.measure(chosen.scenes, parse_methods(chosen.method), chosen.options, tell)
+    if chosen.json:
+        tables = {title: truth.table(cases) for title, cases in found.tables().items()}
+        print(json.dumps({"config": dataclasses.asdict(chosen), "followers": found.followers, "tables": tables}))
+        return 0
+    progress.close()
+    print(f"{len(found.followers)} latents follow a word: " + ", ".join(f"{j} {w}" for j, w in found.followers.items()))
+    for title, cases in found.tables().items():
+        print(f"\n{title}: {len(cases.image):,} cases\n\n{truth.markdown(cases)}")
+    return 0
 
 
 def machine() -> str:

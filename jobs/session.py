@@ -64,16 +64,21 @@ def parse(kind: type[A], argv: list[str], module: str) -> A:
     return arguments
 
 
+def hush() -> None:
+    """No reports of transformers on loading: it takes the half of CLIP that is not asked for as weights not expected."""
+    import transformers.utils.logging
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
 @contextmanager
 def quiet(out: str) -> Iterator[None]:
     """Send everything on standard error, Ray's C++ parts included, to run.log in a local run; tracebacks are not touched.
 
     Standard output is left to the job. What is said before there is a run folder, or on an object store, is not kept.
     """
-    import transformers.utils.logging
-
-    transformers.utils.logging.set_verbosity_error()  # it reports the text tower as weights that were not expected
-    transformers.utils.logging.disable_progress_bar()
+    hush()
     sys.stderr.flush()
     terminal = os.dup(2)
     with tempfile.TemporaryFile() as said:

@@ -22,6 +22,7 @@ ORDER = [
     ["stages"],
     ["report", "demo.lessons"],
     ["demo.figures"],
+    ["demo.truth"],
     ["demo.build"],
 ]
 MODULES = [path for path in sorted((ROOT / "saecore").rglob("*.py")) if path.name != "__init__.py"]
