@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -70,6 +70,14 @@ def hush() -> None:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+def check_templates(templates: Sequence[str]) -> None:
+    """ValueError if a word cannot be put into one of them, or there is none."""
+    if wrong := [template for template in templates if "{}" not in template]:
+        raise ValueError(f"--templates {wrong[0]!r}: must hold {{}} where the word goes")
+    if not templates:
+        raise ValueError("--templates: give at least one")
 
 
 @contextmanager
