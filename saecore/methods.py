@@ -26,7 +26,7 @@ METHODS = ("contrib", "contrib_grad", "chefer", "legrad", "gradeclip", "rollout"
 DECOMPOSE = ("contrib", "contrib_grad")
 """Methods whose maps add up to the pre-activation with their remainder."""
 
-UNITS = dict.fromkeys((*DECOMPOSE, "occlusion"), "pre-activation units") | {"dense": "pre-activation of the patch"}
+UNITS = dict.fromkeys((*DECOMPOSE, "occlusion"), "pre-activation units") | {"dense": "target at each patch"}
 """What methods are in; the others are in no units."""
 
 CAUSES = tuple(name for name in METHODS if name not in ("dense", "attention"))

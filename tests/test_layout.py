@@ -20,10 +20,11 @@ ORDER = [
     ["text"],
     ["relevance", "training", "statistics"],
     ["reruns", "query_speed"],
-    ["inference"],
+    ["inference", "training_speed"],
     ["stages"],
     ["report", "demo.lessons"],
     ["demo.figures"],
+    ["demo.truth"],
     ["demo.build"],
 ]
 MODULES = [path for path in sorted((ROOT / "saecore").rglob("*.py")) if path.name != "__init__.py"]
