@@ -34,7 +34,8 @@ SINK_DEVIATIONS = 4.0
 
 
 class Trace(NamedTuple):
-    """What one forward leaves for relevance maps. Lists have one entry a layer, first layer first."""
+    """What one forward leaves for relevance maps. Lists have one entry a layer, first layer first; those of values, attention,
+    queries and keys begin at the first layer that was asked for, so count layers from the last."""
 
     values: list[Tensor]
     """(B, N, D) value vectors of all tokens, heads side by side."""
@@ -44,6 +45,8 @@ class Trace(NamedTuple):
     """(B, D) CLS residual stream entering the layer."""
     cls_after: list[Tensor]
     """(B, D) CLS residual stream between attention and MLP."""
+    cls_inner: list[Tensor]
+    """(B, 4 D) the CLS token inside the MLP, before its activation function: one row, but a product with few rows is slow."""
     cls_final: Tensor
     """(B, D) CLS residual stream leaving the last layer, before the final LayerNorm."""
     sinks: Tensor
@@ -54,10 +57,6 @@ class Trace(NamedTuple):
     """(B, D) the CLS token's query."""
     tokens: list[Tensor]
     """(B, N, D) residual streams entering each of the last layers, then that leaving the last; as many as were asked for."""
-
-
-Step = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]
-"""What one layer leaves: values, CLS attention, CLS before and after attention, keys if asked for, CLS query."""
 
 
 class PathLayer(NamedTuple):
@@ -127,20 +126,18 @@ class ImageTower(nn.Module):
         scaled = (pixels.float() * self.rescale - self.mean) / self.std
         return scaled.permute(0, 3, 1, 2).to(self.vision.embeddings.patch_embedding.weight.dtype)
 
-    def forward(self, pixels: Tensor, keys: bool = False, tokens: int = 0) -> tuple[Tensor, Trace]:
+    def forward(
+        self, pixels: Tensor, layers: int | None = None, keys: bool = False, tokens: int = 0
+    ) -> tuple[Tensor, Trace]:
         """uint8 pixels (B, height, width, 3) -> float32 embedding (B, E), not L2-normalised, and the trace.
 
-        keys, tokens: what the trace holds beside the rest; of `tokens` the last so many. With any of those, the last layer
-        computes all tokens.
+        layers: of how many last layers the trace holds values, attention and queries; all, if None. keys: theirs too.
+        tokens: how many last residual streams it holds; with any, the last layer computes all tokens.
         """
-        steps: list[Step] = []
-        kept: list[Tensor] = []
-        hidden, norms = self._run(self.first_tokens(pixels), steps, keys, tokens, kept)
-        values, attention, before, after, key, query = (list(column) for column in zip(*steps, strict=True))
-        sinks = _outliers(norms)
-        return self.embed_cls(hidden), Trace(
-            values, attention, before, after, hidden, sinks, key if keys else [], query, kept
-        )
+        trace = Trace([], [], [], [], [], pixels, pixels, [], [], [])
+        layers = self.n_layers if layers is None else layers
+        hidden, norms = self._run(self.first_tokens(pixels), trace, layers, keys, tokens)
+        return self.embed_cls(hidden), trace._replace(cls_final=hidden, sinks=_outliers(norms))
 
     def embed(self, pixels: Tensor) -> Tensor:
         """The embedding alone: the plain forward that the cost of maps is measured against."""
@@ -153,7 +150,7 @@ class ImageTower(nn.Module):
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """First tokens (B, n, D), CLS and any of the patches -> embedding (B, E): what CLIP makes of only these."""
-        return self.embed_cls(self._run(tokens, None)[0])
+        return self.embed_cls(self._run(tokens)[0])
 
     def path(self) -> list[PathLayer]:
         """The layers as the CLS token passes through them, first layer first."""
@@ -199,24 +196,20 @@ class ImageTower(nn.Module):
         return hidden[:, 0], weights
 
     def _run(
-        self,
-        hidden: Tensor,
-        steps: "list[Step] | None",
-        keys: bool = False,
-        tokens: int = 0,
-        kept: "list[Tensor] | None" = None,
+        self, hidden: Tensor, trace: Trace | None = None, depth: int = 0, keys: bool = False, tokens: int = 0
     ) -> tuple[Tensor, list[Tensor]]:
-        """CLS residual (B, D) after all layers; what each layer leaves for the trace into `steps` and `kept`."""
+        """CLS residual (B, D) after all layers, and patch norms of the upper half; fills the trace's lists."""
         layers = self.vision.encoder.layers
         norms: list[Tensor] = []
         for index, layer in enumerate(layers):
-            attention = layer.self_attn
+            left = len(layers) - index
+            attention, mlp = layer.self_attn, layer.mlp
             normed = layer.layer_norm1(hidden)
-            if steps is not None and index >= len(layers) // 2:
+            if trace is not None and index >= len(layers) // 2:
                 norms.append(torch.linalg.vector_norm(hidden[:, 1:], dim=-1, dtype=torch.float32))
-            if kept is not None and index + tokens > len(layers):
-                kept.append(hidden)
-            if index + 1 == len(layers) and not tokens:
+            if trace is not None and left < tokens:
+                trace.tokens.append(hidden)
+            if left == 1 and not tokens:
                 hidden = hidden[:, :1]  # only CLS reaches the embedding; keys and values still need every token
             k, v = attention.k_proj(normed), attention.v_proj(normed)
             q = attention.q_proj(normed[:, : hidden.shape[1]])
@@ -224,16 +217,23 @@ class ImageTower(nn.Module):
             mixed = nn.functional.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, scale=attention.scale)
             before = hidden
             hidden = hidden + attention.out_proj(mixed.transpose(1, 2).flatten(2))
-            after = hidden
-            hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
-            if steps is None:
+            after, inner = hidden, mlp.fc1(layer.layer_norm2(hidden))
+            hidden = hidden + mlp.fc2(mlp.activation_fn(inner))
+            if trace is None:
                 continue
-            scores = q_BHND[:, :, 0].unsqueeze(2).float() @ k_BHND.transpose(2, 3).float()
-            row = torch.softmax(scores.squeeze(2) * attention.scale, dim=-1)
             # clones, since a view would keep every layer's whole residual stream in memory
-            steps.append((v, row, before[:, 0].clone(), after[:, 0].clone(), k if keys else None, q[:, 0].clone()))
-        if kept is not None and tokens:
-            kept.append(hidden)
+            for column, stream in ((trace.cls_before, before), (trace.cls_after, after), (trace.cls_inner, inner)):
+                column.append(stream[:, 0].clone())
+            if left <= depth:
+                # one row a head: as a product of matrices this would copy all keys
+                scores = (k_BHND.float() * q_BHND[:, :, :1].float()).sum(-1) * attention.scale
+                trace.cls_attention.append(torch.softmax(scores, dim=-1))
+                trace.values.append(v)
+                trace.cls_query.append(q[:, 0].clone())
+                if keys:
+                    trace.keys.append(k)
+        if trace is not None and tokens:
+            trace.tokens.append(hidden)
         return hidden[:, 0], norms
 
     def _split(self, tokens: Tensor) -> Tensor:
