@@ -1,9 +1,14 @@
 """What several tests need: one Ray for the session, and a finished run over the demo's scenes."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# Before huggingface_hub reads it: no test asks the network, and a name that is nobody's model is told at once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import transformers.utils.logging
 
 transformers.utils.logging.set_verbosity_error()
