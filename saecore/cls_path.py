@@ -12,8 +12,8 @@ and with G = dz/dx' (a row for each read-out):
     dS = A (D - sum_j A_j D_j)       dq = s sum_i dS_i k_i,   dk_0 = s dS_0 q,   dv_0 = A_0 G_o
     dz/dx = G_y + J_LN1' (dq W_q + dk_0 W_k + dv_0 W_v)
 
-D^l = dz/dA^l is what methods of `saecore.relevance` are made of. dk_0 W_k is, by head, a number of each read-out times one vector
-q W_k, and so costs nothing. Cost: 22 D^2 + 8 N D FLOP a read-out and layer.
+D^l = dz/dA^l is what methods of `saecore.relevance` are made of. For all read-outs dk_0 W_k is, by head, the same vector q W_k
+times a number. Cost: 22 D^2 + 8 N D FLOP a read-out and layer.
 
 Shapes as in `saecore.clip`: B images, k read-outs, N = 1 + P tokens, H heads, D width.
 """
