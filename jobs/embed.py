@@ -30,13 +30,12 @@ import pyarrow.parquet as pq
 from jobs import pipeline, session
 from saecore import memmaps, report, runs, schema
 from saecore.listing import list_shards
+from saecore.schema import TEXTS_FILE
 from saecore.stages import Decode, Embed, EmbedConfig
 from saecore.storage import filesystem_of, join_uri, resolved, write_atomic
 
 if TYPE_CHECKING:
     from saecore.text import TextTower
-
-TEXTS_FILE = "texts.parquet"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +59,7 @@ class Arguments(pipeline.Arguments):
             raise ValueError("give either --images or --text")
         if not self.clip:
             raise ValueError("give --clip")
-        if wrong := [template for template in self.templates if "{}" not in template]:
-            raise ValueError(f"--templates {wrong[0]!r}: must hold {{}} where the word goes")
-        if not self.templates:
-            raise ValueError("--templates: give at least one")
+        session.check_templates(self.templates)
         if self.templates != ("{}",) and not self.text:
             raise ValueError("--templates is for --text")
         for field in ("name", "split"):

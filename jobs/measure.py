@@ -20,13 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.fs
-import pyarrow.parquet as pq
 
 from jobs import session
 from saecore import report
 from saecore.embeddings import Embeddings, draw, open_embeddings, unit_length
 from saecore.recipe import doubled
-from saecore.storage import filesystem_of, join_uri, resolved
+from saecore.storage import filesystem_of, resolved
 
 if TYPE_CHECKING:
     from saecore.sae import SAE
@@ -84,7 +83,11 @@ def measure(argv: list[str]) -> int:
         if arguments.save:
             check_folder(arguments)
         source = open_embeddings(arguments.embeddings, arguments.column)
-        words, classes = read_texts(arguments.texts) if arguments.texts else ([], np.zeros((0, 0), np.float32))
+        words, classes = list[str](), np.zeros((0, 0), np.float32)
+        if arguments.texts:
+            from saecore.text import read_texts  # and with it PyTorch: --help does without
+
+            words, classes, _ = read_texts(arguments.texts)
         labels = read_labels(arguments.labels, source, words) if arguments.labels else None
         sae = load(arguments.sae, source, arguments.embeddings)
         other = load(arguments.against, source, arguments.embeddings) if arguments.against else None
@@ -148,16 +151,6 @@ def load(address: str, source: Embeddings, embeddings: str) -> "SAE":
             "not of one CLIP"
         )
     return sae
-
-
-def read_texts(folder: str) -> tuple[list[str], np.ndarray]:
-    """Words and their embeddings, float32 (words, width), as `jobs.embed --text` leaves them."""
-    filesystem, path = filesystem_of(join_uri(folder, "texts.parquet"))
-    if filesystem.get_file_info(path).type != pyarrow.fs.FileType.File:
-        raise ValueError(f"--texts {folder}: no texts.parquet there, as jobs.embed --text writes it")
-    table = pq.read_table(path, filesystem=filesystem)
-    embeddings = table["embedding"].combine_chunks().flatten().to_numpy().copy()  # PyTorch wants it writable
-    return table["word"].to_pylist(), embeddings.reshape(table.num_rows, -1)
 
 
 def read_labels(path: str, source: Embeddings, words: list[str]) -> np.ndarray:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -62,6 +62,14 @@ def parse(kind: type[A], argv: list[str], module: str) -> A:
     arguments = tyro.cli(kind, args=argv, prog=f"python -m {module}", config=(tyro.conf.FlagCreatePairsOff,))
     arguments.check()
     return arguments
+
+
+def check_templates(templates: Sequence[str]) -> None:
+    """ValueError if a word cannot be put into one of them, or there is none."""
+    if wrong := [template for template in templates if "{}" not in template]:
+        raise ValueError(f"--templates {wrong[0]!r}: must hold {{}} where the word goes")
+    if not templates:
+        raise ValueError("--templates: give at least one")
 
 
 @contextmanager

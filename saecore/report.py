@@ -258,6 +258,29 @@ def measured(found: Mapping[str, Any]) -> str:
     return "\n".join(lines).rstrip()
 
 
+def named(table: pa.Table, made_by: Mapping[str, Any], run: str, out: str, shown: int = 10) -> str:
+    """What jobs.name found, as a person reads it: counts, the valid names of the widest margin, and what to ask next."""
+    valid = table.filter(pc.equal(table["valid"], True)).sort_by([("margin", "descending")])
+    by_data = pc.sum(table["by_data"]).as_py()
+    how = [f"{table.num_rows - table['name'].null_count - by_data:,} by {'decoder' if by_data else made_by['by']}"]
+    how = [f"{by_data:,} by data", *how] if by_data else how
+    least = ", ".join(f"{name} at least {value:g}" for name, value in made_by["valid"].items() if value)
+    lines = [
+        f"vocabulary    {made_by['n_words']:,} words, {made_by['vocabulary']}",
+        f"named         {' and '.join(how)} of {table.num_rows:,} latents",
+        f"valid         {valid.num_rows:,} ({least or 'no thresholds'})",
+        "",
+        f"{'latent':>8}  {'name':<24}{'score':>8}{'margin':>8}  runner-up",
+    ]
+    lines += [
+        f"{row['latent']:>8}  {row['name'][:23]:<24}{row['score']:>8.2f}{row['margin']:>8.2f}  {row['runner_up'][:23]}"
+        for row in valid.slice(0, shown).to_pylist()
+    ]
+    file = join_uri(run, "latents.parquet") if run else out
+    ask = f"FROM '{file}' WHERE valid ORDER BY margin DESC"
+    return "\n".join([*lines, f"\non disk       {file}: SELECT latent, name, score, margin {ask}"])
+
+
 def _bytes(count: int) -> str:
     value, units = float(count), ["B", "KB", "MB", "GB", "TB"]
     while value >= 1000 and len(units) > 1:

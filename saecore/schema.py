@@ -132,11 +132,64 @@ IMAGES = pa.schema(
 )
 
 
+TEXTS_FILE = "texts.parquet"
+
 # One row per word of a vocabulary, in its order. The embedding is CLIP's, before any normalisation where one template made it.
 TEXTS = pa.schema(
     [
         pa.field("word", pa.string(), nullable=False),
         pa.field("embedding", pa.list_(pa.float32()), nullable=False),
+    ]
+)
+
+# One row per latent, written by jobs.index; jobs.name adds what it is called. It fires for an image where it is kept with an
+# activation other than zero.
+LATENTS = pa.schema(
+    [
+        pa.field("latent", pa.int32(), nullable=False),
+        pa.field("images", pa.int64()),  # for which it fires
+        pa.field("rate", pa.float64()),  # of all images that were not refused
+        pa.field("dead", pa.bool_()),  # it fires for none
+        pa.field("mean", pa.float32()),  # of its activations where it fires, as all that follow
+        pa.field("max", pa.float32()),
+        pa.field("q05", pa.float32()),  # quantiles
+        pa.field("q25", pa.float32()),
+        pa.field("median", pa.float32()),
+        pa.field("q75", pa.float32()),
+        pa.field("q95", pa.float32()),
+        pa.field("maps", pa.int64()),  # with positive relevance
+        pa.field(
+            "extent", pa.float32()
+        ),  # mean of these maps' extents (`saecore.indexing.extent`): 1 / P is one patch, 1 all
+        pa.field("top_images", pa.list_(pa.int64())),  # image_id, strongest first
+        pa.field("top_activations", pa.list_(pa.float32())),
+        pa.field("co_latents", pa.list_(pa.int32())),  # that fire for the same images, by Jaccard index
+        pa.field("co_share", pa.list_(pa.float32())),  # of this latent's images, those where the other fires too
+        pa.field("co_lift", pa.list_(pa.float32())),  # times as often as if the two were independent
+    ]
+)
+
+
+# What each latent is called, as columns of latents.parquet; what the scores are: `saecore.naming`. `name` is that by data where
+# there is one, else that by direction, and the numbers up to `scores` belong to it. Null where no way gives a name.
+NAMES = pa.schema(
+    [
+        pa.field("latent", pa.int32(), nullable=False),
+        pa.field("name", pa.string()),  # the vocabulary's nearest word
+        pa.field("score", pa.float32()),  # by data: standard deviations over images; by direction: a cosine
+        pa.field("runner_up", pa.string()),  # the second nearest
+        pa.field("runner_up_score", pa.float32()),
+        pa.field("margin", pa.float32()),  # score - runner_up_score
+        pa.field("valid", pa.bool_()),  # passes the thresholds that the metadata names
+        pa.field("by_data", pa.bool_()),  # whether `name` is the one by data
+        pa.field("words", pa.list_(pa.string())),  # the nearest, `name` first
+        pa.field("scores", pa.list_(pa.float32())),
+        pa.field("direction_name", pa.string()),
+        pa.field("direction_score", pa.float32()),
+        pa.field("direction_margin", pa.float32()),
+        pa.field("data_name", pa.string()),
+        pa.field("data_score", pa.float32()),
+        pa.field("data_margin", pa.float32()),
     ]
 )
 

@@ -1,4 +1,4 @@
-"""Words -> CLIP text embeddings: the text tower from transformers, a vocabulary file, templates.
+"""Words -> CLIP text embeddings: the text tower from transformers, vocabulary files, templates.
 
 The forward is transformers' own, in float32 everywhere: a vocabulary is embedded once, and small.
 
@@ -8,15 +8,22 @@ Shapes: N texts, E embedding width.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.fs
+import pyarrow.parquet as pq
 import torch
 from torch.nn.functional import normalize
 from transformers import AutoTokenizer, CLIPTextModelWithProjection
 
 from saecore.clip import hash_of, load_half
-from saecore.storage import filesystem_of
+from saecore.schema import TEXTS_FILE
+from saecore.storage import filesystem_of, join_uri
+
+DEMO_VOCABULARY = Path(__file__).parent / "demo" / "vocabulary.txt"
+"""The words of the drawn world: colours, shapes, textures, sizes, backgrounds."""
 
 
 class Vocabulary(NamedTuple):
@@ -30,24 +37,52 @@ class Vocabulary(NamedTuple):
     """Lines dropped since their word came before."""
 
 
-def read_vocabulary(uri: str) -> Vocabulary:
-    """UTF-8, one word or phrase a line; ValueError if there is no such file, or nothing in it."""
-    filesystem, path = filesystem_of(uri)
+def read_vocabulary(uri: str, option: str = "--text") -> Vocabulary:
+    """UTF-8, one word or phrase a line, or `demo`; ValueError if there is no such file, or nothing in it."""
+    lines = read_lines(uri, option)
+    words = list(dict.fromkeys(line for line in lines if line))
+    if not words:
+        raise ValueError(f"{option} {uri} holds no words")
+    blank = lines.count("")
+    return Vocabulary(words, blank, len(lines) - blank - len(words))
+
+
+def read_lines(uri: str, option: str = "--text") -> list[str]:
+    """Every line of such a file, without blanks around it; `option` is what the user gave it by, for the error."""
+    filesystem, path = filesystem_of(str(DEMO_VOCABULARY) if uri == "demo" else uri)
     try:
         with filesystem.open_input_stream(path) as stream:
             lines = stream.read().decode("utf-8-sig").split("\n")
     except OSError as error:
-        raise ValueError(f"--text {uri} cannot be read: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{option} {uri} cannot be read: {' '.join(str(error).split())}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"--text {uri} is not UTF-8: byte {error.start} is {error.object[error.start]:#x}") from error
+        raise ValueError(
+            f"{option} {uri} is not UTF-8: byte {error.start} is {error.object[error.start]:#x}"
+        ) from error
     if lines[-1] == "":  # what follows the last line's end is no line
         lines.pop()
-    stripped = [line.strip() for line in lines]
-    words = list(dict.fromkeys(word for word in stripped if word))
-    if not words:
-        raise ValueError(f"--text {uri} holds no words")
-    blank = stripped.count("")
-    return Vocabulary(words, blank, len(stripped) - blank - len(words))
+    return [line.strip() for line in lines]
+
+
+class Texts(NamedTuple):
+    """What `jobs.embed --text` left."""
+
+    words: list[str]
+    embeddings: np.ndarray
+    """float32 (words, E)."""
+    clip_sha256: str
+    """What `TextTower.sha256` begins with; empty in a file that was made otherwise."""
+
+
+def read_texts(folder: str) -> Texts:
+    """Words and their embeddings in that folder; ValueError if there are none."""
+    filesystem, path = filesystem_of(join_uri(folder, TEXTS_FILE))
+    if filesystem.get_file_info(path).type != pyarrow.fs.FileType.File:
+        raise ValueError(f"--texts {folder}: no {TEXTS_FILE} there, as jobs.embed --text writes it")
+    table = pq.read_table(path, filesystem=filesystem)
+    embeddings = table["embedding"].combine_chunks().flatten().to_numpy().copy()  # PyTorch wants it writable
+    digest = (table.schema.metadata or {}).get(b"clip_sha256", b"").decode()
+    return Texts(table["word"].to_pylist(), embeddings.reshape(table.num_rows, -1), digest)
 
 
 class TextTower(torch.nn.Module):

@@ -324,7 +324,9 @@ def test_an_image_that_kills_its_worker_becomes_a_row(
     step: str, ray_session: None, shards: Path, local_run: Path, tmp_path: Path
 ) -> None:
     arguments = command(shards, tmp_path / "run", "--limit", "32")
-    arguments[arguments.index("--chunk-size") + 1] = "2"  # four deaths and not six: a replica takes seconds to come back
+    arguments[arguments.index("--chunk-size") + 1] = (
+        "2"  # four deaths and not six: a replica takes seconds to come back
+    )
     job = explain.prepare(session.parse(explain.Arguments, arguments, "jobs.explain"), arguments)
     assert job is not None
     if step == "decode":

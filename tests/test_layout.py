@@ -13,10 +13,10 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     ["storage", "schema", "spec", "methods", "kernels", "display", "localisation", "demo.scenes"],
     ["listing", "images", "isolation", "runs", "recipe"],
-    ["shards", "clip", "sae", "memmaps", "embeddings"],
-    ["formats", "cls_path", "targets", "text", "quality", "objectives"],
-    ["checkpoints", "mean_token", "trainer", "naive"],
-    ["relevance", "training"],
+    ["shards", "clip", "sae", "memmaps", "embeddings", "latents", "contrast", "by_latent"],
+    ["formats", "cls_path", "targets", "text", "quality", "objectives", "naming", "tables", "indexing", "synthetic"],
+    ["checkpoints", "mean_token", "trainer", "naive", "results"],
+    ["relevance", "training", "statistics"],
     ["reruns"],
     ["inference"],
     ["stages"],
@@ -62,7 +62,7 @@ def test_no_job_imports_another() -> None:
         assert others <= {"jobs.session", "jobs.pipeline"}, path
 
 
-@pytest.mark.parametrize("job", ["explain", "embed", "train", "measure", "benchmark"])
+@pytest.mark.parametrize("job", ["explain", "embed", "train", "measure", "name", "benchmark", "index", "query"])
 def test_the_command_line_loads_neither_pytorch_nor_ray(job: str) -> None:
     """So that --help and a wrong argument answer at once, and workers that decode start in a second."""
     code = f"import sys, jobs.{job}; print(sorted({{'torch', 'transformers', 'ray'}} & set(sys.modules)))"

@@ -1,0 +1,263 @@
+"""Open a finished run and ask it questions.
+
+    run = saecore.results.open("runs/photos")          # or s3://bucket/run
+    run.top_images(53, n=20)                           # pyarrow tables; .to_pandas() where that is wanted
+    run.maps("000036.jpg").maps                        # float32 (k, H, W), pre-activation units
+    run.sql("SELECT count(*) FROM activations JOIN images USING (image_id) WHERE width > 640")
+
+by_latent/, which jobs.index makes, answers questions about one latent fast; without it, or for the images that it does not
+cover yet, the run's own files are read through, and answers are the same.
+
+A latent *fires* for an image where it is kept with an activation other than zero: what was not kept, no table knows.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from saecore import by_latent
+from saecore.by_latent import MAP, SHOWN
+from saecore.contrast import contrast
+from saecore.latents import lookup
+from saecore.tables import Tables, read_record
+
+NAMES = ("name", "score")
+"""Columns of `latents` that say what a latent is called, where jobs.name wrote them."""
+
+STRENGTH = ("activation", "pre_activation")
+
+
+class Maps(NamedTuple):
+    """The relevance maps of one image by one method, those of kept latents first, strongest first."""
+
+    maps: np.ndarray
+    """float32 (k, H, W), pre-activation units."""
+    latents: list[int | None]
+    """None where the target is not a latent."""
+    targets: list[str | None]
+    """None where it is one."""
+    methods: list[str]
+    remainders: np.ndarray
+    """float32 (k): what of each pre-activation no patch accounts for; NaN where the method is no decomposition."""
+
+    def table(self) -> pa.Table:
+        """A row a map: its target, the place and value of its strongest patch, its sum, and its remainder."""
+        flat = self.maps.reshape(len(self.maps), -1)
+        row, column = np.unravel_index(flat.argmax(1), self.maps.shape[1:])
+        return pa.table(
+            {
+                "latent": pa.array(self.latents, pa.int32()),
+                "target": pa.array(self.targets, pa.string()),
+                "method": pa.array(self.methods, pa.string()),
+                "row": row,
+                "column": column,
+                "strongest": flat.max(1),
+                "sum": flat.sum(1),
+                "remainder": self.remainders,
+            }
+        )
+
+
+def open(uri: str) -> "Results":  # noqa: A001 - `results.open` is what it is
+    """A complete run of jobs.explain, local or at an address; ValueError if there is none, or an index of another run's."""
+    return Results(uri, read_record(uri))
+
+
+def decode(table: pa.Table, grid: tuple[int, int]) -> np.ndarray:
+    """Rows with the columns `map` and `scale` -> float32 (rows, H, W) in pre-activation units; NaN where there is no map."""
+    blank = bytes(grid[0] * grid[1])
+    maps = np.frombuffer(b"".join(one or blank for one in table["map"].to_pylist()), np.int8)
+    scales = table["scale"].to_numpy().astype(np.float32)
+    return maps.reshape(table.num_rows, *grid) * scales[:, None, None]
+
+
+class Results:
+    """A finished run."""
+
+    def __init__(self, uri: str, record: Mapping[str, Any]) -> None:
+        self.uri = uri
+        self.record = record
+        """run.json."""
+        self.grid: tuple[int, int] = tuple(record["grid"])
+        self.n_latents: int = record["n_latents"]
+        self.n_images: int = record["images"] - sum(record["refused"].values())
+        """Images that were not refused."""
+        self.tables = Tables(uri, record)
+
+    @property
+    def methods(self) -> list[str]:
+        """How maps were computed: the first is what `method=None` means. None where there are no maps."""
+        return by_latent.methods(self.tables.schemas["maps"]) if "maps" in self.tables.schemas else []
+
+    @property
+    def latents(self) -> pa.Table:
+        """One row per latent (`schema.LATENTS`, and what jobs.name adds), as far as it was written."""
+        return self.tables.latents
+
+    def sql(self, query: str, *parameters: Any) -> pa.Table:
+        """DuckDB's answer about `images`, `activations`, `by_latent`, `latents`, `maps` and `top_images`; `?` is a parameter.
+
+        Views exist where the run has such a table; by_latent has all rows of activations, sorted or not.
+        """
+        return self.tables.sql(query, parameters)
+
+    # ---- One latent.
+
+    def top_images(self, latent: int, n: int = 20, method: str | None = None, maps: bool = False) -> pa.Table:
+        """The images for which it fires most strongly: image_id, activation, pre_activation, and `SHOWN`; strongest first.
+
+        With `maps`, the columns of `MAP` too, by one method: `decode(table, run.grid)` makes arrays of them.
+        """
+        found = self._fired(latent, n).sort_by([("activation", "descending"), ("image_id", "ascending")])[:n]
+        by_method = pc.field("method") == self._method(method) if maps else None
+        columns = (*SHOWN, *MAP) if maps else SHOWN
+        copied = [] if self.tables.reader is None else self.tables.reader.top_images(latent)
+        ready = [part.filter(by_method) if maps else part for part in copied]
+        ready = [part.select(["image_id", *columns]) for part in ready]
+        known = pa.chunked_array([chunk for part in ready for chunk in part["image_id"].chunks], pa.int64())
+        missing = found["image_id"].filter(pc.invert(pc.is_in(found["image_id"], known)))
+        if len(missing) or not ready:
+            more = self.tables.rows("images", missing, SHOWN)
+            if maps:
+                condition = (pc.field("latent") == latent) & by_method
+                more = lookup(more, self.tables.rows("maps", missing, MAP, condition), "image_id")
+            ready.append(more)
+        # Columns may be null in the copies and not where they were copied from.
+        return lookup(found, pa.concat_tables(ready, promote_options="default"), "image_id")
+
+    def _fired(self, latent: int, n: int | None = None) -> pa.Table:
+        """image_id and `STRENGTH` where it fires: the n strongest images are among them, or all of them are."""
+        if not 0 <= latent < self.n_latents:
+            raise ValueError(f"latent {latent}: this run's are 0 to {self.n_latents - 1}")
+        columns = ["image_id", *STRENGTH]
+        found = [] if self.tables.reader is None else self.tables.reader.first_rows(latent, n)
+        found = [part.select(columns) for part in found]
+        if len(self.tables.not_indexed):
+            fires = (pc.field("latent") == latent) & (pc.field("activation") != 0)
+            waiting = self.tables.files("activations", self.tables.not_indexed)
+            found.append(waiting.to_table(columns=columns, filter=fires))
+        none = self.tables.schemas["activations"].empty_table().select(columns)
+        return pa.concat_tables([part.replace_schema_metadata(None) for part in (none, *found)])
+
+    def histogram(self, latent: int, bins: int = 20) -> pa.Table:
+        """How strongly it fires, in bins of one width: low, high, images."""
+        images, edges = np.histogram(self._fired(latent)["activation"].to_numpy(), bins)
+        return pa.table({"low": edges[:-1], "high": edges[1:], "images": images})
+
+    def co_firing(self, latent: int, n: int = 20) -> pa.Table:
+        """The latents that fire for the same images: latent, images (of both), share, lift, jaccard, names; by jaccard.
+
+        share: of this latent's images, those where the other fires too. lift: how many times as often as if the two knew
+        nothing of each other. jaccard: of the images where either fires, those where both do, so that neither the latent
+        that fires everywhere nor the one that fires once comes first.
+        """
+        own = self._fired(latent).select(["image_id"])
+        found = self.tables.sql(
+            """SELECT *, images / $1 AS share, images * $2 / ($1 * alone) AS lift, images / ($1 + alone - images) AS jaccard
+            FROM (SELECT latent, count(own.image_id) AS images, count(*) AS alone
+                FROM activations LEFT JOIN own USING (image_id) WHERE activation <> 0 GROUP BY latent)
+            WHERE latent <> $3 AND images > 0 ORDER BY jaccard DESC, latent LIMIT $4""",
+            (own.num_rows, self.n_images, latent, n),
+            own=own,
+        )
+        return self._named(found.drop_columns("alone"))
+
+    # ---- One image.
+
+    def image_id(self, image: int | str) -> int:
+        """An image's number, from its number or its key; ValueError for what no image has, or a key that several have."""
+        if isinstance(image, int):
+            if self.tables.rows("images", [image], ()).num_rows:
+                return image
+            raise ValueError(f"image {image}: this run has none of that number")
+        found = self.sql("SELECT image_id, uri FROM images WHERE key = ? ORDER BY image_id LIMIT 3", image).to_pylist()
+        if not found:
+            raise ValueError(f"image {image}: this run has none of that key")
+        if len(found) > 1:
+            places = ", ".join(f"{row['image_id']} of {row['uri']}" for row in found)
+            raise ValueError(f"image {image}: several have this key; name one by its number, such as {places}")
+        return found[0]["image_id"]
+
+    def image(self, image: int | str) -> dict[str, Any]:
+        """Its row of `images`."""
+        names = self.tables.schemas["images"].names
+        return self.tables.rows("images", [self.image_id(image)], names).to_pylist()[0]
+
+    def latents_of(self, image: int | str) -> pa.Table:
+        """Its kept latents, strongest first: rank, latent, activation, pre_activation, names."""
+        found = self.tables.rows("activations", [self.image_id(image)], ("rank", "latent", *STRENGTH))
+        return self._named(found.drop_columns("image_id").sort_by("rank"))
+
+    def maps(self, image: int | str, method: str | None = None) -> Maps:
+        """Its relevance maps by one method."""
+        by_method = pc.field("method") == self._method(method)
+        columns = ("latent", "target", "method", "map", "scale", "remainder")
+        image_id = self.image_id(image)
+        found = self.tables.rows("maps", [image_id], columns, by_method)
+        kept = self.tables.rows("activations", [image_id], ("latent", "rank"))
+        ranks = lookup(found.select(["latent"]), kept, "latent")["rank"]
+        found = found.take(pc.sort_indices(pc.fill_null(ranks, np.iinfo(np.int16).max)))
+        latents, targets, methods = (found[name].to_pylist() for name in ("latent", "target", "method"))
+        return Maps(decode(found, self.grid), latents, targets, methods, found["remainder"].to_numpy())
+
+    # ---- All latents.
+
+    def find(self, word: str) -> pa.Table:
+        """The latents with `word` in one of their names, in any case: those named just so first, then by place, then by score.
+
+        Names are of all columns of text, whose order is that of their weight: a name before a runner-up, before words listed.
+        """
+        text = [field.name for field in self.latents.schema if field.type in (pa.string(), pa.list_(pa.string()))]
+        if not text:
+            raise ValueError(f"{self.uri}: its latents have no names yet; jobs.name gives them some")
+        wanted, found = word.casefold(), []
+        scores = self.latents["score"].to_pylist() if "score" in self.latents.column_names else [0] * self.n_latents
+        for row, (names, score) in enumerate(zip(self.latents.select(text).to_pylist(), scores, strict=True)):
+            lists = [value if isinstance(value, list) else [value] for value in names.values()]
+            lowered = [name.casefold() for listed in lists for name in listed if name is not None]
+            if any(wanted in name for name in lowered):
+                place = lowered.index(wanted) if wanted in lowered else [wanted in name for name in lowered].index(True)
+                found.append((wanted not in lowered, place, -(score or 0), row))
+        return self.latents.take(pa.array([row for *_, row in sorted(found)], pa.int64()))
+
+    def compare(self, filter_a: str, filter_b: str = "") -> pa.Table:
+        """Which latents fire more on one set of images than on another: SQL conditions on the columns of `images`.
+
+        Without `filter_b`, than on all other images. Columns, test and correction: `saecore.contrast.contrast`; those most
+        typical of the first set come first. ValueError for what is no condition, an empty set, or an image in both.
+        """
+        other = filter_b or f"({filter_a}) IS NOT TRUE"
+        sides = f"""SELECT image_id, ({filter_a}) IS TRUE AS a, ({other}) IS TRUE AS b
+            FROM images WHERE error IS NULL"""
+        sizes = "SELECT count(*) FILTER (a), count(*) FILTER (b), count(*) FILTER (a AND b)"
+        try:
+            n_a, n_b, n_both = self.sql(f"{sizes} FROM ({sides})").to_pylist()[0].values()
+        except duckdb.Error as error:
+            raise ValueError(f"no condition on images: {str(error).splitlines()[0]}") from error
+        if not n_a or not n_b:
+            raise ValueError(f"no image meets the condition {other if n_a else filter_a}")
+        if n_both:
+            raise ValueError(f"{n_both:,} images are in both sets, and the test is of two different ones")
+        counts = self.sql(
+            f"""SELECT latent, count(*) FILTER (a) AS images_a, count(*) FILTER (b) AS images_b
+            FROM activations JOIN ({sides}) USING (image_id)
+            WHERE activation <> 0 AND (a OR b) GROUP BY latent ORDER BY latent"""
+        )
+        return self._named(contrast(counts, n_a, n_b))
+
+    # ---- What these share.
+
+    def _named(self, table: pa.Table) -> pa.Table:
+        names = [name for name in NAMES if name in self.latents.column_names]
+        return lookup(table, self.latents.select(["latent", *names]), "latent")
+
+    def _method(self, method: str | None) -> str:
+        if not self.methods:
+            raise ValueError(f"{self.uri} was made without maps")
+        if method is not None and method not in self.methods:
+            raise ValueError(f"method {method}: this run has maps by {', '.join(self.methods)}")
+        return method or self.methods[0]
