@@ -1,8 +1,7 @@
 """How fast, against what, on this machine: ratios within one run, never seconds alone.
 
-    python -m jobs.benchmark train        training an SAE, against a straightforward dense loop
-
-Left out: the cost of maps (`make bench` prints it).
+python -m jobs.benchmark train        training an SAE, against a straightforward dense loop
+python -m jobs.benchmark maps         maps by every method, against a plain forward and the naive ways
 """
 
 import dataclasses
@@ -20,6 +19,7 @@ from typing import Annotated, Any
 import tyro
 
 from jobs import session
+from saecore.methods import METHODS, parse_methods
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,54 @@ class TrainBenchmark:
             raise ValueError(f"--latents {self.latents}: at least one number, none below --k {self.k}")
 
 
+@dataclasses.dataclass(frozen=True)
+class MapsBenchmark:
+    """Maps of each image's strongest latents by every method, against a plain forward and the naive ways; random weights."""
+
+    shapes: tuple[str, ...] = ("B/32", "B/16", "L/14")
+    """Shapes of image towers: B/32, B/16, L/14, or demo, the embedded model's."""
+    method: Annotated[str, tyro.conf.arg(aliases=["--methods"])] = ",".join(METHODS)
+    """Methods, joined by commas; those that run the model again (rollout, occlusion) take most of the time."""
+    k: int = 32
+    """Latents explained of each image; 32 is what bounds are on."""
+    latents: int = 6144
+    """Latents of the SAE."""
+    naive_latents: int = 2
+    """Latents that the naive ways are timed with, then scaled to k, since they cost 33 forwards and more; 0 leaves them out."""
+    batch_size: int = 0
+    """Images at once; 0 is 8, 4, 2 and 16 for the shapes above."""
+    rounds: int = 7
+    """Times that each is timed, in turn; the least counts. What costs more than 3 forwards is timed less often."""
+    threads: tuple[int, ...] = (1, 2)
+    """CPU threads, one table for each number: CPU time of one thread, else wall time. A GPU has one table."""
+    device: str = ""
+    """cpu or cuda; cuda where there is one, if not said."""
+    json: bool = False
+    """Print one JSON object instead of tables."""
+
+    def check(self) -> None:
+        """ValueError for what cannot be."""
+        parse_methods(self.method)
+        for name in ("k", "latents", "rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if self.k > self.latents:
+            raise ValueError(f"--k {self.k}: the SAE has --latents {self.latents}")
+        for name in ("naive_latents", "batch_size"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 0")
+        if not self.threads or min(self.threads) < 1:
+            raise ValueError(f"--threads {self.threads}: at least one number, none below 1")
+        import torch
+
+        from saecore.timing import SHAPES
+
+        if wrong := [shape for shape in self.shapes if shape not in SHAPES]:
+            raise ValueError(f"--shapes {wrong[0]}: must be of {', '.join(SHAPES)}")
+        if self.device not in ("", "cpu", "cuda") or (self.device == "cuda" and not torch.cuda.is_available()):
+            raise ValueError(f"--device {self.device}: must be cpu, or cuda on a machine that has a GPU")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     return session.run_job(lambda: benchmark(sys.argv[1:] if argv is None else list(argv)))
@@ -57,12 +105,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def benchmark(argv: list[str]) -> int:
     """Measure and print."""
-    steps = tyro.extras.subcommand_cli_from_dict
+    kinds: Any = tyro.extras.subcommand_type_from_defaults({"train": TrainBenchmark(), "maps": MapsBenchmark()})
     with session.mistakes():
-        chosen = steps(
-            {"train": _as_is}, args=argv, prog="python -m jobs.benchmark", config=(tyro.conf.OmitArgPrefixes,)
-        )
+        chosen = tyro.cli(kinds, args=argv, prog="python -m jobs.benchmark", config=(tyro.conf.OmitArgPrefixes,))
         chosen.check()
+    return tell_maps(chosen) if isinstance(chosen, MapsBenchmark) else tell_training(chosen)
+
+
+def tell_training(chosen: TrainBenchmark) -> int:
+    """Measure training and print."""
     rows = measure_training(chosen)
     if chosen.json:
         print(json.dumps({"machine": machine(), "config": dataclasses.asdict(chosen), "rows": rows}))
@@ -77,8 +128,41 @@ def benchmark(argv: list[str]) -> int:
     return 0
 
 
-def _as_is(config: Annotated[TrainBenchmark, tyro.conf.arg(name="")]) -> TrainBenchmark:
-    return config
+def tell_maps(chosen: MapsBenchmark) -> int:
+    """Measure maps and print, table by table, as they are measured."""
+    import torch
+
+    from saecore import timing
+
+    device = chosen.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    tables = []
+    if not chosen.json:
+        print(f"{machine()}, transformers {session.versions()['transformers']}")
+    for name in chosen.shapes:
+        shape = timing.SHAPES[name]
+        shape = shape._replace(batch=chosen.batch_size or shape.batch)
+        for threads in chosen.threads if device == "cpu" else (torch.get_num_threads(),):
+            how = f"{threads} thread{'s' * (threads > 1)}, " + timing.unit(device, threads)
+            if not chosen.json:
+                print(f"\n{name}, {shape.batch} images at once, k = {chosen.k}; {device}, {how}", flush=True)
+            rows = timing.cost_of_maps(
+                shape=shape,
+                methods=parse_methods(chosen.method),
+                k=chosen.k,
+                n_latents=chosen.latents,
+                naive_latents=chosen.naive_latents,
+                rounds=chosen.rounds,
+                threads=threads,
+                device=device,
+            )
+            if not chosen.json:
+                print(timing.table(rows), flush=True)
+            found = {"shape": name, "batch_size": shape.batch, "device": device, "threads": threads}
+            tables.append(found | {"rows": [row._asdict() for row in rows]})
+    if chosen.json:
+        said = {"machine": machine(), "versions": session.versions(), "config": dataclasses.asdict(chosen)}
+        print(json.dumps(said | {"tables": tables}))
+    return 0
 
 
 def machine() -> str:
