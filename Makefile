@@ -19,8 +19,8 @@ format: .venv/.test
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-bench: .venv/.test
-	$(BIN)/python -m pytest -m benchmark
+bench: .venv/.installed
+	$(BIN)/python -m jobs.benchmark maps
 
 # The package is installed in place (-e), so that an edit needs no second installation.
 .venv/.installed: pyproject.toml constraints.txt

@@ -1,6 +1,7 @@
 """How fast, against what, on this machine: ratios within one run, never seconds alone. And how true: maps against masks.
 
 python -m jobs.benchmark train        training an SAE, against a straightforward dense loop
+python -m jobs.benchmark maps         maps by every method, against a plain forward and the naive ways
 python -m jobs.benchmark query        questions to a synthetic run with and without its index; sizes, memory
 python -m jobs.benchmark truth        where maps of the demo's scenes lie, against true masks: no speed at all
 """
@@ -11,7 +12,7 @@ import platform
 import sys
 import tempfile
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -67,6 +68,85 @@ class Train:
                 f"{row['name']:22}{row['latents']:>9,}{row['images_per_second']:>11,.0f}"
                 f"{row['times_dense']:>9.2f}{row['peak_bytes'] / 1e9:>10.2f} GB"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class Maps:
+    """Maps of each image's strongest latents by every method, against a plain forward and the naive ways; random weights."""
+
+    shapes: tuple[str, ...] = ("B/32", "B/16", "L/14")
+    """Shapes of image towers: B/32, B/16, L/14, or demo, the embedded model's."""
+    method: Annotated[str, tyro.conf.arg(aliases=["--methods"])] = ",".join(METHODS)
+    """Methods, joined by commas; those that run the model again (rollout, occlusion) take most of the time."""
+    k: int = 32
+    """Latents explained of each image; 32 is what bounds are on."""
+    latents: int = 6144
+    """Latents of the SAE."""
+    naive_latents: int = 2
+    """Latents that the naive ways are timed with, then scaled to k, since they cost 33 forwards and more; 0 leaves them out."""
+    batch_size: int = 0
+    """Images at once; 0 is 8, 4, 2 and 16 for the shapes above."""
+    rounds: int = 7
+    """Times that each is timed, in turn; the least counts. What costs more than 3 forwards is timed less often."""
+    threads: tuple[int, ...] = (1, 2)
+    """CPU threads, one table for each number: CPU time of one thread, else wall time. A GPU has one table."""
+    device: str = ""
+    """cpu or cuda; cuda where there is one, if not said."""
+    json: bool = False
+    """Print one JSON object instead of tables."""
+
+    def check(self) -> None:
+        """ValueError for what cannot be."""
+        parse_methods(self.method)
+        at_least(1, k=self.k, latents=self.latents, rounds=self.rounds)
+        at_least(0, naive_latents=self.naive_latents, batch_size=self.batch_size)
+        if self.k > self.latents:
+            raise ValueError(f"--k {self.k}: the SAE has --latents {self.latents}")
+        if not self.threads or min(self.threads) < 1:
+            raise ValueError(f"--threads {self.threads}: at least one number, none below 1")
+        import torch
+
+        from saecore.timing import SHAPES
+
+        if wrong := [shape for shape in self.shapes if shape not in SHAPES]:
+            raise ValueError(f"--shapes {wrong[0]}: must be of {', '.join(SHAPES)}")
+        if self.device not in ("", "cpu", "cuda") or (self.device == "cuda" and not torch.cuda.is_available()):
+            raise ValueError(f"--device {self.device}: must be cpu, or cuda on a machine that has a GPU")
+
+    def tell(self) -> None:
+        """Measure and print, table by table, as they are measured."""
+        import torch
+
+        from saecore import timing
+
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        tables = []
+        if not self.json:
+            print(f"{machine()}, transformers {session.versions()['transformers']}")
+        for name in self.shapes:
+            shape = timing.SHAPES[name]
+            shape = shape._replace(batch=self.batch_size or shape.batch)
+            for threads in self.threads if device == "cpu" else (torch.get_num_threads(),):
+                how = f"{threads} thread{'s' * (threads > 1)}, " + timing.unit(device, threads)
+                if not self.json:
+                    print(f"\n{name}, {shape.batch} images at once, k = {self.k}; {device}, {how}", flush=True)
+                rows = timing.cost_of_maps(
+                    shape=shape,
+                    methods=parse_methods(self.method),
+                    k=self.k,
+                    n_latents=self.latents,
+                    naive_latents=self.naive_latents,
+                    rounds=self.rounds,
+                    threads=threads,
+                    device=device,
+                )
+                if not self.json:
+                    print(timing.table(rows), flush=True)
+                found = {"shape": name, "batch_size": shape.batch, "device": device, "threads": threads}
+                tables.append(found | {"rows": [row._asdict() for row in rows]})
+        if self.json:
+            said = {"machine": machine(), "versions": session.versions(), "config": dataclasses.asdict(self)}
+            print(json.dumps(said | {"tables": tables}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def benchmark(argv: list[str]) -> int:
     """Measure and print."""
-    ways = {"train": Train(), "query": Query(), "truth": Truth()}
+    ways = {"train": Train(), "maps": Maps(), "query": Query(), "truth": Truth()}
     kinds: Any = tyro.extras.subcommand_type_from_defaults(ways)
     with session.mistakes():
         chosen = tyro.cli(kinds, args=argv, prog="python -m jobs.benchmark", config=(tyro.conf.OmitArgPrefixes,))

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from saecore.cls_path import by_head, mlp_vjp, product
+from saecore.cls_path import by_head, mlp_vjp, product, slope
 from saecore.tower import ImageTower, Trace
 
 
@@ -29,13 +29,14 @@ def mean_token_gradients(
     for back in range(1, layers + 1):
         layer, entering, leaving = path[-back], trace.tokens[-back - 1], trace.tokens[-back]
         G = tower.pull_back(read_outs, leaving.float().mean(1), exact).direction / leaving.shape[1]
-        after, _, _, _ = tower.attend(len(path) - back, entering)
+        after = tower.attend(len(path) - back, entering)[0].flatten(0, 1)  # B * N tokens, D
+        slopes = slope(layer, layer.mlp.fc1(layer.norm2(after)))
         v = by_head(trace.values[-back], tower.n_heads).transpose(1, 2).float()  # B H N Dh
         targets = []
         for column in range(read_outs.shape[1]):  # one at a time: (B, N, 4 D) numbers each
             own = G[:, None, column].expand(-1, leaving.shape[1], -1)
             flat = own.flatten(0, 1)[:, None]
-            G_y = own + mlp_vjp(layer, after.flatten(0, 1), flat).squeeze(1).unflatten(0, leaving.shape[:2])
+            G_y = own + mlp_vjp(layer, after, slopes, flat).squeeze(1).unflatten(0, leaving.shape[:2])
             G_o = by_head(product(G_y, layer.out), tower.n_heads).transpose(1, 2)  # B H N Dh
             targets.append((G_o @ v.mT).clamp(min=0).mean(2))
         yield torch.stack(targets, 1)

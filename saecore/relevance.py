@@ -94,14 +94,12 @@ def contrib(batch: Batch) -> Maps:
     tower, trace = batch.tower, batch.trace
     direction, constant = tower.pull_back(batch.read_outs, trace.cls_final, batch.options.norm == "exact")
     path = tower.path()
-    first = len(path) - (batch.options.layers or len(path))
-    own_path = trace.cls_before[0].float()
+    layers = batch.options.layers or len(path)
+    own_path = trace.cls_before[-layers].float()  # with all that layers add that are not looked at
     tokens_BkHN = _no_tokens(batch)
-    for index, (layer, v, A) in enumerate(zip(path, trace.values, trace.cls_attention, strict=True)):
-        leaving = trace.cls_before[index + 1] if index + 1 < len(path) else trace.cls_final
-        if index < first:  # not looked at: all that this layer adds is remainder
-            own_path = own_path + leaving.float() - trace.cls_before[index].float()
-            continue
+    for index in range(-layers, 0):
+        layer, v, A = path[index], trace.values[index], trace.cls_attention[index]
+        leaving = trace.cls_final if index == -1 else trace.cls_before[index + 1]
         own_path = own_path + layer.out_bias.float() + leaving.float() - trace.cls_after[index].float()
         target_BkD = direction.to(v.dtype) @ layer.out
         v_BNHD = by_head(v, tower.n_heads)
@@ -209,7 +207,7 @@ def _gradients(batch: Batch, layers: int) -> Iterator[tuple[int, Tensor, Tensor]
 
 def _no_tokens(batch: Batch) -> Tensor:
     """Zeros to sum into, (B, k, 1, N): heads are summed over, or broadcast."""
-    shape = (*batch.read_outs.shape[:2], 1, batch.trace.values[0].shape[1])
+    shape = (*batch.read_outs.shape[:2], 1, batch.trace.values[-1].shape[1])
     return torch.zeros(shape, device=batch.read_outs.device)
 
 

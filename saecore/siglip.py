@@ -66,7 +66,8 @@ class SiglipTower(ImageTower):
     def embed_alone(self, tokens: Tensor) -> Tensor:
         """See `ImageTower.embed_alone`: as if the pooling looked at that token alone."""
         v = self._projected(2, self.vision.post_layernorm(tokens))
-        return self._through_mlp(self.vision.head.attention.out_proj(v))
+        a = self.vision.head.attention.out_proj(v).float()
+        return self._out_of_mlp(a, self._into_mlp(a))
 
     def pull_back(self, read_outs: Tensor, cls: Tensor, exact: bool = False) -> ReadOut:
         """See `ImageTower.pull_back`: nothing lies between."""
@@ -79,7 +80,8 @@ class SiglipTower(ImageTower):
         """
         for tokens in reversed(trace.tokens[-layers:]):
             step = self._pool(tokens)
-            yield within_layer(self.path()[0], self.n_heads, step.after[:, 0], step.v, read_outs).D.clamp(min=0)
+            layer, after, inner = self.path()[0], step.after[:, 0], step.inner[:, 0]
+            yield within_layer(layer, self.n_heads, after, inner, step.v, read_outs).D.clamp(min=0)
 
     def _steps(self, hidden: Tensor, whole: bool = False, weights: "list[Tensor] | None" = None) -> Iterator[Step]:
         for step in super()._steps(hidden, whole, weights):
@@ -92,15 +94,21 @@ class SiglipTower(ImageTower):
         probe = self.vision.head.probe.to(normed.dtype).expand(len(hidden), -1, -1)
         q, k, v = (self._projected(part, x) for part, x in enumerate((probe, normed, normed)))
         after = self.vision.head.attention.out_proj(self._mixed(q, k, v, weights)).float()
-        return Step(hidden, torch.zeros_like(after), after, self._through_mlp(after), q, k, v)
+        inner = self._into_mlp(after)
+        return Step(hidden, torch.zeros_like(after), after, inner, self._out_of_mlp(after, inner), q, k, v)
 
     def _projected(self, part: int, tokens: Tensor) -> Tensor:
         """Queries, keys or values (part 0, 1 or 2), whose weights nn.MultiheadAttention holds in one."""
         attention = self.vision.head.attention
         return linear(tokens, attention.in_proj_weight.chunk(3)[part], attention.in_proj_bias.chunk(3)[part])
 
-    def _through_mlp(self, pooled: Tensor) -> Tensor:
-        """a -> a + MLP(LN'(a)), float32."""
-        a = pooled.float()
-        left: Tensor = a + self.vision.head.mlp(self.vision.head.layernorm(a))
+    def _into_mlp(self, a: Tensor) -> Tensor:
+        """a -> what MLP(LN'(a)) gives its activation function, float32."""
+        inner: Tensor = self.vision.head.mlp.fc1(self.vision.head.layernorm(a))
+        return inner
+
+    def _out_of_mlp(self, a: Tensor, inner: Tensor) -> Tensor:
+        """The same -> a + MLP(LN'(a)), float32."""
+        mlp = self.vision.head.mlp
+        left: Tensor = a + mlp.fc2(mlp.activation_fn(inner))
         return left

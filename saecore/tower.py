@@ -27,7 +27,8 @@ SINK_DEVIATIONS = 4.0
 
 
 class Trace(NamedTuple):
-    """What one forward leaves for relevance maps. Lists have one entry a layer that the query passes, first layer first."""
+    """What one forward leaves for relevance maps. Lists have one entry a layer that the query passes, first layer first; those
+    of values, attention, queries and keys begin at the first layer that was asked for, so count layers from the last."""
 
     values: list[Tensor]
     """(B, N, D) value vectors of all tokens, heads side by side."""
@@ -37,6 +38,8 @@ class Trace(NamedTuple):
     """(B, D) the query's residual stream entering the layer."""
     cls_after: list[Tensor]
     """(B, D) the same between attention and MLP."""
+    cls_inner: list[Tensor]
+    """(B, 4 D) the same inside the MLP, before its activation function: one row, but a product with few rows is slow."""
     cls_final: Tensor
     """(B, D) the same leaving the last layer, before the final LayerNorm if there is one."""
     sinks: Tensor
@@ -58,6 +61,8 @@ class Step(NamedTuple):
     """(B, n, D) those of the queries."""
     after: Tensor
     """(B, n, D) the same between attention and MLP."""
+    inner: Tensor
+    """(B, n, 4 D) the same inside the MLP, before its activation function."""
     leaving: Tensor
     """(B, n, D)."""
     q: Tensor
@@ -179,31 +184,40 @@ class ImageTower(nn.Module):
         scaled = (pixels.float() * self.rescale - self.mean) / self.std
         return scaled.permute(0, 3, 1, 2).to(self.vision.embeddings.patch_embedding.weight.dtype)
 
-    def forward(self, pixels: Tensor, keys: bool = False, tokens: int = 0) -> tuple[Tensor, Trace]:
+    def forward(
+        self, pixels: Tensor, layers: int | None = None, keys: bool = False, tokens: int = 0
+    ) -> tuple[Tensor, Trace]:
         """uint8 pixels (B, height, width, 3) -> float32 embedding (B, E), not L2-normalised, and the trace.
 
-        keys, tokens: what the trace holds beside the rest; of `tokens` the last so many. With any of those, the last layer
-        computes all tokens.
+        layers: of how many last layers that the query passes the trace holds values, attention and queries; all, if None.
+        keys: theirs too. tokens: how many last residual streams it holds; with any, the last layer computes all tokens.
         """
-        norms, kept, all_keys, looks = list[Tensor](), list[Tensor](), list[Tensor](), list[tuple[Tensor, ...]]()
+        trace = Trace([], [], [], [], [], pixels, pixels, [], [], [])
+        looks_end = self.looks_from + len(self.path())
+        norms: list[Tensor] = []
         for index, step in enumerate(self._steps(self.first_tokens(pixels), whole=tokens > 0)):
             if index >= self.n_layers // 2:
                 patches = step.entering[:, self.n_own :]
                 norms.append(torch.linalg.vector_norm(patches, dim=-1, dtype=torch.float32))
             if index + tokens > self.n_layers:
-                kept.append(step.entering)
-            if index >= self.looks_from:
-                # clones, since a view would keep every layer's whole residual stream in memory
-                before, after, query = (part[:, 0].clone() for part in (step.before, step.after, step.q))
-                looks.append((step.v, self._attention_row(query, step.k), before, after, query))
+                trace.tokens.append(step.entering)
+            if index < self.looks_from:
+                continue
+            # clones, since a view would keep every layer's whole residual stream in memory
+            trace.cls_before.append(step.before[:, 0].clone())
+            trace.cls_after.append(step.after[:, 0].clone())
+            trace.cls_inner.append(step.inner[:, 0].clone())
+            if layers is None or index + layers >= looks_end:
+                query = step.q[:, 0].clone()
+                trace.values.append(step.v)
+                trace.cls_attention.append(self._attention_row(query, step.k))
+                trace.cls_query.append(query)
                 if keys:
-                    all_keys.append(step.k)
-        if len(kept) < tokens:  # what leaves the last layer has entered a pooling already, where there is one
-            kept.append(step.leaving)
+                    trace.keys.append(step.k)
+        if len(trace.tokens) < tokens:  # what leaves the last layer has entered a pooling already, where there is one
+            trace.tokens.append(step.leaving)
         final = step.leaving[:, 0]
-        values, attention, befores, afters, queries = (list(column) for column in zip(*looks, strict=True))
-        trace = Trace(values, attention, befores, afters, final, _outliers(norms), all_keys, queries, kept)
-        return self.embed_cls(final), trace
+        return self.embed_cls(final), trace._replace(cls_final=final, sinks=_outliers(norms))
 
     def embed(self, pixels: Tensor) -> Tensor:
         """The embedding alone: the plain forward that the cost of maps is measured against."""
@@ -244,8 +258,9 @@ class ImageTower(nn.Module):
         for index, layer in enumerate(self.vision.encoder.layers):
             rows = None if whole or index + 1 < self.n_layers else self.n_own or None
             after, q, k, v = self.attend(index, hidden, rows, weights)
-            leaving = after + layer.mlp(layer.layer_norm2(after))
-            yield Step(hidden, hidden[:, :rows], after, leaving, q, k, v)
+            inner = layer.mlp.fc1(layer.layer_norm2(after))
+            leaving = after + layer.mlp.fc2(layer.mlp.activation_fn(inner))
+            yield Step(hidden, hidden[:, :rows], after, inner, leaving, q, k, v)
             hidden = leaving
 
     def _mixed(self, q: Tensor, k: Tensor, v: Tensor, weights: "list[Tensor] | None") -> Tensor:
@@ -267,7 +282,9 @@ class ImageTower(nn.Module):
     def _attention_row(self, q: Tensor, k: Tensor) -> Tensor:
         """softmax(s q k') of one query (B, D) over keys (B, N, D), float32 (B, H, N)."""
         q_BHD, k_BNHD = (t.unflatten(-1, (self.n_heads, -1)).float() for t in (q, k))
-        return torch.softmax((k_BNHD.transpose(1, 2) @ q_BHD[..., None]).squeeze(-1) * self.scale, dim=-1)
+        # one row a head: as a product of matrices this would copy all keys
+        scores = (k_BNHD.transpose(1, 2) * q_BHD[:, :, None]).sum(-1)
+        return torch.softmax(scores * self.scale, dim=-1)
 
 
 def _outliers(norms: list[Tensor]) -> Tensor:

@@ -60,11 +60,11 @@ def assert_equal(tower: ClipTower, sae: SAE, pixels: Tensor, latents: Tensor, ex
         w = sae.read_outs(latents)[0]
         found = {index: D for index, D, _ in attention_gradients(tower, trace, w, len(expected), exact)}
         last = next(attention_gradients(tower, tower(pixels)[1], w, 1, exact))  # one layer needs no keys
-    assert sorted(found) == list(range(len(expected)))
-    for index, D in enumerate(expected):
+    assert sorted(found) == list(range(-len(expected), 0))
+    for index, D in zip(sorted(found), expected, strict=True):
         error = (found[index] - D).abs().max() / D.abs().max()
         assert error < 1e-5, (index, float(error))
-    torch.testing.assert_close(last[1], found[len(expected) - 1])
+    torch.testing.assert_close(last[1], found[-1])
 
 
 @pytest.mark.parametrize("exact", [False, True])
