@@ -1,4 +1,4 @@
-"""A run -> something to look at: map overlays, a preview picture, and the summary that ends a job.
+"""A run -> something to look at: a preview picture, and the summary that ends a job.
 
 Left out: pages for every latent and image.
 """
@@ -10,39 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from saecore import images, runs, shards
+from saecore import display, images, runs, shards
 from saecore.storage import filesystem_of, join_uri, write_atomic
-
-# Blue-orange keeps its two ends apart for every common kind of colour blindness; centred at no colour at all.
-POSITIVE = np.array([226, 88, 12], np.float32)
-NEGATIVE = np.array([24, 90, 219], np.float32)
-MOST_OPAQUE = 0.8
-
-
-def overlay(picture: np.ndarray, relevance: np.ndarray, limit: float, smooth: bool = True) -> np.ndarray:
-    """A signed map over the picture it explains: orange where it is positive, blue where negative, clear at zero.
-
-    picture: uint8 (height, width, 3), the crop that CLIP saw. relevance: float (H, W) patch grid. limit: the |relevance|
-    of full colour; share it between maps that are to be compared. smooth: bilinear between patch centres, else nearest.
-    Returns uint8 (height, width, 3).
-    """
-    height, width = picture.shape[:2]
-    way = cv2.INTER_LINEAR if smooth else cv2.INTER_NEAREST
-    spread = cv2.resize(relevance.astype(np.float32), (width, height), interpolation=way)
-    strength = np.clip(np.abs(spread) / max(limit, np.finfo(np.float32).tiny), 0, 1)[..., None]
-    # Pale grey under the colours: an orange object must not be taken for relevance.
-    grey = picture.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
-    base = 80 + 0.65 * np.repeat(grey[..., None], 3, axis=2)
-    colour = np.where(spread[..., None] > 0, POSITIVE, NEGATIVE)
-    opacity = MOST_OPAQUE * strength
-    return np.clip(base * (1 - opacity) + colour * opacity, 0, 255).astype(np.uint8)
 
 
 class Example(NamedTuple):
@@ -97,29 +72,18 @@ def _chunk_table(run: runs.Run, name: str, chunk_id: int) -> pa.Table:
     return pq.read_table(path, filesystem=filesystem)
 
 
-def preview(found: list[Example], side: int = 232, gap: int = 12) -> Image.Image:
+def preview(found: list[Example], side: int = 232) -> Image.Image:
     """One row per image: the crop that CLIP saw, then the maps of its strongest latents on a scale shared in the row."""
-    caption = 22
-    columns = 1 + max(len(example.targets) for example in found)
-    size = (gap + columns * (side + gap), gap + len(found) * (side + caption + gap) + caption)
-    sheet = Image.new("RGB", size, (255, 255, 255))
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
-    for line, example in enumerate(found):
-        picture = np.asarray(Image.fromarray(example.picture).resize((side, side), Image.Resampling.BICUBIC))
-        limit = float(np.abs(example.maps).max())
-        tiles = [picture, *(overlay(picture, relevance, limit) for relevance in example.maps)]
-        texts = [example.key.rsplit("/", 1)[-1][-32:]]
-        texts += [
-            f"{target[-26:]}   {value:.2f}"
-            for target, value in zip(example.targets, example.pre_activations, strict=True)
+    rows: list[list[display.Tile]] = []
+    for example in found:
+        picture, limit = display.resized(example.picture, side), display.shared_limit(example.maps)
+        named = zip(example.targets, example.pre_activations, example.maps, strict=True)
+        maps = [
+            (display.overlay(picture, relevance, limit), f"{target[-26:]}   {value:.2f}")
+            for target, value, relevance in named
         ]
-        for column, (tile, text) in enumerate(zip(tiles, texts, strict=True)):
-            left, top = gap + column * (side + gap), gap + line * (side + caption + gap)
-            sheet.paste(Image.fromarray(tile), (left, top))
-            draw.text((left, top + side + 3), text, fill=(60, 60, 60), font=font)
-    legend = "orange adds to the target, blue takes away from it; one scale per row"
-    draw.text((gap, size[1] - caption), legend, fill=(60, 60, 60), font=font)
-    return sheet
+        rows.append([(picture, example.key.rsplit("/", 1)[-1][-32:]), *maps])
+    return display.mosaic(rows, foot="orange adds to the target, blue takes away from it; one scale per row")
 
 
 def write_preview(run: runs.Run, n_images: int = 3, n_maps: int = 3) -> str | None:
@@ -127,10 +91,8 @@ def write_preview(run: runs.Run, n_images: int = 3, n_maps: int = 3) -> str | No
     found = list(examples(run, n_images, n_maps))
     if not found:
         return None
-    sink = pa.BufferOutputStream()
-    preview(found).save(sink, "PNG", optimize=True)
     address = join_uri(run.uri, "preview.png")
-    write_atomic(address, sink.getvalue())
+    write_atomic(address, display.png(preview(found)))
     return address
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 # A module imports from the lines above its own only.
 ORDER = [
-    ["storage", "schema", "spec", "methods", "kernels", "demo.scenes"],
+    ["storage", "schema", "spec", "methods", "kernels", "display", "localisation", "demo.scenes"],
     ["listing", "images", "isolation", "runs", "recipe"],
     ["shards", "clip", "sae", "memmaps", "embeddings", "latents", "contrast"],
     ["formats", "cls_path", "targets", "text", "quality", "objectives"],
