@@ -40,13 +40,23 @@ def merge(run_uri: str, table: pa.Table) -> pa.Table:
     if before is None:
         before = pa.table({"latent": latent})
     every = pc.unique(pa.chunked_array([*before["latent"].chunks, *latent.chunks]))
-    every = every.take(pc.sort_indices(every))
-    columns = {"latent": every}
-    # By position and not by a join: Arrow's knows no columns of lists.
-    for source, its_latents in ((before, before["latent"]), (table, latent)):
-        place = pc.index_in(every, its_latents)
-        columns |= {name: source[name].take(place) for name in source.column_names if name != "latent"}
+    merged = pa.table({"latent": every.take(pc.sort_indices(every))})
+    kept = [name for name in before.column_names if name not in table.column_names]
+    merged = lookup(merged, before.select(["latent", *kept]), "latent")
+    merged = lookup(merged, table.set_column(table.column_names.index("latent"), "latent", latent), "latent")
     metadata = {**(before.schema.metadata or {}), **(table.schema.metadata or {})}
-    merged = pa.table(columns).replace_schema_metadata(metadata)
+    merged = merged.replace_schema_metadata(metadata)
     write_atomic(join_uri(run_uri, NAME), parquet_bytes(merged, ROW_GROUP_ROWS))
     return merged
+
+
+def lookup(table: pa.Table, more: pa.Table, key: str) -> pa.Table:
+    """`table` with the other columns of `more`'s row of the same key: the first of several, null where there is none.
+
+    By position and not by `Table.join`, which knows no columns of lists.
+    """
+    place = pc.index_in(table[key], more[key])
+    for name in more.column_names:
+        if name != key:
+            table = table.append_column(name, more[name].take(place))
+    return table

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset
@@ -96,7 +97,7 @@ class Run:
 
     def plan(self) -> pa.Table:
         """All chunks."""
-        return _read_parquet(self.uri, "plan.parquet")
+        return read_plan(self.uri)
 
     def commits(self) -> list[Commit]:
         """The valid commit records, in the order of their chunks."""
@@ -249,17 +250,32 @@ def refuse_other(uri: str, before: Mapping[str, Any], parts: Mapping[str, Any]) 
         )
 
 
-def dataset(uri: str, table: str) -> pyarrow.dataset.Dataset:
-    """One table of a complete run, through its manifest: `images`, `activations` or `maps`."""
-    manifest = _read_parquet(uri, "manifest.parquet")
+def read_plan(uri: str) -> pa.Table:
+    """All chunks of a run (schema.PLAN)."""
+    return _read_parquet(uri, "plan.parquet")
+
+
+def read_manifest(uri: str) -> pa.Table:
+    """Every file of a complete run (MANIFEST)."""
+    return _read_parquet(uri, "manifest.parquet")
+
+
+def of_chunks(manifest: pa.Table, chunk_ids: np.ndarray) -> pa.Table:
+    """The rows of a manifest that are of some chunks."""
+    return manifest.filter(pc.is_in(manifest["chunk_id"], pa.array(chunk_ids, pa.int64())))
+
+
+def dataset(uri: str, table: str, manifest: pa.Table | None = None) -> pyarrow.dataset.Dataset:
+    """One table of a complete run, `images`, `activations` or `maps`, through its manifest, or those rows of it."""
+    held = read_manifest(uri) if manifest is None else manifest
     filesystem, root = filesystem_of(uri)
-    names = manifest.filter(pc.equal(manifest["table"], table))["path"].to_pylist()
+    names = held.filter(pc.equal(held["table"], table))["path"].to_pylist()
     return pyarrow.dataset.dataset([f"{root}/{name}" for name in names], filesystem=filesystem, format="parquet")
 
 
 def scan(uri: str, table: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
     """Some columns of a complete run's table, in the order of its chunks and of the images in each, a few rows at a time."""
-    manifest = _read_parquet(uri, "manifest.parquet")
+    manifest = read_manifest(uri)
     for name in manifest.filter(pc.equal(manifest["table"], table))["path"].to_pylist():
         filesystem, path = filesystem_of(join_uri(uri, name))
         with pq.ParquetFile(path, filesystem=filesystem) as file:

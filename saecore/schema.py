@@ -140,6 +140,33 @@ TEXTS = pa.schema(
     ]
 )
 
+# One row per latent, written by jobs.index; jobs.name adds what it is called. It fires for an image where it is kept with an
+# activation other than zero.
+LATENTS = pa.schema(
+    [
+        pa.field("latent", pa.int32(), nullable=False),
+        pa.field("images", pa.int64()),  # for which it fires
+        pa.field("rate", pa.float64()),  # of all images that were not refused
+        pa.field("dead", pa.bool_()),  # it fires for none
+        pa.field("mean", pa.float32()),  # of its activations where it fires, as all that follow
+        pa.field("max", pa.float32()),
+        pa.field("q05", pa.float32()),  # quantiles
+        pa.field("q25", pa.float32()),
+        pa.field("median", pa.float32()),
+        pa.field("q75", pa.float32()),
+        pa.field("q95", pa.float32()),
+        pa.field("maps", pa.int64()),  # with positive relevance
+        pa.field(
+            "extent", pa.float32()
+        ),  # mean of these maps' extents (`saecore.indexing.extent`): 1 / P is one patch, 1 all
+        pa.field("top_images", pa.list_(pa.int64())),  # image_id, strongest first
+        pa.field("top_activations", pa.list_(pa.float32())),
+        pa.field("co_latents", pa.list_(pa.int32())),  # that fire for the same images, by Jaccard index
+        pa.field("co_share", pa.list_(pa.float32())),  # of this latent's images, those where the other fires too
+        pa.field("co_lift", pa.list_(pa.float32())),  # times as often as if the two were independent
+    ]
+)
+
 
 def explained_schema(n_patches: int) -> pa.Schema:
     """One row per image: the IMAGES columns, and its rows of ACTIVATIONS and MAPS nested (null where refused).

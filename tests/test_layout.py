@@ -13,13 +13,15 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     ["storage", "schema", "spec", "methods", "kernels", "display", "localisation", "demo.scenes"],
     ["listing", "images", "isolation", "runs", "recipe"],
-    ["shards", "clip", "sae", "memmaps", "embeddings", "latents", "contrast"],
+    ["shards", "clip", "sae", "memmaps", "embeddings", "latents", "contrast", "by_latent"],
+    ["tables", "indexing", "synthetic"],
     ["formats", "cls_path", "targets", "text", "quality", "objectives"],
     ["checkpoints", "mean_token", "trainer", "naive"],
     ["relevance", "training"],
     ["reruns"],
     ["inference"],
     ["stages", "results"],
+    ["statistics"],
     ["report", "demo.lessons"],
     ["demo.figures"],
     ["demo.build"],
@@ -62,7 +64,7 @@ def test_no_job_imports_another() -> None:
         assert others <= {"jobs.session", "jobs.pipeline"}, path
 
 
-@pytest.mark.parametrize("job", ["explain", "embed", "train", "measure", "benchmark"])
+@pytest.mark.parametrize("job", ["explain", "embed", "train", "measure", "benchmark", "index", "query"])
 def test_the_command_line_loads_neither_pytorch_nor_ray(job: str) -> None:
     """So that --help and a wrong argument answer at once, and workers that decode start in a second."""
     code = f"import sys, jobs.{job}; print(sorted({{'torch', 'transformers', 'ray'}} & set(sys.modules)))"

@@ -1,0 +1,146 @@
+"""A finished run to by_latent/ and the statistics of latents.parquet, so that one latent is one small read.
+
+    python -m jobs.index runs/photos
+    ray job submit --working-dir . -- python -m jobs.index s3://bucket/run --segments 16
+
+    plan -> sort new chunks by latent, copy what showing the first images takes (`saecore.indexing`) -> index -> statistics
+
+The same command again does nothing, or, for a run that grew, what is new. One machine sorts out of core and does for 10^8
+images (BENCHMARKS.md); `--segments` above 1 sorts parts side by side on Ray, and a look-up then reads one place in each.
+"""
+
+import dataclasses
+import functools
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from jobs import session
+from saecore import by_latent, indexing, latents, results, runs, statistics
+from saecore.by_latent import Segment
+from saecore.storage import join_uri, resolved
+from saecore.tables import read_record
+
+Build = Callable[[np.ndarray, indexing.Budget], Segment]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Sort a finished run by latent, and count what each latent does."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """Folder of a complete run of jobs.explain, local or s3:// or gs://."""
+    top: int = 100
+    """Images per latent whose maps and names are copied beside each other."""
+    segments: int = 1
+    """Parts in which new chunks are sorted; above 1 on Ray, side by side."""
+    memory: float = 2.0
+    """GB that DuckDB may hold for one part; the process takes up to 1 GB more, and the rest goes to --folder."""
+    threads: int = 0
+    """CPU threads for one part; 0 is all of this machine, or 1 on Ray."""
+    folder: str = ""
+    """Where to put what does not fit into --memory: a fast disk; nothing is a temporary folder."""
+    rebuild: bool = False
+    """Index everything again, whatever is there."""
+
+    def check(self) -> None:
+        """See `session.Checked.check`."""
+        for name, least in (("top", statistics.LISTED_IMAGES), ("segments", 1), ("threads", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be at least {least}")
+        if self.memory < 0.5:
+            raise ValueError(f"--memory {self.memory:g}: must be at least 0.5 GB")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    return session.run_job(lambda: index(sys.argv[1:] if argv is None else list(argv)))
+
+
+def index(argv: list[str]) -> int:
+    """Check everything, index what is new, count, say what came of it."""
+    with session.mistakes():
+        arguments = session.parse(Arguments, argv, "jobs.index")
+        record = read_record(arguments.run)
+        before = None if arguments.rebuild else by_latent.read_index(arguments.run, record["fingerprint"])
+        plan = indexing.plan(runs.read_manifest(arguments.run), before, arguments.top, arguments.segments)
+        if arguments.segments > 1:
+            connect(arguments)
+    build = functools.partial(
+        indexing.build_segment, resolved(arguments.run), record["fingerprint"], record["n_latents"], arguments.top
+    )
+    if before is not None and not plan.groups and plan.kept == before.segments:
+        held = before
+    else:
+        started, make = time.perf_counter(), on_ray if arguments.segments > 1 else in_process
+        made = make(build, plan.groups, arguments)
+        held = by_latent.Index(record["fingerprint"], arguments.top, [*plan.kept, *made])
+        by_latent.write_index(arguments.run, held)
+        print(outline(made, held, time.perf_counter() - started), flush=True)
+    started = time.perf_counter()
+    if not statistics.written(arguments.run, held):
+        run = results.open(arguments.run)
+        statistics.write(run)
+        seconds, where = time.perf_counter() - started, join_uri(arguments.run, latents.NAME)
+        print(f"counted       {run.n_latents:,} latents in {seconds:.1f} s: {where}")
+    elif held is before:
+        print(f"{arguments.run} is indexed: nothing to do")
+    return 0
+
+
+def in_process(build: Build, groups: list[np.ndarray], arguments: Arguments) -> list[Segment]:
+    """One segment after the other."""
+    budget = indexing.Budget(arguments.memory, arguments.threads, arguments.folder)
+    return [build(group, budget) for group in groups]
+
+
+def on_ray(build: Build, groups: list[np.ndarray], arguments: Arguments) -> list[Segment]:
+    """Each segment a task of its own."""
+    import ray
+
+    threads = arguments.threads or 1
+    budget = indexing.Budget(arguments.memory, threads, arguments.folder)
+    task = ray.remote(num_cpus=threads, memory=needed(arguments))(lambda group: build(group, budget))
+    return ray.get([task.remote(group) for group in groups])
+
+
+def connect(arguments: Arguments) -> None:
+    """Join or start Ray; ValueError if none of its nodes can take a segment: its task would wait for ever."""
+    session.connect(replicas=1)
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if max(node.get("memory", 0) for node in nodes) < needed(arguments):
+        raise ValueError(
+            f"--memory {arguments.memory:g}: no node of this cluster has {needed(arguments) / 1e9:g} GB for Ray"
+        )
+    if max(node.get("CPU", 0) for node in nodes) < arguments.threads:
+        raise ValueError(f"--threads {arguments.threads}: no node of this cluster has that many CPUs")
+
+
+def needed(arguments: Arguments) -> int:
+    """Bytes that one segment takes, on Ray's books."""
+    return int((arguments.memory + 1) * 1e9)
+
+
+def outline(made: list[Segment], held: by_latent.Index, seconds: float) -> str:
+    """What was indexed, as a person reads it."""
+    rows = sum(file.rows for segment in made for file in segment.rows)
+    size = {
+        name: sum(file.bytes for segment in held.segments for file in getattr(segment, name))
+        for name in ("rows", "top")
+    }
+    chunks = sum(last - first + 1 for segment in made for first, last in segment.chunks)
+    return (
+        f"indexed       {rows:,} rows of {chunks:,} chunks in {seconds:.1f} s, {rows / seconds:,.0f} rows/s\n"
+        f"on disk       {by_latent.ROWS} {size['rows'] / 1e6:,.1f} MB, {by_latent.TOP} {size['top'] / 1e6:,.1f} MB, "
+        f"in {len(held.segments)} segments"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

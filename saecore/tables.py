@@ -1,0 +1,123 @@
+"""A finished run as tables: which files hold what, through its manifest and, where there is one, its index.
+
+Image to chunk is arithmetic on the plan, chunk to file the manifest's business, so that the rows of some images are read from
+the files that hold them and no others.
+"""
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset
+import pyarrow.fs
+
+from saecore import by_latent, latents, runs
+from saecore.by_latent import Reader
+from saecore.schema import INDEX_BITS
+from saecore.storage import filesystem_of, join_uri
+
+
+def read_record(uri: str) -> dict[str, Any]:
+    """run.json of a complete run of jobs.explain; ValueError if there is none at `uri`."""
+    filesystem, path = filesystem_of(join_uri(uri, "run.json"))
+    if filesystem.get_file_info(path).type != pyarrow.fs.FileType.File:
+        raise ValueError(f"{uri} holds no run: there is no run.json")
+    with filesystem.open_input_stream(path) as stream:
+        record: dict[str, Any] = json.loads(stream.read())
+    if record["parts"].get("kind", "explain") != "explain":
+        raise ValueError(f"{uri} is a run of another job and holds no latents: jobs.explain makes those")
+    if record["status"] != "complete":
+        raise ValueError(f"{uri} is not complete; the command that began it, given again, ends it: {record['command']}")
+    return record
+
+
+class Tables:
+    """The tables of the run at `uri`. Files are opened when they are asked for, footers are kept. For one thread at a time."""
+
+    def __init__(self, uri: str, record: Mapping[str, Any]) -> None:
+        self.uri = uri
+        self.n_latents: int = record["n_latents"]
+        self.manifest = runs.read_manifest(uri).drop_columns(["bytes", "sha256"])
+        self.index = by_latent.read_index(uri, record["fingerprint"])
+        """None where there is none."""
+        self.reader = None if self.index is None else Reader(uri, self.index)
+        covered = np.zeros(0, np.int64) if self.index is None else self.index.chunk_ids()
+        self.not_indexed = np.setdiff1d(self.manifest["chunk_id"].to_numpy(), covered)
+        """Chunk ids."""
+
+    def files(self, table: str, chunk_ids: np.ndarray | None = None) -> pyarrow.dataset.Dataset:
+        """`images`, `activations` or `maps`: of all chunks, or of some."""
+        held = self.manifest if chunk_ids is None else runs.of_chunks(self.manifest, chunk_ids)
+        return runs.dataset(self.uri, table, held)
+
+    @functools.cached_property
+    def datasets(self) -> dict[str, pyarrow.dataset.Dataset]:
+        """`images`, `activations` and `by_latent`; `maps` and `top_images` where there are some.
+
+        by_latent: the sorted files, and of the chunks that they do not cover the activations as they lie.
+        """
+        found = {table: self.files(table) for table in self.manifest["table"].unique().to_pylist()}
+        filesystem, root = filesystem_of(self.uri)
+        indexed = {} if self.reader is None else self.reader.paths()
+        paths = {name: [f"{root}/{path}" for path in held] for name, held in indexed.items()}
+        waiting = self.files("activations", self.not_indexed).files if len(self.not_indexed) else []
+        paths["by_latent"] = [*paths.get("by_latent", []), *waiting] or found["activations"].files
+        for name, held in paths.items():
+            if held:
+                found[name] = pyarrow.dataset.dataset(held, filesystem=filesystem, format="parquet")
+        return found
+
+    @functools.cached_property
+    def latents(self) -> pa.Table:
+        """latents.parquet; where nothing was written yet, the numbers of the latents alone."""
+        found = latents.read(self.uri)
+        return pa.table({"latent": pa.array(range(self.n_latents), pa.int32())}) if found is None else found
+
+    @functools.cached_property
+    def _database(self) -> duckdb.DuckDBPyConnection:
+        # Row order is nobody's promise here; nothing is fetched from a network.
+        database = duckdb.connect(config={"autoinstall_known_extensions": False, "preserve_insertion_order": False})
+        for name, dataset in self.datasets.items():
+            database.register(name, dataset)
+        database.register("latents", self.latents)
+        return database
+
+    def sql(self, query: str, parameters: Sequence[Any] = (), **more: pa.Table) -> pa.Table:
+        """DuckDB's answer about `datasets`, `latents`, and `more` tables by name."""
+        for name, table in more.items():
+            self._database.register(name, table)
+        found = self._database.sql(query, params=list(parameters)).to_arrow_table()
+        for name in more:
+            self._database.unregister(name)
+        return found
+
+    @functools.cached_property
+    def _chunk_starts(self) -> tuple[np.ndarray, np.ndarray]:
+        """The plan's chunks in the order of their images: their first image_id, their chunk_id."""
+        plan = runs.read_plan(self.uri)
+        first = plan["shard_id"].to_numpy() << INDEX_BITS | plan["start"].to_numpy()
+        order = np.argsort(first)
+        return first[order], plan["chunk_id"].to_numpy()[order]
+
+    def rows(
+        self,
+        table: str,
+        image_ids: Sequence[int] | pa.ChunkedArray,
+        columns: Sequence[str],
+        condition: pyarrow.dataset.Expression | None = None,
+    ) -> pa.Table:
+        """`image_id` and these columns of the rows of some images, in any order: of the chunks that hold them, no others."""
+        first, chunk_ids = self._chunk_starts
+        wanted = np.asarray(image_ids, np.int64)
+        held = chunk_ids[np.maximum(np.searchsorted(first, wanted, "right") - 1, 0)]
+        these = pc.field("image_id").isin(pa.array(wanted))
+        # At least one file, for its schema.
+        dataset = self.files(table, np.unique(held) if len(held) else chunk_ids[:1])
+        return dataset.to_table(
+            columns=["image_id", *columns], filter=these if condition is None else these & condition
+        )
