@@ -29,6 +29,9 @@ DECOMPOSE = ("contrib", "contrib_grad")
 CAUSES = tuple(name for name in METHODS if name not in ("dense", "attention"))
 """Methods that say what a target depends on. `dense` shows an activation, `attention` knows nothing of the target."""
 
+UNITS = {name: "pre-activation" for name in (*DECOMPOSE, "dense", "occlusion")} | {"rollout": "share"}
+"""Of a method's values, where they have one; those in pre-activation units, in cosines where the target is a text, have signs."""
+
 CHOICES = {"norm": ("frozen", "exact"), "legrad_target": ("cls", "mean"), "dense": ("token", "value")}
 
 
