@@ -23,7 +23,7 @@ from jobs import pipeline, session
 from saecore import report, runs
 from saecore.demo import scenes
 from saecore.listing import list_shards
-from saecore.methods import DEFAULT_OPTIONS, Options, parse_methods, parse_targets
+from saecore.methods import DEFAULT_OPTIONS, Options, dtype_of, parse_methods, parse_targets
 from saecore.stages import Decode, Explain, ExplainConfig, load_models, load_words
 from saecore.storage import resolved
 
@@ -122,6 +122,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
     if targets.words:
         load_words(config, sae)  # so that a text tower that cannot be had is told now
     parts = pipeline.parts(arguments, shards, pool) | {
+        "dtype": dtype_of(pool.device, methods),
         "clip": tower.sha256()[:16],
         "sae": sae.sha256()[:16],
         "k": k,

@@ -25,6 +25,7 @@ from saecore import runs, schema
 from saecore.images import MAX_PIXELS
 from saecore.isolation import Suspects, Witness, pieces, refuse
 from saecore.listing import Shard
+from saecore.methods import dtype_of
 from saecore.shards import plan_chunks, read_chunk
 from saecore.stages import Decode
 from saecore.storage import resolved
@@ -239,7 +240,7 @@ def parts(arguments: Arguments, shards: Sequence[Shard], pool: session.Pool) -> 
     """What every run's fingerprint is made of, beside its models."""
     return {
         "schema": schema.VERSION,
-        "dtype": "bfloat16" if pool.device == "cuda" else "float32",
+        "dtype": dtype_of(pool.device),
         "max-pixels": arguments.max_pixels,
         "chunk-size": arguments.chunk_size,
         "limit": arguments.limit,

@@ -99,7 +99,7 @@ class OfMaps(Question):
     npy: str = ""
     """File to write the maps to, for np.load: float32 (maps, H, W), in the order of the table."""
 
-    columns = ("latent", "target", "method", "row", "column", "strongest", "sum", "remainder")
+    columns = ("latent", "target", "row", "column", "strongest", "sum", "remainder", "method")
 
     def ask(self, run: Results) -> pa.Table:
         """See `Question.ask`."""
@@ -181,6 +181,8 @@ class OfLatents(Question):
 
     by: str = "images"
     """Which column, largest first."""
+    least: bool = False
+    """Smallest first."""
     n: int = 20
     """Latents, at most."""
 
@@ -192,7 +194,8 @@ class OfLatents(Question):
         if self.by not in known:
             hint = "" if "images" in known else f"; python -m jobs.index {self.run} counts what they do"
             raise ValueError(f"--by {self.by}: known of latents is {', '.join(known)}{hint}")
-        return run.latents.sort_by([(self.by, "descending"), ("latent", "ascending")])[: self.n]
+        order = "ascending" if self.least else "descending"
+        return run.latents.sort_by([(self.by, order), ("latent", "ascending")])[: self.n]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,17 +272,15 @@ def show(answer: pa.Table, columns: Sequence[str]) -> None:
     if "bar" in columns:
         most = max(answer["images"].to_pylist(), default=0) or 1
         answer = answer.append_column("bar", [["#" * round(24 * n / most) for n in answer["images"].to_pylist()]])
-    known = [
-        name for name in columns if name in answer.column_names and answer[name].null_count < max(answer.num_rows, 1)
-    ]
-    wanted = known if columns else answer.column_names
+    empty = [name for name in answer.column_names if columns and 0 < answer.num_rows == answer[name].null_count]
+    wanted = [name for name in columns or answer.column_names if name in answer.column_names and name not in empty]
     cells = {name: [cell(value, name) for value in answer[name].to_pylist()] for name in wanted}
     table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, padding=(0, 2, 0, 0), show_edge=False)
     room = console.width
     shown: list[str] = []
     for name in wanted:
         room -= max(map(len, [name, *cells[name]])) + 2
-        if room < -2 and shown:
+        if room < 0 and shown:
             break
         shown.append(name)
         numbers = pa.types.is_integer(answer[name].type) or pa.types.is_floating(answer[name].type)
@@ -287,7 +288,7 @@ def show(answer: pa.Table, columns: Sequence[str]) -> None:
     for row in zip(*(cells[name] for name in shown), strict=True):
         table.add_row(*map(Text, row))
     console.print(table)
-    if hidden := [name for name in answer.column_names if name not in shown]:
+    if hidden := [name for name in answer.column_names if name not in shown and name not in empty]:
         console.print(Text(f"{answer.num_rows:,} rows; not shown: {', '.join(hidden)} (--json has them)"))
 
 

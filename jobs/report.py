@@ -4,7 +4,8 @@
     python -m jobs.report --run s3://bucket/run --out report --latents 1000 --images 2000
     python -m jobs.report --run runs/photos --serve        # http://127.0.0.1:8000
 
-    run -> what there is to see (`saecore.views`) -> pages (`saecore.pages`) -> files (`saecore.static`) or answers (`saecore.explorer`)
+    run -> what there is to see (`saecore.views`) -> pages (`saecore.pages`) -> files (`saecore.static`)
+                                                                             or answers (`saecore.explorer`)
 
 Pictures are read from the run's own input; one that is gone since is shown as not found.
 """
@@ -72,7 +73,8 @@ def write(run: Results, arguments: Arguments) -> int:
     for _ in pages.write(out):
         progress.add(1, 0)
     progress.close()
-    print(report.pages_written(pages.site, out, progress.seconds(), arguments.run))
+    missing = len(pages.site.missing)
+    print(report.pages_summary(out, len(pages.latents), len(pages.image_ids), len(pages.pictured) - missing, missing))
     return 0
 
 

@@ -144,8 +144,7 @@ def top_schema(held: Mapping[str, pyarrow.dataset.Dataset]) -> pa.Schema:
 
 def methods(schema: pa.Schema) -> list[str]:
     """How the maps of a run's file were computed, from its metadata; the first is what questions mean that name none."""
-    metadata = schema.metadata
-    return (metadata.get(b"methods") or metadata[b"method"]).decode().split(",")
+    return schema.metadata[b"methods"].decode().split(",")
 
 
 class Reader:

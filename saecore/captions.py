@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saecore.methods import DECOMPOSE, UNITS
+from saecore.methods import CAUSES, DECOMPOSE, UNITS
 from saecore.views import Bins, Map, Tile
-
 
 
 def number(value: float | None) -> str:
@@ -18,7 +17,7 @@ def number(value: float | None) -> str:
     size = abs(value)
     decimals = 0 if size >= 100 or not size else 1 if size >= 10 else 2 if size >= 1 else 3
     digits = f"{value:,.{decimals}f}" if size >= 0.1 or not size else f"{value:#.2g}"
-    return digits.replace("-", "−")
+    return digits.replace("-", "\N{MINUS SIGN}")
 
 
 def signed(value: float) -> str:
@@ -51,16 +50,16 @@ def caption(one: Map, method: str) -> str:
 def meaning(method: str, kind: str) -> str:
     """What the colours of a method's maps mean, and in which units."""
     if method == "attention":
-        return "orange: attention, whatever the target"
-    unit = UNITS.get(method, "no units")
-    if has_signs(method):
-        return f"orange adds, blue takes away; {'cosine' if kind == 'text' else unit}"
-    return f"orange: the target depends on it; {unit}"
+        return "orange: attention, whatever the target; no units"
+    if not has_signs(method):
+        return "orange: the target depends on it; no units"
+    colours = "orange adds, blue takes away" if method in CAUSES else "orange above zero, blue below"
+    return f"{colours}; {UNITS[method].replace('pre-activation units', 'cosine') if kind == 'text' else UNITS[method]}"
 
 
 def has_signs(method: str) -> bool:
-    """Whether its maps have values below zero."""
-    return UNITS.get(method) == "pre-activation"
+    """Whether its maps have values below zero: those that have units do."""
+    return method in UNITS
 
 
 class Bar(NamedTuple):
@@ -70,8 +69,8 @@ class Bar(NamedTuple):
     y: float
     width: float
     height: float
-    range: str
-    count: str
+    between: str
+    tally: str
     text: str
 
 
@@ -88,9 +87,7 @@ class Chart(NamedTuple):
     most: str
 
 
-def chart(
-    title: str, of: str, unit: str, bins: Bins, write: Callable[[float], str] = number, ticks: int = 2
-) -> Chart:
+def chart(title: str, of: str, unit: str, bins: Bins, write: Callable[[float], str] = number, ticks: int = 2) -> Chart:
     """A histogram of `of`, counted in `unit`; `write` makes words of an edge. Below it `ticks` steps are marked."""
     most, n = max([*bins.counts, 1]), len(bins.counts)
     step = 480 / max(n, 1)
@@ -103,11 +100,15 @@ def chart(
     peak = int(np.argmax(bins.counts))
     summary = (
         f"Histogram of {of}: {sum(bins.counts):,} {unit} from {write(bins.edges[0])} to {write(bins.edges[-1])}, "
-        f"most of them from {bars[peak].range}"
+        f"most of them from {bars[peak].between}"
     )
     low, high = bins.edges[0], bins.edges[-1]
     marks = [
-        (round(480 * mark / ticks, 1), write(low + (high - low) * mark / ticks), "start" if not mark else "middle" if mark < ticks else "end")
+        (
+            round(480 * mark / ticks, 1),
+            write(low + (high - low) * mark / ticks),
+            "start" if not mark else "middle" if mark < ticks else "end",
+        )
         for mark in range(ticks + 1)
     ]
     return Chart(title, of, unit, summary, bars, marks, f"{most:,} {unit}")

@@ -1,6 +1,6 @@
 """Relevance maps as pictures: overlays, what CLIP did not see, colour bars, labelled sheets. Pure functions on arrays.
 
-A map keeps its sign and its zero: orange adds to the pre-activation, blue takes away from it, no colour is zero, and full
+A map keeps its sign and its zero: orange adds to the target, blue takes away from it, no colour is zero, and full
 colour is a limit that maps share where they are to be compared (`shared_limit`). No map is stretched to its own range
 in silence.
 
@@ -31,7 +31,7 @@ INK = (60, 60, 60)
 LINE = 22
 """Height of a line of text, pixels."""
 
-MEANING = "orange adds to the pre-activation, blue takes away from it"
+MEANING = "orange adds to the target, blue takes away from it"
 
 Tile = tuple[np.ndarray, str]
 """A picture, uint8 (height, width, 3), and the words beneath it."""
@@ -188,6 +188,7 @@ def sheet(
     pictures: Sequence[np.ndarray],
     names: Sequence[str],
     methods: Sequence[str],
+    units: Sequence[str | None],
     maps: np.ndarray,
     remainders: np.ndarray,
     side: int = 176,
@@ -196,17 +197,17 @@ def sheet(
 ) -> Image.Image:
     """Targets in rows, methods in columns; the picture at the left of each row, a colour bar under each column.
 
-    pictures: of each row the crop that CLIP saw; names: its target. maps: float (rows, columns, H, W). remainders: float
-    (rows, columns), NaN where a method has no units. Maps in pre-activation units share one scale on the whole sheet, with
-    their sum and remainder beneath; a method without units has its own, shared by the rows. sinks: bool (H, W) of each row,
-    to be masked.
+    pictures: of each row the crop that CLIP saw; names: its target. units: of each method, or None. maps: float (rows, columns,
+    H, W). remainders: float (rows, columns), NaN where maps do not add up to their target. All maps in one unit share one
+    scale; a method without units has its own, shared by the rows. sinks: bool (H, W) of each row, to be masked.
     """
-    with_units = ~np.isnan(remainders).any(axis=0)
-    limits = []
-    for column, has_units in enumerate(with_units):
-        compared = maps[:, with_units] if has_units else maps[:, [column]]
+    limits, bars = [], []
+    for column, unit in enumerate(units):
+        alike = [unit == other if unit else column == place for place, other in enumerate(units)]
+        compared = maps[:, alike]
         masks = None if sinks is None else np.broadcast_to(np.stack(sinks)[:, None], compared.shape)
         limits.append(shared_limit(compared, sinks=masks))
+        bars.append((colour_bar(limits[-1], side, bool((compared < 0).any())), unit or "no units, own scale"))
     rows: list[list[Tile]] = []
     for row, (picture, name) in enumerate(zip(pictures, names, strict=True)):
         small = resized(picture, side)
@@ -214,8 +215,7 @@ def sheet(
         for relevance, remainder, limit in zip(maps[row], remainders[row], limits, strict=True):
             words = "" if np.isnan(remainder) else f"{relevance.sum():.2f}, remainder {remainder:.2f}"
             rows[-1].append((overlay(small, relevance, limit, smooth, None if sinks is None else sinks[row]), words))
-    units = ["pre-activation units" if has_units else "no units, own scale" for has_units in with_units]
-    bars = [colour_bar(limit, side, bool(has_units)) for limit, has_units in zip(limits, with_units, strict=True)]
-    rows.append([NOTHING, *zip(bars, units, strict=True)])
     foot = f"{MEANING}; under a map: the sum of its patches, and the remainder"
-    return mosaic(rows, ["", *methods], foot if sinks is None else foot + "; hatched: sinks, masked")
+    return mosaic(
+        [*rows, [NOTHING, *bars]], ["", *methods], foot if sinks is None else foot + "; hatched: masked sinks"
+    )

@@ -45,7 +45,9 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port))
     except OSError as error:
-        raise ValueError(f"--host {host} --port {port}: {error.strerror or error}; name another port, or 0 for any") from error
+        raise ValueError(
+            f"--host {host} --port {port}: {error.strerror or error}; name another port, or 0 for any"
+        ) from error
 
 
 def serve(run: Results, waiting: socket.socket, strongest: int) -> None:

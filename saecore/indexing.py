@@ -99,7 +99,7 @@ def build_segment(
             {ORDER}{", method" if "maps" in held else ""}"""
         for batch in database.sql(query).to_arrow_reader(16_384):
             top_images.add(batch)
-    extent = [round(value, 4) for value in extents.tolist()]
+    extent = [round(value, 6) for value in extents.tolist()]
     return Segment(name, by_latent.ranges(chunk_ids), digest, rows, top_images.close(), maps.tolist(), extent)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from saecore import relevance, reruns
 from saecore.clip import ImageTower
-from saecore.methods import DECOMPOSE, DEFAULT_OPTIONS, KEPT, Options, Wanted
+from saecore.methods import DECOMPOSE, DEFAULT_OPTIONS, KEPT, Options, Wanted, dtype_of
 from saecore.relevance import Batch, Maps
 from saecore.sae import SAE
 from saecore.targets import Targets, Words, no_words
@@ -113,12 +113,12 @@ Found = TypeVar("Found", Embedded, Findings)
 
 
 class _OnDevice(Generic[Found]):
-    """CLIP on its device: bfloat16 on CUDA, float32 on the CPU. What else a batch needs, and finds, is the subclass's."""
+    """CLIP on its device, in the precision that `dtype_of` says. What else a batch needs, and finds, is the subclass's."""
 
-    def __init__(self, tower: ImageTower, device: str) -> None:
+    def __init__(self, tower: ImageTower, device: str, methods: Sequence[str] = ()) -> None:
         self.device = torch.device(device)
         self.tower = tower.to(self.device)
-        if self.device.type == "cuda":
+        if dtype_of(self.device.type, methods) == "bfloat16":
             self.tower.run_in(torch.bfloat16)
 
     def __call__(self, pixels: np.ndarray) -> Found:
@@ -155,7 +155,7 @@ class Inference(_OnDevice[Findings]):
         words: Words | None = None,
         options: Options = DEFAULT_OPTIONS,
     ) -> None:
-        super().__init__(tower, device)
+        super().__init__(tower, device, methods)
         self.sae = sae.to(self.device)
         self.k, self.methods, self.options = k, tuple(methods), options
         self.kept = wanted.kept

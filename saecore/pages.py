@@ -226,13 +226,14 @@ class Site:
 
     def _drawn(self, sections: Sequence[Section]) -> tuple[list[Group], dict[str, Any]]:
         """Sections ready for a template, and what maps.js draws them from."""
-        groups, maps = [], []
+        groups, maps = list[Group](), list[dict[str, Any]]()
         shown = self.methods[0] if self.methods else ""
         for place, section in enumerate(sections):
             figures = []
             for tile in section.tiles:
                 said = {
-                    method: (captions.label(tile, one), captions.caption(one, method)) for method, one in tile.maps.items()
+                    method: (captions.label(tile, one), captions.caption(one, method))
+                    for method, one in tile.maps.items()
                 }
                 figures.append(Figure(len(maps), tile, *said.get(shown, ("", ""))))
                 by_method = {
@@ -240,7 +241,6 @@ class Site:
                     for method, one in tile.maps.items()
                 }
                 maps.append({"section": place, "sinks": tile.image.get("sinks") or [], "by": by_method})
-            limit = section.limits.get(shown, 0.0)
             meaning = captions.meaning(shown, section.kind)
             groups.append(Group(place, section.title, figures, bool(section.limits), meaning, None))
         held = [
@@ -267,7 +267,11 @@ class Site:
         refused, firing = sum(record["refused"].values()), len(self.views.by_rate)
         cards = [
             {"value": self.images, "unit": "images", "note": f"explained; {refused:,} refused"},
-            {"value": f"{firing:,}", "unit": f"of {self.n_latents} latents fire", "note": f"{self.run.n_latents - firing:,} for none"},
+            {
+                "value": f"{firing:,}",
+                "unit": f"of {self.n_latents} latents fire",
+                "note": f"{self.run.n_latents - firing:,} for none",
+            },
         ]
         for name, unit, note in (
             ("l0", "latents", "fire for an image, mean (L0)"),
@@ -277,7 +281,7 @@ class Site:
             if name in figures:
                 cards.append({"value": number(figures[name]["mean"]), "unit": unit, "note": note})
         if "worst_completeness_error" in record:
-            worst = f"{record['worst_completeness_error']:.0e}".replace("-", "−")
+            worst = number(record["worst_completeness_error"])
             cards.append({"value": worst, "unit": "worst error", "note": "of map + remainder = pre-activation"})
         return cards
 
@@ -312,7 +316,7 @@ class Site:
         before = self._images[place - 1] if place else None
         return before, self._images[place + 1] if place + 1 < len(self._images) else None
 
-    def _steps(self, first: int, listed: int, total: int) -> dict[str, int | None]:
+    def _steps(self, first: int, listed: int, total: int) -> dict[str, Any]:
         """Where the pages of a served list before and after this one begin."""
         earlier = max(first - listed, 0) if self.live and first else None
         return {"earlier": earlier, "later": first + listed if self.live and first + listed < total else None}

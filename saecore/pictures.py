@@ -61,7 +61,7 @@ class Pictures:
     def _of_chunk(self, chunk: Mapping[str, Any], image_ids: list[int]) -> dict[int, bytes | None]:
         shown = self.run.tables.rows("images", image_ids, ("key", *CROP), pc.field("error").is_null()).to_pylist()
         images = {row["image_id"]: row for row in shown}
-        found = {}
+        found = dict[int, bytes | None]()
         try:
             for raw in read_chunk(chunk, indices={image_id % (1 << INDEX_BITS) for image_id in images}):
                 found |= {row["image_id"]: self._picture(row, images[row["image_id"]]) for row in raw.to_pylist()}
@@ -77,7 +77,9 @@ class Pictures:
         except ImageError:
             return None
         left, top, right, bottom = (image[name] for name in CROP)
-        small = whole.crop((left, top, right, bottom)).resize(self.size(image), Image.Resampling.BICUBIC, reducing_gap=3)
+        small = whole.crop((left, top, right, bottom)).resize(
+            self.size(image), Image.Resampling.BICUBIC, reducing_gap=3
+        )
         sink = io.BytesIO()
         small.save(sink, "WEBP", quality=QUALITY)
         return sink.getvalue()

@@ -91,8 +91,7 @@ class Results:
     @property
     def methods(self) -> list[str]:
         """How maps were computed: the first is what `method=None` means. None where there are no maps."""
-        maps = self.tables.datasets.get("maps")
-        return [] if maps is None else by_latent.methods(maps.schema)
+        return by_latent.methods(self.tables.schemas["maps"]) if "maps" in self.tables.schemas else []
 
     @property
     def latents(self) -> pa.Table:
@@ -121,13 +120,14 @@ class Results:
         ready = [part.select(["image_id", *columns]) for part in ready]
         known = pa.chunked_array([chunk for part in ready for chunk in part["image_id"].chunks], pa.int64())
         missing = found["image_id"].filter(pc.invert(pc.is_in(found["image_id"], known)))
-        if len(missing):
+        if len(missing) or not ready:
             more = self.tables.rows("images", missing, SHOWN)
             if maps:
                 condition = (pc.field("latent") == latent) & by_method
                 more = lookup(more, self.tables.rows("maps", missing, MAP, condition), "image_id")
             ready.append(more)
-        return lookup(found, pa.concat_tables(ready), "image_id")
+        # Columns may be null in the copies and not where they were copied from.
+        return lookup(found, pa.concat_tables(ready, promote_options="default"), "image_id")
 
     def _fired(self, latent: int, n: int | None = None) -> pa.Table:
         """image_id and `STRENGTH` where it fires: the n strongest images are among them, or all of them are."""
@@ -140,7 +140,7 @@ class Results:
             fires = (pc.field("latent") == latent) & (pc.field("activation") != 0)
             waiting = self.tables.files("activations", self.tables.not_indexed)
             found.append(waiting.to_table(columns=columns, filter=fires))
-        none = self.tables.datasets["activations"].schema.empty_table().select(columns)
+        none = self.tables.schemas["activations"].empty_table().select(columns)
         return pa.concat_tables([part.replace_schema_metadata(None) for part in (none, *found)])
 
     def histogram(self, latent: int, bins: int = 20) -> pa.Table:
@@ -184,7 +184,7 @@ class Results:
 
     def image(self, image: int | str) -> dict[str, Any]:
         """Its row of `images`."""
-        names = self.tables.datasets["images"].schema.names
+        names = self.tables.schemas["images"].names
         return self.tables.rows("images", [self.image_id(image)], names).to_pylist()[0]
 
     def latents_of(self, image: int | str) -> pa.Table:
@@ -195,19 +195,14 @@ class Results:
     def maps(self, image: int | str, method: str | None = None) -> Maps:
         """Its relevance maps by one method."""
         by_method = pc.field("method") == self._method(method)
-        image_id, names = self.image_id(image), self.tables.datasets["maps"].schema.names
-        found = self.tables.rows("maps", [image_id], [name for name in names if name != "image_id"], by_method)
+        columns = ("latent", "target", "method", "map", "scale", "remainder")
+        image_id = self.image_id(image)
+        found = self.tables.rows("maps", [image_id], columns, by_method)
         kept = self.tables.rows("activations", [image_id], ("latent", "rank"))
         ranks = lookup(found.select(["latent"]), kept, "latent")["rank"]
         found = found.take(pc.sort_indices(pc.fill_null(ranks, np.iinfo(np.int16).max)))
-        targets: list[str | None] = [None] * found.num_rows
-        return Maps(
-            decode(found, self.grid),
-            found["latent"].to_pylist(),
-            found["target"].to_pylist() if "target" in names else targets,
-            found["method"].to_pylist(),
-            found["remainder"].to_numpy(),
-        )
+        latents, targets, methods = (found[name].to_pylist() for name in ("latent", "target", "method"))
+        return Maps(decode(found, self.grid), latents, targets, methods, found["remainder"].to_numpy())
 
     # ---- All latents.
 
@@ -223,7 +218,7 @@ class Results:
             lowered = [name.casefold() for listed in lists for name in listed if name is not None]
             if any(wanted in name for name in lowered):
                 found.append((wanted not in lowered, -(score or 0), row))
-        return self.latents.take([row for *_, row in sorted(found)])
+        return self.latents.take(pa.array([row for *_, row in sorted(found)], pa.int64()))
 
     def compare(self, filter_a: str, filter_b: str = "") -> pa.Table:
         """Which latents fire more on one set of images than on another: SQL conditions on the columns of `images`.

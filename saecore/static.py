@@ -109,7 +109,9 @@ class Report:
                 _write(folder / "images" / f"{image.image['image_id']}.html", site.image(image))
                 listed.append(image._replace(sections=[]))
                 yield
-        thumbs = {latent: [tile.image for tile in view.sections[0].tiles[:THUMBS]] for latent, view in self.latents.items()}
+        thumbs = {
+            latent: [tile.image for tile in view.sections[0].tiles[:THUMBS]] for latent, view in self.latents.items()
+        }
         _write(folder / "index.html", site.overview())
         _write(folder / "latents.html", site.latent_list(list(self.latents), thumbs))
         _write(folder / "images.html", site.image_list(listed))

@@ -29,7 +29,7 @@ def write_run(
     run = runs.open_run(uri, parts, made_by, lambda: plan)
     if run.plan().num_rows != plan.num_rows:
         write_atomic(join_uri(uri, "plan.parquet"), runs.parquet_bytes(plan, 65_536))
-    tags = {"method": "contrib", "methods": "contrib", "grid_height": str(grid[0]), "grid_width": str(grid[1])}
+    tags = {"methods": "contrib", "grid_height": str(grid[0]), "grid_width": str(grid[1])}
     for chunk in run.pending().to_pylist():
         run.write_chunk(chunk["chunk_id"], explained(chunk, latents, k, grid), {}, tags)
     run.finish(images, 0.0)
@@ -59,7 +59,7 @@ def explained(chunk: dict, latents: int, k: int, grid: tuple[int, int]) -> pa.Ta
     """EXPLAINED rows of one chunk, the same whenever they are asked for."""
     random = np.random.default_rng(chunk["chunk_id"])
     n, n_patches = chunk["end"] - chunk["start"], grid[0] * grid[1]
-    alive = int(latents * (1 - DEAD))
+    alive = latents - int(latents * DEAD)
     # The k first arrivals of Poisson processes: k distinct latents, drawn one after the other by weight.
     arrival = random.standard_exponential((n, alive), np.float32) * (np.arange(alive, dtype=np.float32) + MANDELBROT)
     latent = np.argpartition(arrival, k, axis=1)[:, :k].astype(np.int32)
@@ -74,9 +74,11 @@ def explained(chunk: dict, latents: int, k: int, grid: tuple[int, int]) -> pa.Ta
         },
         "maps": {
             "latent": latent.ravel(),
+            "target": pa.nulls(n * k, pa.string()),
             "method": pa.array(["contrib"] * n * k),
             "map": _maps(random, n * k, grid),
             "scale": activation.ravel() / 127,
+            "pre_activation": activation.ravel(),
             "remainder": activation.ravel() * random.random(n * k, np.float32),
             "sink_share": np.zeros(n * k, np.float32),
         },
@@ -95,6 +97,7 @@ def explained(chunk: dict, latents: int, k: int, grid: tuple[int, int]) -> pa.Ta
         "l0": np.full(n, k, np.int32),
         "cosine": random.random(n, np.float32),
         "fvu": random.random(n, np.float32),
+        "sinks": [[]] * n,
         "completeness": np.zeros(n, np.float32),
     }
     wanted = schema.explained_schema(n_patches)

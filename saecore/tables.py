@@ -18,7 +18,7 @@ import pyarrow.fs
 
 from saecore import by_latent, latents, runs
 from saecore.by_latent import Reader
-from saecore.schema import INDEX_BITS
+from saecore.schema import INDEX_BITS, VERSION
 from saecore.storage import filesystem_of, join_uri
 
 
@@ -31,6 +31,10 @@ def read_record(uri: str) -> dict[str, Any]:
         record: dict[str, Any] = json.loads(stream.read())
     if record["parts"].get("kind", "explain") != "explain":
         raise ValueError(f"{uri} is a run of another job and holds no latents: jobs.explain makes those")
+    if (version := record["parts"]["schema"]) != VERSION:
+        raise ValueError(
+            f"{uri} has tables of version {version}, and these questions are to version {VERSION}: make it again"
+        )
     if record["status"] != "complete":
         raise ValueError(f"{uri} is not complete; the command that began it, given again, ends it: {record['command']}")
     return record
@@ -56,12 +60,18 @@ class Tables:
         return runs.dataset(self.uri, table, held)
 
     @functools.cached_property
+    def schemas(self) -> dict[str, pa.Schema]:
+        """Of the tables that the run itself wrote, from one file each."""
+        first = self.manifest["chunk_id"].to_numpy()[:1]
+        return {table: self.files(table, first).schema for table in self.manifest["table"].unique().to_pylist()}
+
+    @functools.cached_property
     def datasets(self) -> dict[str, pyarrow.dataset.Dataset]:
         """`images`, `activations` and `by_latent`; `maps` and `top_images` where there are some.
 
         by_latent: the sorted files, and of the chunks that they do not cover the activations as they lie.
         """
-        found = {table: self.files(table) for table in self.manifest["table"].unique().to_pylist()}
+        found = {table: self.files(table) for table in self.schemas}
         filesystem, root = filesystem_of(self.uri)
         indexed = {} if self.reader is None else self.reader.paths()
         paths = {name: [f"{root}/{path}" for path in held] for name, held in indexed.items()}

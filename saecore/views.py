@@ -35,7 +35,20 @@ REFUSED_LISTED = 50
 TITLES = {"latent": "Latents", "text": "Texts", "concept": "Concepts"}
 """Of an image's sections, by kind of target: a text's maps are in other units than a latent's."""
 
-LATENT_COLUMNS = ("images", "rate", "mean", "max", "median", "extent", "name", "score", "margin", "valid", "words", "scores")
+LATENT_COLUMNS = (
+    "images",
+    "rate",
+    "mean",
+    "max",
+    "median",
+    "extent",
+    "name",
+    "score",
+    "margin",
+    "valid",
+    "words",
+    "scores",
+)
 CO_COLUMNS = ("co_latents", "co_share", "co_lift")
 """Of latents.parquet, as far as it has them."""
 
@@ -231,7 +244,9 @@ class Views:
                 f"{place + 1:,} of {row['images']:,}",
                 by_image[found["image_id"]],
             )
-            for place, found in zip([*range(best.num_rows), *places], [*best.to_pylist(), *rest.to_pylist()], strict=True)
+            for place, found in zip(
+                [*range(best.num_rows), *places], [*best.to_pylist(), *rest.to_pylist()], strict=True
+            )
         ]
         parts = {"Strongest images": tiles[: best.num_rows], "Across the rest of its range": tiles[best.num_rows :]}
         limits = shared_limits(tiles)
@@ -311,7 +326,15 @@ class Views:
         }
         for row in maps:
             target = row["target"] or f"latent {row['latent']}"
-            new = Tile(image, row["latent"], target, None, row["pre_activation"], "not kept" if row["latent"] is not None else "", {})
+            new = Tile(
+                image,
+                row["latent"],
+                target,
+                None,
+                row["pre_activation"],
+                "not kept" if row["latent"] is not None else "",
+                {},
+            )
             tiles.setdefault(target, new).maps[row["method"]] = self._map(row)
         by_kind = defaultdict(list)
         for target, tile in tiles.items():

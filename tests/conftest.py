@@ -1,9 +1,17 @@
 """What several tests need: one Ray for the session, and a finished run over the demo's scenes."""
 
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
+import pyarrow.fs
 import pytest
+
+# Before huggingface_hub reads it: no test asks the network, and a name that is nobody's model is told at once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import transformers.utils.logging
 
 transformers.utils.logging.set_verbosity_error()
@@ -42,6 +50,24 @@ def local_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "local"
     assert explain.main(command(shards, out, "--local")) == 0
     return out
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder behind s3://bucket: another pyarrow filesystem than the local one, for every module of the library."""
+
+    def filesystem_of(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
+        assert uri.startswith("s3://bucket/"), uri
+        return bucket, f"{folder}/{uri.removeprefix('s3://bucket/')}"
+
+    folder = tmp_path / "bucket"
+    folder.mkdir()
+    # fsspec's makes folders as files need them, as an object store seems to.
+    bucket = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fsspec.filesystem("file", auto_mkdir=True)))
+    for name, module in list(sys.modules.items()):
+        if name.startswith("saecore.") and hasattr(module, "filesystem_of"):
+            monkeypatch.setattr(module, "filesystem_of", filesystem_of)
+    return folder
 
 
 def command(images: Path, out: Path, *more: str) -> list[str]:

@@ -160,33 +160,36 @@ def test_a_colour_bar_shows_the_colours_of_maps() -> None:
     assert bar[14:].min() < 100, "numbers"
 
 
-def test_a_sheet_has_one_scale_in_units_and_one_for_each_method_without() -> None:
+def test_a_sheet_has_one_scale_for_each_unit() -> None:
     pictures, side = [square(64), square(64, "coffee")], 64
-    maps = RNG.normal(size=(2, 3, 8, 8))
-    maps[:, 2] = np.abs(maps[:, 2])
-    remainders = np.array([[0.5, 0.25, np.nan], [1.5, -0.25, np.nan]])
+    maps = RNG.normal(size=(2, 4, 8, 8))
+    maps[:, 2:] = np.abs(maps[:, 2:])
+    remainders = np.array([[0.5, np.nan, np.nan, np.nan], [1.5, np.nan, np.nan, np.nan]])
 
-    def tiles(maps: np.ndarray, **more: object) -> dict[tuple[int, int], np.ndarray]:
+    def tiles(maps: np.ndarray, sinks: list[np.ndarray] | None = None) -> dict[tuple[int, int], np.ndarray]:
         page = np.asarray(
-            display.sheet(pictures, ["one", "other"], ["a", "b", "c"], maps, remainders, side=side, **more)  # type: ignore[arg-type]
+            display.sheet(
+                pictures, ["one", "other"], list("abcd"), ["u", "u", None, None], maps, remainders, side, sinks=sinks
+            )
         )
         left, top, down = 12 + side + 12, 12 + display.LINE, side + display.LINE + 12
         return {
             (row, column): page[top + row * down :, left + column * (side + 12) :][:side, :side]
             for row in range(2)
-            for column in range(3)
+            for column in range(4)
         }
 
-    found, limit = tiles(maps), np.abs(maps[:, :2]).max()
+    found = tiles(maps)
+    limits = [np.abs(maps[:, :2]).max(), np.abs(maps[:, :2]).max(), maps[:, 2].max(), maps[:, 3].max()]
     for (row, column), tile in found.items():
-        own = limit if column < 2 else maps[:, 2].max()
-        np.testing.assert_array_equal(tile, display.overlay(pictures[row], maps[row, column], own))
-    louder = tiles(maps * np.array([1, 1, 10])[:, None, None])
+        np.testing.assert_array_equal(tile, display.overlay(pictures[row], maps[row, column], limits[column]))
+    louder = tiles(maps * np.array([1, 1, 1, 10])[:, None, None])
     assert all((louder[place] == found[place]).all() for place in found), "a scale of its own"
-    louder = tiles(maps * np.array([1, 10, 1])[:, None, None])
+    louder = tiles(maps * np.array([1, 10, 1, 1])[:, None, None])
     assert (louder[0, 0] != found[0, 0]).any(), "a shared scale"
-    sinks = [np.eye(8, dtype=bool), np.zeros((8, 8), bool)]
-    assert np.ptp(tiles(maps, sinks=sinks)[0, 2][:8, :8], axis=2).max() == 0
+    assert (louder[0, 2] == found[0, 2]).all()
+    masked = tiles(maps, [np.eye(8, dtype=bool), np.zeros((8, 8), bool)])
+    assert np.ptp(masked[0, 2][:8, :8], axis=2).max() == 0
 
 
 def test_png_and_resized() -> None:

@@ -14,15 +14,13 @@ ORDER = [
     ["storage", "schema", "spec", "methods", "kernels", "display", "localisation", "demo.scenes"],
     ["listing", "images", "isolation", "runs", "recipe"],
     ["shards", "clip", "sae", "memmaps", "embeddings", "latents", "contrast", "by_latent"],
-    ["tables", "indexing", "synthetic"],
-    ["formats", "cls_path", "targets", "text", "quality", "objectives"],
-    ["checkpoints", "mean_token", "trainer", "naive"],
-    ["relevance", "training"],
-    ["reruns"],
-    ["inference"],
-    ["stages", "results"],
-    ["statistics"],
-    ["report", "demo.lessons"],
+    ["formats", "cls_path", "targets", "text", "quality", "objectives", "tables", "indexing", "synthetic"],
+    ["checkpoints", "mean_token", "trainer", "naive", "results"],
+    ["relevance", "training", "statistics", "pictures"],
+    ["reruns", "views"],
+    ["inference", "captions"],
+    ["stages", "pages"],
+    ["report", "static", "explorer", "demo.lessons"],
     ["demo.figures"],
     ["demo.build"],
 ]
@@ -64,7 +62,7 @@ def test_no_job_imports_another() -> None:
         assert others <= {"jobs.session", "jobs.pipeline"}, path
 
 
-@pytest.mark.parametrize("job", ["explain", "embed", "train", "measure", "benchmark", "index", "query"])
+@pytest.mark.parametrize("job", ["explain", "embed", "train", "measure", "benchmark", "index", "query", "report"])
 def test_the_command_line_loads_neither_pytorch_nor_ray(job: str) -> None:
     """So that --help and a wrong argument answer at once, and workers that decode start in a second."""
     code = f"import sys, jobs.{job}; print(sorted({{'torch', 'transformers', 'ray'}} & set(sys.modules)))"

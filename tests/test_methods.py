@@ -12,7 +12,7 @@ from torch import Tensor
 from saecore.checkpoints import load_sae
 from saecore.clip import ImageTower, load_tower
 from saecore.inference import explain
-from saecore.methods import DECOMPOSE, METHODS, Options, parse_methods, parse_targets
+from saecore.methods import DECOMPOSE, METHODS, PRECISE, Options, dtype_of, parse_methods, parse_targets
 from saecore.relevance import completeness_error
 from saecore.sae import SAE
 from saecore.targets import Targets, concept_weights, words_of
@@ -335,6 +335,27 @@ def test_heads_add_up_to_the_map(name: str) -> None:
     assert by_head.relevance.std(2).mean() > 0
     torch.testing.assert_close(by_head.relevance.sum(2), whole.relevance, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(by_head.remainder, whole.remainder, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def test_methods_in_bfloat16_are_nearly_the_same() -> None:
+    """As on a GPU. Occlusion takes differences of two forwards, which bfloat16 drowns: a tower stays in float32 for it."""
+    latents, pixels = torch.arange(10).expand(4, -1), random_pixels(load_tower("demo"), 4)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        tower, sae = load_tower("demo"), load_sae("demo")
+        tower.run_in(dtype)
+        with torch.inference_mode():
+            found.append(explain(tower, sae, pixels, latents, METHODS))
+    for name in set(METHODS) - set(PRECISE):
+        exact, rounded = (maps[name].relevance for maps in found)
+        assert rounded.dtype == torch.float32
+        assert ((rounded - exact).abs().amax(-1) / exact.abs().amax(-1)).mean() < 0.04
+    assert [dtype_of("cuda", names) for names in ((), ("contrib",), ("contrib", "occlusion"))] == [
+        "bfloat16",
+        "bfloat16",
+        "float32",
+    ]
+    assert dtype_of("cpu") == "float32"
 
 
 def test_what_is_asked_for_is_read_as_written() -> None:

@@ -1,0 +1,183 @@
+"""The command line, the README's examples word for word, and readers that do not know this package."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pytest
+
+from jobs import index, query
+from saecore import latents, results, runs
+from tests import planted
+from tests.planted import IDS
+
+ROOT = Path(__file__).parent.parent
+JOBS = {"index": index, "query": query}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The planted run, indexed, with names: one of them as long as a name may be, one that tries to steer the terminal."""
+    uri = planted.write(tmp_path_factory.mktemp("planted") / "run")
+    assert index.main([uri]) == 0
+    names = ["a name that is as long as the vocabulary allows it to be", "\x1b[31mred[/red]", "sea"]
+    named = {"latent": pa.array([0, 1, 3], pa.int32()), "name": names, "score": [0.5, 0.25, 0.125]}
+    latents.merge(uri, pa.table({**named, "runner_up": ["b", "c", "d"], "margin": [0.1, 0.2, 0.3]}))
+    return uri
+
+
+QUESTIONS = {
+    "top": ["{run}", "0"],
+    "image": ["{run}", "a.jpg"],
+    "maps": ["{run}", str(IDS["b.jpg"]), "--method", "chefer"],
+    "find": ["{run}", "E"],
+    "cofiring": ["{run}", "0"],
+    "histogram": ["{run}", "0", "--bins", "3"],
+    "compare": ["{run}", "width > 30", "--b", "width < 30"],
+    "latents": ["{run}", "--by", "extent", "--least"],
+    "sql": ["{run}", "SELECT * FROM top_images ORDER BY ALL"],
+}
+
+
+def asked(run: str, name: str, *more: str) -> list[str]:
+    return [name, *(argument.format(run=run) for argument in QUESTIONS[name]), *more]
+
+
+@pytest.mark.parametrize("name", query.QUESTIONS)
+@pytest.mark.parametrize("width", [80, 40, 200])
+def test_every_answer_fits_the_terminal(
+    name: str, width: int, run: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert query.main(asked(run, name)) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) >= 3
+    assert max(map(len, said)) <= width
+    assert "\x1b" not in "".join(said)
+    header = re.split(r"\s+", said[0].strip())
+    assert header[0] in {"latent", "image_id", "rank", "low"}
+    if width == 200 and name == "find":
+        assert "\N{REPLACEMENT CHARACTER}[31mred[/red]" in "".join(said)  # what looks like markup is text
+
+
+@pytest.mark.parametrize("name", query.QUESTIONS)
+def test_json_has_all_that_python_has(name: str, run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    opened = results.open(run)
+    answers: dict[str, pa.Table] = {
+        "top": opened.top_images(0),
+        "image": opened.latents_of("a.jpg"),
+        "maps": opened.maps("b.jpg", "chefer").table(),
+        "find": opened.find("e"),
+        "cofiring": opened.co_firing(0),
+        "histogram": opened.histogram(0, 3),
+        "compare": opened.compare("width > 30", "width < 30"),
+        "latents": opened.latents.sort_by([("extent", "ascending"), ("latent", "ascending")]),
+        "sql": opened.sql("SELECT * FROM top_images ORDER BY ALL"),
+    }
+    assert query.main(asked(run, name, "--json")) == 0
+    found = json.loads(capsys.readouterr().out)
+    expected = answers[name].to_pylist()
+    assert [list(row) for row in found] == [list(row) for row in expected]
+    for row, wanted in zip(found, expected, strict=True):
+        for column, value in wanted.items():
+            assert row[column] == (value.hex() if isinstance(value, bytes) else value)
+
+
+def test_json_of_what_json_does_not_know(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = "SELECT 'nan'::FLOAT AS a, [1.5, 'inf'::DOUBLE] AS b, DATE '2026-11-25' AS c, NULL AS d, 2::HUGEINT AS e"
+    assert query.main(["sql", run, asked, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [
+        {"a": None, "b": [1.5, None], "c": "2026-11-25", "d": None, "e": "2"}
+    ]
+
+
+def test_maps_go_to_a_file(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert query.main(["maps", run, "b.jpg", "--npy", str(tmp_path / "maps.npy")]) == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "maps.npy"), results.open(run).maps("b.jpg").maps)
+    assert "chefer" not in capsys.readouterr().out
+
+
+def test_compare_shows_both_ends(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert query.main(["compare", run, "width > 30", "--n", "1", "--json"]) == 0
+    assert [row["latent"] for row in json.loads(capsys.readouterr().out)] == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["query", "top", "{run}", "6"], "latent 6: this run's are 0 to 5"),
+        (["query", "top", "/no/such/run", "6"], "/no/such/run holds no run"),
+        (["query", "top", "{run}", "0", "--n", "0"], "--n 0: must be at least 1"),
+        (["query", "histogram", "{run}", "0", "--bins", "-1"], "--bins -1"),
+        (["query", "image", "{run}", "z.jpg"], "image z.jpg"),
+        (["query", "maps", "{run}", "a.jpg", "--method", "tea"], "method tea"),
+        (["query", "compare", "{run}", "wdith > 1"], "wdith"),
+        (["query", "latents", "{run}", "--by", "beauty"], "--by beauty"),
+        (["query", "sql", "{run}", "SELEKT 1"], "SELEKT"),
+        (["query", "sql", "{run}", "SELECT beauty FROM latents"], "beauty"),
+        (["index", "/no/such/run"], "holds no run"),
+        (["index", "{run}", "--top", "3"], "--top 3: must be at least 20"),
+        (["index", "{run}", "--memory", "0.1"], "--memory 0.1"),
+        (["index", "{run}", "--segments", "0"], "--segments 0"),
+    ],
+)
+def test_a_mistake_is_one_sentence(
+    arguments: list[str], complaint: str, run: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job, *given = (argument.format(run=run) for argument in arguments)
+    assert JOBS[job].main(given) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1
+    assert complaint in said.err
+
+
+def test_every_table_in_every_reader(local_run: Path, tmp_path: Path) -> None:
+    """The same values, and maps as bytes, in DuckDB, pandas and Polars, of a real run."""
+    shutil.copytree(local_run, tmp_path / "run")
+    assert index.main([str(tmp_path / "run")]) == 0
+    for name in (*runs.TABLES, "by_latent", "top_images", "latents.parquet"):
+        place = str(tmp_path / "run" / name)
+        files = place if name.endswith(".parquet") else f"{place}/*.parquet"
+        columns = {
+            "duckdb": duckdb.sql(f"FROM '{files}'").to_arrow_table().to_pydict(),
+            "pandas": pa.Table.from_pandas(pd.read_parquet(place, dtype_backend="pyarrow")).to_pydict(),
+            "polars": pl.read_parquet(files).to_dict(as_series=False),
+        }
+        assert columns["duckdb"] == columns["pandas"] == columns["polars"], name
+        assert len(columns["pandas"]) >= 5
+
+
+def readme(section: str, language: str) -> list[str]:
+    text = (ROOT / "README.md").read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_readme_does_what_it_says(
+    local_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its commands and its Python, word for word, on fewer scenes than `make demo` has."""
+    shutil.copytree(local_run, tmp_path / "runs" / "demo")
+    monkeypatch.chdir(tmp_path)
+    (commands,) = readme("Questions to a run", "bash")
+    asked = [shlex.split(line, comments=True) for line in commands.splitlines() if "runs/photos" not in line]
+    assert len(asked) == 9
+    for python, flag, module, *arguments in asked:
+        assert (python, flag) == (".venv/bin/python", "-m")
+        assert JOBS[module.removeprefix("jobs.")].main(arguments) == 0
+    assert "counted       80 latents" in capsys.readouterr().out
+    blocks = readme("Questions to a run", "python")
+    assert len(blocks) == 2
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-W", "error", "-c", "\n".join(blocks)], check=True, env=environment)
