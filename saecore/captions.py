@@ -54,7 +54,12 @@ def meaning(method: str, kind: str) -> str:
     if not has_signs(method):
         return "orange: the target depends on it; no units"
     colours = "orange adds, blue takes away" if method in CAUSES else "orange above zero, blue below"
-    return f"{colours}; {UNITS[method].replace('pre-activation units', 'cosine') if kind == 'text' else UNITS[method]}"
+    return f"{colours}; {units(method, kind)}"
+
+
+def units(method: str, kind: str) -> str:
+    """Of a method's values for this kind of target; nothing where they have none."""
+    return UNITS.get(method, "").replace("pre-activation units", "cosine" if kind == "text" else "pre-activation units")
 
 
 def has_signs(method: str) -> bool:

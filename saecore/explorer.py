@@ -27,8 +27,8 @@ from saecore.pages import FOLDER, LISTED_IMAGES, LISTED_LATENTS, Site
 from saecore.results import Results
 from saecore.views import Views
 
-FOUND_IMAGES = 60
-"""Images of one answer of the search."""
+FOUND = 60
+"""Most latents, and most images, of one answer of the search; search.js knows of it."""
 
 MOST = 2**63 - 1
 """The largest number that an image can have."""
@@ -133,7 +133,7 @@ class Answers:
 
     def found(self, request: Request) -> Response:
         with self._alone:
-            return JSONResponse(self.site.found(request.query_params.get("q", "").strip(), FOUND_IMAGES))
+            return JSONResponse(self.site.found(request.query_params.get("q", "").strip(), FOUND))
 
     def not_found(self, request: Request, error: Exception) -> Response:
         words = error.detail if isinstance(error, HTTPException) else str(error)

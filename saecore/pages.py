@@ -32,6 +32,9 @@ SHOWCASE, SHOWCASE_IMAGES = 4, 3
 LISTED_LATENTS, LISTED_IMAGES = 200, 120
 """Rows of a page of the lists that are served."""
 
+DEAD_LISTED = 200
+"""Latents that fire for nothing and are named as such."""
+
 METHODS = {
     "contrib": "exact contribution of each patch to the CLS token",
     "contrib_grad": "attention times its exact gradient along the CLS path",
@@ -94,6 +97,7 @@ class Site:
         """Images known to have no picture."""
         self.uri = split_settings(run.uri)[0]  # which may hold what nobody else should read
         self.name = self.uri.rstrip("/").rpartition("/")[2]
+        self.day = run.record.get("started", "")[:10]
         self.grid = run.grid
         self.methods = run.methods
         self.images = f"{run.n_images:,}"
@@ -184,6 +188,8 @@ class Site:
             thumbs=thumbs,
             first=first,
             firing=firing,
+            named=any(row["name"] for row in self.views.latents),
+            dead=[row["latent"] for row in self.views.latents if not row["images"]][:DEAD_LISTED] if not first else [],
             most=self.views.latents[self.views.by_rate[0]]["rate"] if firing else 1.0,
             **self._steps(first, LISTED_LATENTS, firing),
         )
@@ -201,15 +207,16 @@ class Site:
         """What a server says instead of a page."""
         return self._html("missing", root, words=words)
 
-    def found(self, text: str, images: int) -> dict[str, list[Any]]:
-        """What search.js shows for a text, of all latents and up to so many images, the best first."""
-        latents = [int(text)] if text.isdecimal() and int(text) < self.run.n_latents else []
-        if "name" in self.run.latents.column_names:
-            latents += [latent for latent in self.run.find(text)["latent"].to_pylist() if latent not in latents]
+    def found(self, text: str, most: int) -> dict[str, list[Any]]:
+        """What search.js shows for a text: up to so many latents and images of the whole run, the best first."""
+        number = [int(text)] if text.isdecimal() and str(int(text)) == text and self.has_latent(int(text)) else []
+        named = self.run.find(text)["latent"].to_pylist() if "name" in self.run.latents.column_names else []
         query = """SELECT image_id, key FROM images
             WHERE contains(lower(key), lower($1)) OR image_id = try_cast($1 AS BIGINT) ORDER BY image_id LIMIT $2"""
-        held = self.run.sql(query, text, images).to_pylist()
-        return self.index(latents, [(row["image_id"], row["key"]) for row in held])
+        images = self.run.sql(query, text, most).to_pylist()
+        return self.index(
+            list(dict.fromkeys([*number, *named]))[:most], [(row["image_id"], row["key"]) for row in images]
+        )
 
     def index(self, latents: Sequence[int], images: Sequence[tuple[int, str]]) -> dict[str, list[Any]]:
         """What search.js looks through: [number, name, other words, images], and [number, key]."""
@@ -247,6 +254,7 @@ class Site:
             {
                 "limits": section.limits,
                 "meanings": {method: captions.meaning(method, section.kind) for method in section.limits},
+                "units": {method: captions.units(method, section.kind) for method in section.limits},
             }
             for section in sections
         ]

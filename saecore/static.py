@@ -79,16 +79,20 @@ class Report:
     def write(self, out: Path) -> Iterator[None]:
         """Make the files; yields after each. `site.missing` has the images whose picture could not be had."""
         folder, before = out.with_name(f".{out.name}.unfinished"), out.with_name(f".{out.name}.before")
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(FOLDER / "static", folder / "static")
-        for name in ("pictures", "latents", "images", "data"):
-            (folder / name).mkdir()
-        yield from self._pictures(folder / "pictures")
-        yield from self._pages(folder)
-        if out.exists():
-            out.rename(before)
-        folder.rename(out)
-        shutil.rmtree(before, ignore_errors=True)
+        for left in (folder, before):  # by one that was stopped
+            shutil.rmtree(left, ignore_errors=True)
+        try:
+            shutil.copytree(FOLDER / "static", folder / "static")
+            for name in ("pictures", "latents", "images", "data"):
+                (folder / name).mkdir()
+            yield from self._pictures(folder / "pictures")
+            yield from self._pages(folder)
+            if out.exists():
+                out.rename(before)
+            folder.rename(out)
+            shutil.rmtree(before, ignore_errors=True)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _pictures(self, folder: Path) -> Iterator[None]:
         for image_id, picture in self.site.pictures.read(self.pictured):

@@ -98,7 +98,12 @@ function drawMap(canvas, one) {
   paint(canvas, spread, limitOf(one.section), masked.size ? (pixel) => masked.has(patch(pixel)) : undefined);
 }
 
-const format = (value) => `${value < 0 ? "−" : value > 0 ? "+" : ""}${Math.abs(Number(value.toPrecision(3)))}`;
+// As saecore/captions.py writes them.
+function format(value) {
+  const size = Math.abs(value);
+  const decimals = size >= 100 || !size ? 0 : size >= 10 ? 1 : size >= 1 ? 2 : 3;
+  return `${value < 0 ? "−" : value > 0 ? "+" : ""}${size >= 0.1 || !size ? size.toFixed(decimals) : size.toPrecision(2)}`;
+}
 
 function drawLegend(legend) {
   const section = Number(legend.dataset.section);
@@ -188,7 +193,7 @@ function enlarge(button) {
   const read = () => {
     const [row, column] = [Math.floor(place / COLUMNS), place % COLUMNS];
     const sink = one.sinks.includes(place) ? ", a sink" : "";
-    dialog.querySelector(".readout").textContent = `row ${row + 1}, column ${column + 1}: ${format(values[place])}${sink}`;
+    dialog.querySelector(".readout").textContent = `row ${row + 1}, column ${column + 1}: ${format(values[place])} ${page.sections[one.section].units[choice.method]}${sink}`;
     const context = marker.getContext("2d");
     const [height, width] = [marker.height / ROWS, marker.width / COLUMNS];
     context.clearRect(0, 0, marker.width, marker.height);

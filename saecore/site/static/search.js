@@ -1,8 +1,9 @@
 "use strict";
 // Latents by word or number, images by name: in the report's own list, or asked of the explorer.
 
-const MOST = 60;
+const MOST = 60; // of each are shown, and answered by the explorer
 const box = document.getElementById("search");
+const NOTHING = document.getElementById("found").textContent;
 const live = "live" in document.documentElement.dataset;
 
 // {latents: [[number, name, other words, images]], images: [[number, name]]}, the best first.
@@ -26,6 +27,16 @@ function item(address, words, more) {
   return found;
 }
 
+function list(title, items) {
+  if (!items.length) return [];
+  const heading = Object.assign(document.createElement("h2"), { textContent: title });
+  const shown = Object.assign(document.createElement("ul"), { className: "results" });
+  shown.append(...items.slice(0, MOST));
+  return [heading, shown];
+}
+
+const count = (items, word) => `${items.length.toLocaleString("en")}${live && items.length === MOST ? " or more" : ""} ${word}${items.length === 1 ? "" : "s"}`;
+
 let asked = 0;
 async function show() {
   const text = box.value.trim();
@@ -38,12 +49,12 @@ async function show() {
   const matching = (words) => words.filter((word) => word.toLowerCase().includes(text.toLowerCase()));
   const also = (words) => (matching(words).length ? `; also ${matching(words).join(", ")}` : "");
   const latents = found.latents.map(([number, name, words, images]) =>
-    item(`latents/${number}.html`, name ? `latent ${number}, ${name}` : `latent ${number}`, `${images.toLocaleString("en")} images${also(words)}`),
+    item(`latents/${number}.html`, name ? `latent ${number}, ${name}` : `latent ${number}`, `${images.toLocaleString("en")} image${images === 1 ? "" : "s"}${also(words)}`),
   );
   const images = found.images.map(([number, name]) => item(`images/${number}.html`, name, `image ${number}`));
-  document.getElementById("results").replaceChildren(...latents.slice(0, MOST), ...images.slice(0, MOST));
-  const counts = `${latents.length} latents, ${images.length} images`;
-  document.getElementById("found").textContent = text ? `${counts} for “${text}”` : "Type a word, a latent's number or a part of an image's name.";
+  document.getElementById("results").replaceChildren(...list("Latents", latents), ...list("Images", images));
+  const counts = `${count(latents, "latent")}, ${count(images, "image")}`;
+  document.getElementById("found").textContent = text ? `${counts} for “${text}”` : NOTHING;
 }
 
 box.value = new URLSearchParams(location.search).get("q") ?? "";
