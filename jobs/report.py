@@ -23,8 +23,8 @@ from saecore.results import Results
 from saecore.static import DEFAULT_CHOICE, Choice, Report, check_place
 
 SLOW_ROWS = 1_000_000
-"""Rows of activations from which on one should know of jobs.index. Of 200,000 images, on a busy machine, a page of a latent then
-took a tenth of a second instead of six."""
+"""Rows of activations from which on one should know of jobs.index: with it a latent's page of 200,000 images took 0.1 s
+instead of 6, on a busy machine."""
 
 
 @dataclasses.dataclass(frozen=True)

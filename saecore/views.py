@@ -214,7 +214,11 @@ class Views:
         measured = pq.read_table(path, filesystem=filesystem)
         figures = [field.name for field in measured.schema if pa.types.is_floating(field.type)]
         means = measured.group_by("method").aggregate([(name, "mean") for name in figures])
-        return means.select(["method", *(f"{name}_mean" for name in figures)]).to_pylist()
+        return (
+            means.select(["method", *(f"{name}_mean" for name in figures)])
+            .rename_columns(["method", *figures])
+            .to_pylist()
+        )
 
     # ---- One latent.
 
