@@ -51,9 +51,9 @@ class Arguments(pipeline.Arguments):
     """Take latents with a positive weight only."""
     options: tyro.conf.OmitArgPrefixes[Options] = DEFAULT_OPTIONS
     embeddings: bool = False
-    """Write the CLIP embeddings too."""
+    """Write the CLIP embeddings too: jobs.name finds better names with them."""
     demo: bool = False
-    """Explain 512 drawn scenes with the embedded CLIP and SAE."""
+    """Explain 512 drawn scenes with the embedded CLIP and SAE, and write their embeddings."""
 
     def check(self) -> None:
         """See `pipeline.Arguments.check`."""
@@ -117,7 +117,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
         concept_latents=arguments.concept_latents,
         concept_positive=arguments.concept_positive,
         options=arguments.options,
-        embeddings=arguments.embeddings,
+        embeddings=arguments.embeddings or arguments.demo,
         threads=pool.threads,
     )
     if targets.words:
@@ -131,7 +131,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
         "targets": list(arguments.targets),
         "concepts": [arguments.concept_latents, arguments.concept_positive] if targets.concepts else [],
         "options": dataclasses.asdict(arguments.options),
-        "embeddings": arguments.embeddings,
+        "embeddings": arguments.embeddings or arguments.demo,
     }
     height, width = tower.grid
     tags = {

@@ -18,11 +18,11 @@ ORDER = [
     ["checkpoints", "mean_token", "siglip", "trainer", "naive", "naive_maps", "results"],
     ["clip"],
     ["text"],
-    ["relevance", "training", "statistics"],
-    ["reruns", "query_speed"],
-    ["inference", "training_speed"],
-    ["stages", "timing"],
-    ["report", "demo.lessons"],
+    ["relevance", "training", "statistics", "pictures"],
+    ["reruns", "query_speed", "views"],
+    ["inference", "training_speed", "captions"],
+    ["stages", "timing", "pages"],
+    ["report", "static", "explorer", "demo.lessons"],
     ["demo.figures"],
     ["demo.truth"],
     ["demo.build"],
@@ -65,7 +65,9 @@ def test_no_job_imports_another() -> None:
         assert others <= {"jobs.session", "jobs.pipeline"}, path
 
 
-@pytest.mark.parametrize("job", ["explain", "embed", "train", "measure", "name", "benchmark", "index", "query"])
+@pytest.mark.parametrize(
+    "job", ["explain", "embed", "train", "measure", "name", "benchmark", "index", "query", "report"]
+)
 def test_the_command_line_loads_neither_pytorch_nor_ray(job: str) -> None:
     """So that --help and a wrong argument answer at once, and workers that decode start in a second."""
     code = f"import sys, jobs.{job}; print(sorted({{'torch', 'transformers', 'ray'}} & set(sys.modules)))"
