@@ -6,6 +6,9 @@ BIN := .venv/bin
 
 demo: .venv/.installed
 	$(BIN)/python -m jobs.explain --demo --out runs/demo
+	$(BIN)/python -m jobs.index --run runs/demo
+	$(BIN)/python -m jobs.name --run runs/demo
+	$(BIN)/python -m jobs.report --run runs/demo
 
 test: check
 	$(BIN)/python -m pytest
@@ -19,8 +22,8 @@ format: .venv/.test
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-bench: .venv/.test
-	$(BIN)/python -m pytest -m benchmark
+bench: .venv/.installed
+	$(BIN)/python -m jobs.benchmark maps
 
 # The package is installed in place (-e), so that an edit needs no second installation.
 .venv/.installed: pyproject.toml constraints.txt

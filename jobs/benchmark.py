@@ -1,30 +1,34 @@
-"""How fast, against what, on this machine: ratios within one run, never seconds alone.
+"""How fast, against what, on this machine: ratios within one run, never seconds alone. And how true: maps against masks.
 
-    python -m jobs.benchmark train        training an SAE, against a straightforward dense loop
-    python -m jobs.benchmark query        questions to a synthetic run with and without its index; sizes, memory
-
-Left out: the cost of maps (`make bench` prints it).
+python -m jobs.benchmark train        training an SAE, against a straightforward dense loop
+python -m jobs.benchmark maps         maps by every method, against a plain forward and the naive ways
+python -m jobs.benchmark query        questions to a synthetic run with and without its index; sizes, memory
+python -m jobs.benchmark truth        where maps of the demo's scenes lie, against true masks: no speed at all
 """
 
 import dataclasses
 import json
-import multiprocessing
 import platform
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import tyro
 
 from jobs import session
-from saecore.query_speed import peak_rss
+from saecore.methods import DEFAULT_OPTIONS, METHODS, Options, parse_methods
+
+
+def at_least(least: int, **given: int) -> None:
+    """ValueError for an argument below its least value."""
+    for name, value in given.items():
+        if value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainBenchmark:
+class Train:
     """Training steps of ours and of a dense loop in turn, on random embeddings."""
 
     width: int = 768
@@ -44,15 +48,109 @@ class TrainBenchmark:
 
     def check(self) -> None:
         """ValueError for what cannot be."""
-        for name in ("width", "k", "batch_size", "rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        at_least(1, width=self.width, k=self.k, batch_size=self.batch_size, rounds=self.rounds)
         if not self.latents or min(self.latents) < self.k:
             raise ValueError(f"--latents {self.latents}: at least one number, none below --k {self.k}")
 
+    def tell(self) -> None:
+        """Measure and print."""
+        from saecore import training_speed
+
+        sizes = training_speed.Steps(self.width, self.k, self.batch_size)
+        rows = training_speed.measure(sizes, self.architectures, self.latents, self.rounds)
+        if self.json:
+            print(json.dumps({"machine": machine(), "config": dataclasses.asdict(self), "rows": rows}))
+            return
+        print(machine())
+        print(f"{'':22}{'latents':>9}{'images/s':>11}{'x dense':>9}{'peak memory':>13}")
+        for row in rows:
+            print(
+                f"{row['name']:22}{row['latents']:>9,}{row['images_per_second']:>11,.0f}"
+                f"{row['times_dense']:>9.2f}{row['peak_bytes'] / 1e9:>10.2f} GB"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
-class QueryBenchmark:
+class Maps:
+    """Maps of each image's strongest latents by every method, against a plain forward and the naive ways; random weights."""
+
+    shapes: tuple[str, ...] = ("B/32", "B/16", "L/14")
+    """Shapes of image towers: B/32, B/16, L/14, or demo, the embedded model's."""
+    method: Annotated[str, tyro.conf.arg(aliases=["--methods"])] = ",".join(METHODS)
+    """Methods, joined by commas; those that run the model again (rollout, occlusion) take most of the time."""
+    k: int = 32
+    """Latents explained of each image; 32 is what bounds are on."""
+    latents: int = 6144
+    """Latents of the SAE."""
+    naive_latents: int = 2
+    """Latents that the naive ways are timed with, then scaled to k, since they cost 33 forwards and more; 0 leaves them out."""
+    batch_size: int = 0
+    """Images at once; 0 is 8, 4, 2 and 16 for the shapes above."""
+    rounds: int = 7
+    """Times that each is timed, in turn; the least counts. What costs more than 3 forwards is timed less often."""
+    threads: tuple[int, ...] = (1, 2)
+    """CPU threads, one table for each number: CPU time of one thread, else wall time. A GPU has one table."""
+    device: str = ""
+    """cpu or cuda; cuda where there is one, if not said."""
+    json: bool = False
+    """Print one JSON object instead of tables."""
+
+    def check(self) -> None:
+        """ValueError for what cannot be."""
+        parse_methods(self.method)
+        at_least(1, k=self.k, latents=self.latents, rounds=self.rounds)
+        at_least(0, naive_latents=self.naive_latents, batch_size=self.batch_size)
+        if self.k > self.latents:
+            raise ValueError(f"--k {self.k}: the SAE has --latents {self.latents}")
+        if not self.threads or min(self.threads) < 1:
+            raise ValueError(f"--threads {self.threads}: at least one number, none below 1")
+        import torch
+
+        from saecore.timing import SHAPES
+
+        if wrong := [shape for shape in self.shapes if shape not in SHAPES]:
+            raise ValueError(f"--shapes {wrong[0]}: must be of {', '.join(SHAPES)}")
+        if self.device not in ("", "cpu", "cuda") or (self.device == "cuda" and not torch.cuda.is_available()):
+            raise ValueError(f"--device {self.device}: must be cpu, or cuda on a machine that has a GPU")
+
+    def tell(self) -> None:
+        """Measure and print, table by table, as they are measured."""
+        import torch
+
+        from saecore import timing
+
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        tables = []
+        if not self.json:
+            print(f"{machine()}, transformers {session.versions()['transformers']}")
+        for name in self.shapes:
+            shape = timing.SHAPES[name]
+            shape = shape._replace(batch=self.batch_size or shape.batch)
+            for threads in self.threads if device == "cpu" else (torch.get_num_threads(),):
+                how = f"{threads} thread{'s' * (threads > 1)}, " + timing.unit(device, threads)
+                if not self.json:
+                    print(f"\n{name}, {shape.batch} images at once, k = {self.k}; {device}, {how}", flush=True)
+                rows = timing.cost_of_maps(
+                    shape=shape,
+                    methods=parse_methods(self.method),
+                    k=self.k,
+                    n_latents=self.latents,
+                    naive_latents=self.naive_latents,
+                    rounds=self.rounds,
+                    threads=threads,
+                    device=device,
+                )
+                if not self.json:
+                    print(timing.table(rows), flush=True)
+                found = {"shape": name, "batch_size": shape.batch, "device": device, "threads": threads}
+                tables.append(found | {"rows": [row._asdict() for row in rows]})
+        if self.json:
+            said = {"machine": machine(), "versions": session.versions(), "config": dataclasses.asdict(self)}
+            print(json.dumps(said | {"tables": tables}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Query:
     """Questions to a synthetic run, with and without its index; what the index takes; sizes on disk."""
 
     images: int = 20_000
@@ -76,11 +174,61 @@ class QueryBenchmark:
 
     def check(self) -> None:
         """ValueError for what cannot be."""
-        for name in ("images", "k", "side", "rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+        at_least(1, images=self.images, k=self.k, side=self.side, rounds=self.rounds)
         if self.k >= self.latents:
             raise ValueError(f"--k {self.k}: must be less than --latents {self.latents}")
+
+    def tell(self) -> None:
+        """Write a run, ask it, index it, ask it again, print, and remove it."""
+        from saecore import query_speed
+
+        sizes = query_speed.Sizes(-(-self.images // 512) * 512, self.latents, self.k, self.side)
+        with tempfile.TemporaryDirectory(dir=self.folder or None) as folder:
+            found = query_speed.measure(f"{folder}/run", sizes, self.memory, self.threads, self.rounds)
+        if self.json:
+            print(json.dumps({"machine": machine(), "config": dataclasses.asdict(self), **found}))
+        else:
+            print(machine(), query_speed.told(found, sizes), sep="\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class Truth:
+    """Maps of the demo's scenes by every method, against the true masks of their objects."""
+
+    scenes: int = 2000
+    """Scenes to measure on; as many others choose the latents."""
+    method: str = ",".join(METHODS)
+    """Methods, joined by commas; those that run the model again (rollout, occlusion) take most of the time."""
+    options: tyro.conf.OmitArgPrefixes[Options] = DEFAULT_OPTIONS
+    json: bool = False
+    """Print one JSON object instead of tables."""
+
+    def check(self) -> None:
+        """ValueError for what cannot be."""
+        parse_methods(self.method)
+        self.options.check()
+        if self.scenes < 50:
+            raise ValueError(
+                f"--scenes {self.scenes}: at least 50, since as many others say which latents follow a word"
+            )
+
+    def tell(self) -> None:
+        """Measure and print."""
+        from saecore.demo import truth
+
+        session.hush()
+        progress = session.Progress(self.scenes, 0, "scenes")
+        tell = truth.nothing if self.json else lambda count: progress.add(count, 0)
+        found = truth.measure(self.scenes, parse_methods(self.method), self.options, tell)
+        if self.json:
+            tables = {title: truth.table(cases) for title, cases in found.tables().items()}
+            print(json.dumps({"config": dataclasses.asdict(self), "followers": found.followers, "tables": tables}))
+            return
+        progress.close()
+        words = ", ".join(f"{latent} {word}" for latent, word in found.followers.items())
+        print(f"{len(found.followers)} latents follow a word: {words}")
+        for title, cases in found.tables().items():
+            print(f"\n{title}: {len(cases.image):,} cases\n\n{truth.markdown(cases)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,47 +238,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def benchmark(argv: list[str]) -> int:
     """Measure and print."""
-    steps = tyro.extras.subcommand_cli_from_dict
+    ways = {"train": Train(), "maps": Maps(), "query": Query(), "truth": Truth()}
+    kinds: Any = tyro.extras.subcommand_type_from_defaults(ways)
     with session.mistakes():
-        chosen = steps(
-            {"train": _as_is, "query": QueryBenchmark},
-            args=argv,
-            prog="python -m jobs.benchmark",
-            config=(tyro.conf.OmitArgPrefixes,),
-        )
+        chosen = tyro.cli(kinds, args=argv, prog="python -m jobs.benchmark", config=(tyro.conf.OmitArgPrefixes,))
         chosen.check()
-    if isinstance(chosen, QueryBenchmark):
-        return measure_queries(chosen)
-    rows = measure_training(chosen)
-    if chosen.json:
-        print(json.dumps({"machine": machine(), "config": dataclasses.asdict(chosen), "rows": rows}))
-        return 0
-    print(machine())
-    print(f"{'':22}{'latents':>9}{'images/s':>11}{'x dense':>9}{'peak memory':>13}")
-    for row in rows:
-        print(
-            f"{row['name']:22}{row['latents']:>9,}{row['images_per_second']:>11,.0f}"
-            f"{row['times_dense']:>9.2f}{row['peak_bytes'] / 1e9:>10.2f} GB"
-        )
-    return 0
-
-
-def _as_is(config: Annotated[TrainBenchmark, tyro.conf.arg(name="")]) -> TrainBenchmark:
-    return config
-
-
-def measure_queries(config: QueryBenchmark) -> int:
-    """Write a run, ask it, index it, ask it again, print, and remove it."""
-    from saecore import query_speed
-
-    sizes = query_speed.Sizes(-(-config.images // 512) * 512, config.latents, config.k, config.side)
-    with tempfile.TemporaryDirectory(dir=config.folder or None) as folder:
-        found = query_speed.measure(f"{folder}/run", sizes, config.memory, config.threads, config.rounds)
-    print(
-        json.dumps({"machine": machine(), "config": dataclasses.asdict(config), **found}) if config.json else machine()
-    )
-    if not config.json:
-        print(query_speed.told(found, sizes))
+    chosen.tell()
     return 0
 
 
@@ -140,74 +253,6 @@ def machine() -> str:
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-def measure_training(config: TrainBenchmark) -> list[dict[str, Any]]:
-    """Images per second of each way, its ratio to the dense loop's, and the peak memory of a process that does only that."""
-    rows = []
-    partners = {name: "dense matryoshka" if name == "matryoshka" else "dense topk" for name in config.architectures}
-    names = [*dict.fromkeys(partners.values()), *config.architectures]
-    for latents in config.latents:
-        steps = {name: make_step(config, name, latents) for name in names}
-        seconds: dict[str, list[float]] = {name: [] for name in names}
-        for turn in range(config.rounds + 1):
-            for name, step in steps.items():
-                started = time.perf_counter()
-                step()
-                if turn:  # the first of each allocates
-                    seconds[name].append(time.perf_counter() - started)
-        del steps
-        speed = {name: config.batch_size / statistics.median(found) for name, found in seconds.items()}
-        for name in names:
-            with multiprocessing.get_context("spawn").Pool(1) as process:
-                peak = process.apply(peak_memory, (config, name, latents))
-            rows.append(
-                {
-                    "name": name,
-                    "latents": latents,
-                    "images_per_second": speed[name],
-                    "times_dense": speed[name] / speed[partners.get(name, name)],
-                    "peak_bytes": peak,
-                }
-            )
-    return rows
-
-
-def make_step(config: TrainBenchmark, name: str, latents: int) -> Callable[[], object]:
-    """A call that does one step and waits for it."""
-    import numpy as np
-    import torch
-
-    from saecore.embeddings import Survey
-    from saecore.naive import DenseTopK
-    from saecore.recipe import Recipe, doubled
-    from saecore.trainer import Trainer, Worker
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    x = np.random.default_rng(0).normal(size=(config.batch_size, config.width)).astype(np.float32)
-    if name.startswith("dense"):
-        levels = doubled(config.k, latents) if name == "dense matryoshka" else (config.k,)
-        dense = DenseTopK(config.width, latents, levels).to(device)
-        u = torch.from_numpy(x).to(device)
-        return lambda: dense.train_step(u)
-    seen = Survey(len(x), np.zeros(config.width, np.float32), 1.0, np.zeros(0, np.int64), x, x, False)
-    # dead: the dense loop has no remedy for dead latents either.
-    recipe = Recipe(latents=latents, architecture=name, k=config.k, batch_size=len(x), dead="none")
-    trainer = Trainer(recipe, config.width, seen, Worker(device=device))
-    return lambda: trainer.train(x, 1000)
-
-
-def peak_memory(config: TrainBenchmark, name: str, latents: int) -> int:
-    """Bytes that this process held at most after two steps: to be called in a process of its own."""
-    import torch
-
-    step = make_step(config, name, latents)
-    step()
-    step()
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return peak_rss()
 
 
 if __name__ == "__main__":

@@ -51,9 +51,9 @@ class Arguments(pipeline.Arguments):
     """Take latents with a positive weight only."""
     options: tyro.conf.OmitArgPrefixes[Options] = DEFAULT_OPTIONS
     embeddings: bool = False
-    """Write the CLIP embeddings too."""
+    """Write the CLIP embeddings too: jobs.name finds better names with them."""
     demo: bool = False
-    """Explain 512 drawn scenes with the embedded CLIP and SAE."""
+    """Explain 512 drawn scenes with the embedded CLIP and SAE, and write their embeddings."""
 
     def check(self) -> None:
         """See `pipeline.Arguments.check`."""
@@ -90,6 +90,8 @@ def explain(argv: list[str]) -> int:
 
 def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
     """Resolve the arguments to a job, or print what it would be for --dry-run; ValueError for what the user can mend."""
+    from saecore.inference import check_fits
+
     methods, targets = parse_methods(arguments.method), parse_targets(arguments.targets)
     images = arguments.images or demo_images(arguments.out)
     clip, sae_address = pipeline.address(arguments.clip or "demo"), pipeline.address(arguments.sae or "demo")
@@ -100,8 +102,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
         raise ValueError(f"--k {arguments.k}: this SAE lets {most} latents fire, so at most that many can be kept")
     if wrong := [latent for latent in targets.latents if latent >= sae.config.n_latents]:
         raise ValueError(f"--targets latents:{wrong[0]}: this SAE has {sae.config.n_latents} latents, the first is 0")
-    if arguments.options.layers > tower.n_layers:
-        raise ValueError(f"--layers {arguments.options.layers}: this CLIP has {tower.n_layers}")
+    check_fits(tower, methods, arguments.options)
     k = arguments.k or min(DEFAULT_K, most)
     shards = list_shards(images)
     pool = session.make_pool(arguments.replicas, arguments.gpus_per_replica, arguments.local or arguments.dry_run)
@@ -116,7 +117,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
         concept_latents=arguments.concept_latents,
         concept_positive=arguments.concept_positive,
         options=arguments.options,
-        embeddings=arguments.embeddings,
+        embeddings=arguments.embeddings or arguments.demo,
         threads=pool.threads,
     )
     if targets.words:
@@ -130,7 +131,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
         "targets": list(arguments.targets),
         "concepts": [arguments.concept_latents, arguments.concept_positive] if targets.concepts else [],
         "options": dataclasses.asdict(arguments.options),
-        "embeddings": arguments.embeddings,
+        "embeddings": arguments.embeddings or arguments.demo,
     }
     height, width = tower.grid
     tags = {

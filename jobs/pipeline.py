@@ -46,7 +46,7 @@ class Arguments:
     images: tuple[str, ...] = ()
     """Tar shards, folders, Parquet files or single images: paths, globs, s3:// or gs:// addresses."""
     clip: str = ""
-    """CLIP: a Hugging Face id, a folder in transformers format, or `demo`."""
+    """CLIP or SigLIP: a Hugging Face id, a folder in transformers format, or `demo`."""
     batch_size: int = 64
     """Images per forward of a replica. Changes speed and memory, not results."""
     chunk_size: int = 512

@@ -64,6 +64,14 @@ def parse(kind: type[A], argv: list[str], module: str) -> A:
     return arguments
 
 
+def hush() -> None:
+    """No reports of transformers on loading: it takes the half of CLIP that is not asked for as weights not expected."""
+    import transformers.utils.logging
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def check_templates(templates: Sequence[str]) -> None:
     """ValueError if a word cannot be put into one of them, or there is none."""
     if wrong := [template for template in templates if "{}" not in template]:
@@ -78,10 +86,7 @@ def quiet(out: str) -> Iterator[None]:
 
     Standard output is left to the job. What is said before there is a run folder, or on an object store, is not kept.
     """
-    import transformers.utils.logging
-
-    transformers.utils.logging.set_verbosity_error()  # it reports the text tower as weights that were not expected
-    transformers.utils.logging.disable_progress_bar()
+    hush()
     sys.stderr.flush()
     terminal = os.dup(2)
     with tempfile.TemporaryFile() as said:

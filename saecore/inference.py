@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from saecore import relevance, reruns
-from saecore.clip import ImageTower
 from saecore.methods import DECOMPOSE, DEFAULT_OPTIONS, KEPT, Options, Wanted, dtype_of
 from saecore.relevance import Batch, Maps
 from saecore.sae import SAE
 from saecore.targets import Targets, Words, no_words
+from saecore.tower import ImageTower
 
 METHODS: dict[str, Callable[[Batch], Maps]] = {
     "contrib": relevance.contrib,
@@ -30,19 +30,37 @@ METHODS: dict[str, Callable[[Batch], Maps]] = {
 """`saecore.methods.METHODS`, as functions."""
 
 
-def trace_needs(methods: Iterable[str], options: Options) -> dict[str, int]:
-    """What the tower must leave in its trace for these methods: its arguments `keys` and `tokens`.
+def trace_needs(methods: Iterable[str], options: Options, n_layers: int) -> dict[str, int]:
+    """What a tower of so many layers must leave in its trace for these methods: its arguments `layers`, `keys` and `tokens`.
 
     Keys double what a trace holds, and residual streams keep the last layer from computing CLS alone.
     """
-    deep = {name for name in methods if name in ("contrib_grad", "chefer", "legrad") and options.layers != 1}
-    if not options.layers:
-        deep -= {"chefer", "legrad"}  # one layer is theirs
-    surrogate = "legrad" in methods and options.legrad_target == "mean"
-    tokens = (options.layers or 1) + 1 if surrogate else 0
+    methods, surrogate = set(methods), options.legrad_target == "mean"
+    depth = dict.fromkeys(METHODS, 1) | {"rollout": 0, "occlusion": 0}  # these two read their own forwards
+    depth |= dict.fromkeys(("contrib", "contrib_grad"), options.layers or n_layers)
+    depth |= dict.fromkeys(("chefer", "legrad"), options.layers or 1)
+    along_path = methods & ({"contrib_grad", "chefer"} if surrogate else {"contrib_grad", "chefer", "legrad"})
+    tokens = depth["legrad"] + 1 if surrogate and "legrad" in methods else 0
     if "dense" in methods and options.dense == "token":
         tokens = max(tokens, 1)
-    return {"keys": bool(deep) or "gradeclip" in methods, "tokens": tokens}
+    return {
+        "layers": max(depth[name] for name in methods),
+        "keys": "gradeclip" in methods or any(depth[name] > 1 for name in along_path),
+        "tokens": tokens,
+    }
+
+
+def check_fits(tower: ImageTower, methods: Sequence[str], options: Options) -> None:
+    """ValueError if a method is to look at more layers than its query passes, or to drop all that there is to look at."""
+    for name in (name for name in methods if name in ("contrib", "contrib_grad", "chefer", "legrad")):
+        own = name == "legrad" and options.legrad_target == "mean"  # whatever the query passes, all layers have targets
+        most = tower.n_layers if own else len(tower.path())
+        if options.layers > most:
+            raise ValueError(f"--layers {options.layers}: {name} has {most} to look at in this model")
+    if "occlusion" in methods and options.block >= max(tower.grid) and not tower.n_own:
+        raise ValueError(
+            f"--block {options.block}: this model has {max(tower.grid)} patches a side, and nothing else to see"
+        )
 
 
 def explain(
@@ -56,7 +74,8 @@ def explain(
     heads: bool = False,
 ) -> dict[str, Maps]:
     """Maps of the latents (B, k) of images (uint8 (B, height, width, 3)), and of `words`, by every method: one forward."""
-    embedding, trace = tower(pixels, **trace_needs(methods, options))
+    check_fits(tower, methods, options)
+    embedding, trace = tower(pixels, **trace_needs(methods, options, len(tower.path())))
     targets = Targets(sae, latents, words or no_words(sae))
     batch = relevance.batch_of(tower, pixels, embedding, trace, targets, options, heads)
     return {name: METHODS[name](batch) for name in methods}
@@ -161,7 +180,7 @@ class Inference(_OnDevice[Findings]):
         self.kept = wanted.kept
         self.words = (words or no_words(sae)).to(self.device)
         self.fixed = torch.tensor(wanted.latents, dtype=torch.int64, device=self.device)
-        self.needs = trace_needs(methods, options)
+        self.needs = trace_needs(methods, options, len(tower.path()))
 
     def _find(self, pixels: torch.Tensor) -> Findings:
         embedding, trace = self.tower(pixels, **self.needs)

@@ -19,6 +19,7 @@ Left out: segmentation scores at a threshold (IoU), and masks of real photograph
 Shapes: n maps, P = H W patches, row-major.
 """
 
+import functools
 from typing import NamedTuple
 
 import cv2
@@ -117,7 +118,13 @@ def mean_over_images(scores: np.ndarray, images: np.ndarray, draws: int = 2000, 
     if not len(place):
         raise ValueError("no score to take the mean of")
     sums, counts = np.bincount(place, scores[kept]), np.bincount(place)
-    n_images = len(sums)
-    drawn = np.random.default_rng(seed).multinomial(n_images, np.full(n_images, 1 / n_images), size=draws)
+    drawn = _draws(len(sums), draws, seed)
     low, high = np.quantile((drawn @ sums) / (drawn @ counts), [0.025, 0.975])
     return Mean(float(scores[kept].mean()), float(low), float(high))
+
+
+@functools.lru_cache(maxsize=1)
+def _draws(n_images: int, draws: int, seed: int) -> np.ndarray:
+    """How often each draw holds each image: float64 (draws, n_images). Drawing takes longer than all else."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(n_images, np.full(n_images, 1 / n_images), size=draws).astype(np.float64)

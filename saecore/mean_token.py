@@ -1,4 +1,4 @@
-"""The gradient of read-outs of each layer's mean token by that layer's attention: what LeGrad as published is made of.
+"""The gradient of read-outs of each layer's mean token by that layer's attention: what LeGrad as published makes of a CLIP.
 
 For layer l with tokens x = y + MLP(LN2(y)), y = x_in + W_O o + b_O, the target is not read off the embedding but off that
 layer, z^l = u . mean_i x_i + c, with u the read-out pulled back through the final LayerNorm at the mean token. Each token
@@ -9,7 +9,7 @@ carries 1/N of it:
 All rows i of the attention matter here, so nothing collapses: a forward pass of the layers and k backward passes through their
 MLPs. Still one pass over the tower below, and no autograd.
 
-Shapes as in `saecore.clip`: B images, k read-outs, N tokens, H heads, D width.
+Shapes as in `saecore.tower`: B images, k read-outs, N tokens, H heads, D width.
 """
 
 from collections.abc import Iterator
@@ -17,29 +17,26 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from saecore.clip import ImageTower, Trace
-from saecore.cls_path import by_head, mlp_vjp, product
+from saecore.cls_path import by_head, mlp_vjp, product, slope
+from saecore.tower import ImageTower, Trace
 
 
 def mean_token_gradients(
     tower: ImageTower, trace: Trace, read_outs: Tensor, layers: int, exact: bool = False
 ) -> Iterator[Tensor]:
-    """Of the last `layers` layers, last first: max(dz^l/dA^l, 0) averaged over query rows, float32 (B, k, H, N).
-
-    The trace must hold the last `layers` + 1 residual streams. `exact`: through the final LayerNorm's deviation too, as
-    the published code differentiates.
-    """
+    """See `ImageTower.own_targets`. `exact`: through the final LayerNorm's deviation too, as the published code does."""
     path = tower.path()
     for back in range(1, layers + 1):
         layer, entering, leaving = path[-back], trace.tokens[-back - 1], trace.tokens[-back]
         G = tower.pull_back(read_outs, leaving.float().mean(1), exact).direction / leaving.shape[1]
-        after = tower.attended(len(path) - back, entering)
+        after = tower.attend(len(path) - back, entering)[0].flatten(0, 1)  # B * N tokens, D
+        slopes = slope(layer, layer.mlp.fc1(layer.norm2(after)))
         v = by_head(trace.values[-back], tower.n_heads).transpose(1, 2).float()  # B H N Dh
         targets = []
         for column in range(read_outs.shape[1]):  # one at a time: (B, N, 4 D) numbers each
             own = G[:, None, column].expand(-1, leaving.shape[1], -1)
             flat = own.flatten(0, 1)[:, None]
-            G_y = own + mlp_vjp(layer, after.flatten(0, 1), flat).squeeze(1).unflatten(0, leaving.shape[:2])
+            G_y = own + mlp_vjp(layer, after, slopes, flat).squeeze(1).unflatten(0, leaving.shape[:2])
             G_o = by_head(product(G_y, layer.out), tower.n_heads).transpose(1, 2)  # B H N Dh
             targets.append((G_o @ v.mT).clamp(min=0).mean(2))
         yield torch.stack(targets, 1)

@@ -26,7 +26,7 @@ METHODS = ("contrib", "contrib_grad", "chefer", "legrad", "gradeclip", "rollout"
 DECOMPOSE = ("contrib", "contrib_grad")
 """Methods whose maps add up to the pre-activation with their remainder."""
 
-UNITS = dict.fromkeys((*DECOMPOSE, "occlusion"), "pre-activation units") | {"dense": "pre-activation of the patch"}
+UNITS = dict.fromkeys((*DECOMPOSE, "occlusion"), "pre-activation units") | {"dense": "target at each patch"}
 """What methods are in; the others are in no units."""
 
 CAUSES = tuple(name for name in METHODS if name not in ("dense", "attention"))
@@ -44,12 +44,14 @@ class Options:
     """What the methods leave open; each field says whom it concerns."""
 
     layers: int = 0
-    """Last layers that contrib, contrib_grad, chefer and legrad look at; 0 is all for the first two and one for the others."""
+    """Last layers that contrib, contrib_grad, chefer and legrad look at; 0 is all for the first two and one for the others. Of
+    SigLIP there is only its pooling to look at, except for legrad's `mean`."""
     norm: str = "frozen"
     """The final LayerNorm, a text's division by |e| and an SAE's own normaliser: `frozen` at the image's values, or `exact`,
     differentiated too. Not for attention; occlusion is always exact."""
     legrad_target: str = "cls"
-    """What legrad reads: `cls`, the embedding itself, or `mean`, the published surrogate: each layer's mean token."""
+    """What legrad reads: `cls`, the embedding itself, or `mean`, the published surrogate: each layer's mean token, or, of
+    SigLIP, each layer's tokens pooled."""
     discard: float = 0.9
     """Share of each layer's smallest weights that rollout drops."""
     dense: str = "token"

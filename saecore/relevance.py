@@ -14,10 +14,11 @@ after TopK, which is flat wherever a latent is off. With A the CLS attention row
     attention      mean_h A                      the same for every target: a control
 
 The remainder is defined for the first two, and NaN for the others. Options are documented with `saecore.methods.Options`.
+SigLIP has no CLS token: the learned query of its pooling stands in CLS's place below, on a path of one layer.
 
 Left out: what needs more than the one forward (`saecore.reruns`).
 
-Shapes as in `saecore.clip`: B images, k targets, N = 1 + P tokens, H heads, D width.
+Shapes as in `saecore.tower`: B images, k targets, N tokens, P patches, H heads, D width.
 """
 
 from collections.abc import Iterator
@@ -26,11 +27,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saecore.clip import ImageTower, Trace
 from saecore.cls_path import attention_gradients, by_head
-from saecore.mean_token import mean_token_gradients
 from saecore.methods import DEFAULT_OPTIONS, Options
 from saecore.targets import Targets
+from saecore.tower import ImageTower, Trace
 
 
 class Batch(NamedTuple):
@@ -94,14 +94,12 @@ def contrib(batch: Batch) -> Maps:
     tower, trace = batch.tower, batch.trace
     direction, constant = tower.pull_back(batch.read_outs, trace.cls_final, batch.options.norm == "exact")
     path = tower.path()
-    first = len(path) - (batch.options.layers or len(path))
-    own_path = trace.cls_before[0].float()
+    layers = batch.options.layers or len(path)
+    own_path = trace.cls_before[-layers].float()  # with all that layers add that are not looked at
     tokens_BkHN = _no_tokens(batch)
-    for index, (layer, v, A) in enumerate(zip(path, trace.values, trace.cls_attention, strict=True)):
-        leaving = trace.cls_before[index + 1] if index + 1 < len(path) else trace.cls_final
-        if index < first:  # not looked at: all that this layer adds is remainder
-            own_path = own_path + leaving.float() - trace.cls_before[index].float()
-            continue
+    for index in range(-layers, 0):
+        layer, v, A = path[index], trace.values[index], trace.cls_attention[index]
+        leaving = trace.cls_final if index == -1 else trace.cls_before[index + 1]
         own_path = own_path + layer.out_bias.float() + leaving.float() - trace.cls_after[index].float()
         target_BkD = direction.to(v.dtype) @ layer.out
         v_BNHD = by_head(v, tower.n_heads)
@@ -153,14 +151,14 @@ def chefer(batch: Batch) -> Maps:
 def legrad(batch: Batch) -> Maps:
     """LeGrad (Bousselham et al. 2024, arXiv:2404.03214): positive part of the attention gradient, summed over layers.
 
-    The paper reads the target off the mean token of each layer; `legrad_target="cls"`, our default, is the read-out of the
-    embedding itself, and looks at CLS's attention row. `"mean"` is the paper's: all rows, each layer's own target.
+    `legrad_target="cls"`, our default, is the read-out of the embedding itself, and looks at CLS's attention row. `"mean"` is
+    the paper's, each layer's own target: read off its mean token, through all rows; of SigLIP, off the pooled layer.
     """
     layers, n_own = batch.options.layers or 1, batch.tower.n_own
     total = _no_tokens(batch)[..., n_own:]
     if batch.options.legrad_target == "mean":
         exact = batch.options.norm == "exact"
-        for D_BkHN in mean_token_gradients(batch.tower, batch.trace, batch.read_outs, layers, exact):
+        for D_BkHN in batch.tower.own_targets(batch.trace, batch.read_outs, layers, exact):
             total = total + _mean_heads(D_BkHN, batch)[..., n_own:]
     else:
         for _, D, _ in _gradients(batch, layers):
@@ -184,7 +182,8 @@ def dense(batch: Batch) -> Maps:
 
     `token`: the patch's last residual stream through the final LayerNorm and projection, in CLS's place, as MaskCLIP-like
     read-outs do; the value of the target there, constants included. `value`: its last value vector through the CLS token's
-    way out, v_i . W_O' u, without attention. An SAE that was trained on CLS tokens has seen neither.
+    way out, v_i . W_O' u, without attention. An SAE that was trained on CLS tokens has seen neither. Of SigLIP, `token` is what
+    the embedding would be if the pooling looked at this patch alone.
     """
     tower, trace = batch.tower, batch.trace
     if batch.options.dense == "token":
@@ -208,7 +207,7 @@ def _gradients(batch: Batch, layers: int) -> Iterator[tuple[int, Tensor, Tensor]
 
 def _no_tokens(batch: Batch) -> Tensor:
     """Zeros to sum into, (B, k, 1, N): heads are summed over, or broadcast."""
-    shape = (*batch.read_outs.shape[:2], 1, batch.trace.values[0].shape[1])
+    shape = (*batch.read_outs.shape[:2], 1, batch.trace.values[-1].shape[1])
     return torch.zeros(shape, device=batch.read_outs.device)
 
 

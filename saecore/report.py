@@ -1,7 +1,4 @@
-"""A run -> something to look at: a preview picture, and the summary that ends a job.
-
-Left out: pages for every latent and image.
-"""
+"""A run -> something to look at: a preview picture, and the summary that ends a job. Pages: `saecore.pages`."""
 
 import io
 import itertools
@@ -127,6 +124,15 @@ def next_steps(uri: str) -> str:
         f"\nLook at {uri}/preview.png, then ask which latents fire most often, and where most strongly:\n\n"
         f'{_python()} - <<\'END\'\nimport duckdb\nduckdb.sql("""\n{QUERY.format(uri=uri)}\n""").show()\nEND'
     )
+
+
+def pages_summary(folder: Path, latents: int, images: int, pictures: int, missing: int) -> str:
+    """A report that was written, and where to look at it."""
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    lines = [f"pages         {latents:,} latents, {images:,} images, {pictures:,} pictures, {_bytes(size)}"]
+    if missing:
+        lines.append(f"not found     {missing:,} pictures: their input has changed, or is gone or out of reach")
+    return "\n".join([*lines, f"open          {(folder / 'index.html').as_uri()}"])
 
 
 def _python() -> str:

@@ -66,7 +66,8 @@ def rollout(batch: Batch) -> Maps:
 
     Abnar and Zuidema 2020 (arXiv:2005.00928), weighted as those scripts do: head means of attention and of its gradient are
     taken apart and multiplied; the `discard` smallest of a layer's N x N products are dropped, and what is negative then; the
-    identity is added, rows are normalised, layers multiplied. No units, never negative. Differs from theirs in explaining the
+    identity is added, rows are normalised, layers multiplied. No units, never negative. On top of SigLIP's layers lies its
+    pooling's row, without the identity: the learned query is none of the tokens. Differs from theirs in explaining the
     pre-activation, which has a gradient where a latent is off. Costs a forward with plain attention and, for each target, a
     backward through all layers; the images of the batch share them.
     """
@@ -89,15 +90,17 @@ def rollout(batch: Batch) -> Maps:
 
 
 def _rolled(attention: list[Tensor], gradients: tuple[Tensor, ...], discard: float) -> Tensor:
-    """Attention and gradients of all layers (B, H, N, N) -> CLS's row of their rollout (B, N)."""
-    n_tokens = attention[0].shape[-1]
-    row = torch.zeros((len(attention[0]), 1, n_tokens), device=attention[0].device)
-    row[..., 0] = 1
+    """Attention and gradients of all layers (B, H, N, N), the last's perhaps (B, H, 1, N) -> the query's row (B, N)."""
+    images, _, queries, _ = attention[-1].shape
+    row = torch.zeros((images, 1, queries), device=attention[-1].device)
+    row[..., 0] = 1  # CLS, or the only query there is
     for a, g in zip(reversed(attention), reversed(gradients), strict=True):
         weights = a.mean(1) * g.float().mean(1)
         flat = weights.flatten(1)
         if drop := int(discard * flat.shape[1]):
             weights = weights * (weights > flat.kthvalue(drop, dim=1).values[:, None, None])
-        mixed = weights.clamp(min=0) + torch.eye(n_tokens, device=a.device)
-        row = row @ (mixed / mixed.sum(-1, keepdim=True))
+        mixed = weights.clamp(min=0)
+        if a.shape[2] == a.shape[3]:  # a learned query is no token that could stay what it is
+            mixed = mixed + torch.eye(a.shape[3], device=a.device)
+        row = row @ (mixed / mixed.sum(-1, keepdim=True).clamp(min=torch.finfo(mixed.dtype).tiny))
     return row.squeeze(1)

@@ -24,7 +24,7 @@ import itertools
 import posixpath
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any, NamedTuple
 
@@ -233,13 +233,26 @@ class _Item(NamedTuple):
     detail: str | None = None
 
 
-def read_chunk(chunk: Mapping[str, Any], batch_bytes: int = 64 << 20) -> Iterator[pa.Table]:
-    """The images of a PLAN row, as RAW tables of about `batch_bytes` each: end - start rows in all, in order."""
+_PASSED = _Item("", None)
+"""In the place of one that nobody asked for."""
+
+
+def read_chunk(
+    chunk: Mapping[str, Any], batch_bytes: int = 64 << 20, indices: Collection[int] | None = None
+) -> Iterator[pa.Table]:
+    """The images of a PLAN row, as RAW tables of about `batch_bytes` each: end - start rows in all, in order.
+
+    With `indices`, places in the shard, those of its images alone: what lies between them in a folder or a local tar is not
+    read, and what comes after the last nowhere.
+    """
     batch: list[dict[str, Any]] = []
     size = 0
-    found = _read_folder(chunk) if chunk["kind"] == "folder" else _read_file(chunk)
+    wanted = range(chunk["start"], chunk["end"]) if indices is None else indices
+    found = _read_folder(chunk, wanted) if chunk["kind"] == "folder" else _read_file(chunk, wanted)
     items = itertools.chain(found, _lost(chunk))
-    for index, item in zip(range(chunk["start"], chunk["end"]), items, strict=False):
+    for index, item in zip(range(chunk["start"], max(wanted, default=-1) + 1), items, strict=False):
+        if index not in wanted:
+            continue
         batch.append(
             {
                 "image_id": chunk["shard_id"] << schema.INDEX_BITS | index,
@@ -264,7 +277,7 @@ def _lost(chunk: Mapping[str, Any]) -> Iterator[_Item]:
     return itertools.repeat(_Item("", None, "damaged-shard", detail))
 
 
-def _read_file(chunk: Mapping[str, Any]) -> Iterator[_Item]:
+def _read_file(chunk: Mapping[str, Any], wanted: Collection[int]) -> Iterator[_Item]:
     if chunk["offset"] is None and chunk["column"] is None:
         return  # no image, only the row for what is lost
     filesystem, path = filesystem_of(chunk["uri"])
@@ -275,7 +288,11 @@ def _read_file(chunk: Mapping[str, Any]) -> Iterator[_Item]:
             raise
         return
     with file:
-        yield from _read_parquet(file, chunk) if chunk["kind"] == "parquet" else _read_tar(file, chunk)
+        if chunk["kind"] == "parquet":
+            yield from _read_parquet(file, chunk, wanted)
+        else:
+            few = isinstance(filesystem, pyarrow.fs.LocalFileSystem) and not isinstance(wanted, range)
+            yield from _read_tar(file, chunk, wanted, HEADER_AHEAD if few else READ_AHEAD)
 
 
 def _folder_is_gone(filesystem: pyarrow.fs.FileSystem, path: str) -> bool:
@@ -283,13 +300,13 @@ def _folder_is_gone(filesystem: pyarrow.fs.FileSystem, path: str) -> bool:
     return filesystem.get_file_info(posixpath.dirname(path)).type == pyarrow.fs.FileType.NotFound
 
 
-def _read_tar(file: pa.NativeFile, chunk: Mapping[str, Any]) -> Iterator[_Item]:
+def _read_tar(file: pa.NativeFile, chunk: Mapping[str, Any], wanted: Collection[int], ahead: int) -> Iterator[_Item]:
     try:
-        stream = _uncompressed(file, READ_AHEAD)
+        stream = _uncompressed(file, ahead)
         stream.seek(chunk["offset"])
         tar = _tar(stream)
-        for member in _images(tar):
-            yield _member(tar, member)
+        for index, member in enumerate(_images(tar), chunk["start"]):
+            yield _member(tar, member) if index in wanted else _PASSED
     except _BROKEN_TAR:
         return
 
@@ -332,9 +349,12 @@ def _uncompressed(file: pa.NativeFile, ahead: int) -> IO[bytes]:
     return _Stream(gzip.GzipFile(fileobj=stream), READ_AHEAD) if is_gzip else stream
 
 
-def _read_folder(chunk: Mapping[str, Any]) -> Iterator[_Item]:
+def _read_folder(chunk: Mapping[str, Any], wanted: Collection[int]) -> Iterator[_Item]:
     filesystem, folder = filesystem_of(chunk["uri"])
-    for name in chunk["members"]:
+    for index, name in enumerate(chunk["members"], chunk["start"]):
+        if index not in wanted:
+            yield _PASSED
+            continue
         path = f"{folder.rstrip('/')}/{name}"
         try:
             with filesystem.open_input_file(path) as file:
@@ -347,7 +367,7 @@ def _read_folder(chunk: Mapping[str, Any]) -> Iterator[_Item]:
             yield _Item(name, None, "unreadable", str(error))
 
 
-def _read_parquet(file: pa.NativeFile, chunk: Mapping[str, Any]) -> Iterator[_Item]:
+def _read_parquet(file: pa.NativeFile, chunk: Mapping[str, Any], wanted: Collection[int]) -> Iterator[_Item]:
     watched = _Watched(file)
     try:
         parquet = pq.ParquetFile(watched, buffer_size=READ_AHEAD, pre_buffer=False)
@@ -364,7 +384,9 @@ def _read_parquet(file: pa.NativeFile, chunk: Mapping[str, Any]) -> Iterator[_It
     for group in range(parquet.num_row_groups):
         position, end = start, start + parquet.metadata.row_group(group).num_rows
         start = end
-        if end <= chunk["start"] or position >= chunk["end"]:
+        rows = range(max(position, chunk["start"]), min(end, chunk["end"]))
+        if not any(row in wanted for row in rows):
+            yield from itertools.repeat(_PASSED, len(rows))
             continue
         try:
             # Rows before the chunk in its first row group are decoded and passed over: Parquet cannot seek to a row.

@@ -18,10 +18,10 @@ from saecore import images, schema
 from saecore.methods import DEFAULT_OPTIONS, KEPT, Options, Wanted
 
 if TYPE_CHECKING:
-    from saecore.clip import ImageTower
     from saecore.inference import Embedder, Inference
     from saecore.sae import SAE
     from saecore.targets import Words
+    from saecore.tower import ImageTower
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class EmbedConfig:
     """Everything `Embed` needs to build itself in another process."""
 
     clip: str
-    """CLIP: a Hub id, a local directory in transformers format, or `demo`."""
+    """CLIP or SigLIP: a Hub id, a local directory in transformers format, or `demo`."""
     batch_size: int = 64
     """Images per forward. Changes speed and memory, not results."""
     device: str = "cpu"

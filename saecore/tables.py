@@ -40,6 +40,16 @@ def read_record(uri: str) -> dict[str, Any]:
     return record
 
 
+def connect(**settings: Any) -> duckdb.DuckDBPyConnection:
+    """DuckDB in memory, as questions and the index need it."""
+    # Nothing is fetched from a network, and the order of rows is nobody's promise.
+    fixed = {"autoinstall_known_extensions": False, "preserve_insertion_order": False}
+    database = duckdb.connect(config={**fixed, **settings})
+    # It draws one on standard output where it takes the process for an interactive one, such as those of multiprocessing.
+    database.execute("SET enable_progress_bar = false")
+    return database
+
+
 class Tables:
     """The tables of the run at `uri`. Files are opened when they are asked for, footers are kept. For one thread at a time."""
 
@@ -92,8 +102,7 @@ class Tables:
 
     @functools.cached_property
     def _database(self) -> duckdb.DuckDBPyConnection:
-        # Row order is nobody's promise here; nothing is fetched from a network.
-        database = duckdb.connect(config={"autoinstall_known_extensions": False, "preserve_insertion_order": False})
+        database = connect()
         for name, dataset in self.datasets.items():
             database.register(name, dataset)
         database.register("latents", self.latents)
@@ -116,6 +125,11 @@ class Tables:
         order = np.argsort(first)
         return first[order], plan["chunk_id"].to_numpy()[order]
 
+    def chunks_of(self, image_ids: Sequence[int] | pa.ChunkedArray | np.ndarray) -> np.ndarray:
+        """The chunk id of each of some images; of the nearest chunk for an image that is not of this run."""
+        first, chunk_ids = self._chunk_starts
+        return chunk_ids[np.maximum(np.searchsorted(first, np.asarray(image_ids, np.int64), "right") - 1, 0)]
+
     def rows(
         self,
         table: str,
@@ -124,12 +138,10 @@ class Tables:
         condition: pyarrow.dataset.Expression | None = None,
     ) -> pa.Table:
         """`image_id` and these columns of the rows of some images, in any order: of the chunks that hold them, no others."""
-        first, chunk_ids = self._chunk_starts
         wanted = np.asarray(image_ids, np.int64)
-        held = chunk_ids[np.maximum(np.searchsorted(first, wanted, "right") - 1, 0)]
         these = pc.field("image_id").isin(pa.array(wanted))
         # At least one file, for its schema.
-        dataset = self.files(table, np.unique(held) if len(held) else chunk_ids[:1])
+        dataset = self.files(table, np.unique(self.chunks_of(wanted if len(wanted) else [0])))
         return dataset.to_table(
             columns=["image_id", *columns], filter=these if condition is None else these & condition
         )

@@ -1,6 +1,8 @@
-"""Words -> CLIP text embeddings: the text tower from transformers, vocabulary files, templates.
+"""Words -> text embeddings of CLIP or SigLIP: the text tower from transformers, vocabulary files, templates.
 
-The forward is transformers' own, in float32 everywhere: a vocabulary is embedded once, and small.
+The forward is transformers' own, in float32 everywhere: a vocabulary is embedded once, and small. SigLIP's embedding is read
+off the last of its 64 places, whatever stands there, so texts are padded to all of them and nothing is masked, as in training.
+Its texts are lower-cased here: both SigLIPs were trained so, and not every tokenizer that comes with SigLIP 2 does it.
 
 Left out: an exact account of a text (relevance over its tokens), bfloat16.
 
@@ -16,11 +18,12 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 import torch
 from torch.nn.functional import normalize
-from transformers import AutoTokenizer, CLIPTextModelWithProjection
+from transformers import AutoTokenizer, CLIPTextModelWithProjection, SiglipTextModel
 
-from saecore.clip import hash_of, load_half
+from saecore.clip import Halves, load_half
 from saecore.schema import TEXTS_FILE
 from saecore.storage import filesystem_of, join_uri
+from saecore.tower import hash_of
 
 DEMO_VOCABULARY = Path(__file__).parent / "demo" / "vocabulary.txt"
 """The words of the drawn world: colours, shapes, textures, sizes, backgrounds."""
@@ -86,31 +89,40 @@ def read_texts(folder: str) -> Texts:
 
 
 class TextTower(torch.nn.Module):
-    """The text side of a CLIP model: texts in, embeddings out."""
+    """The text side of a CLIP or SigLIP model: texts in, embeddings out."""
 
-    def __init__(self, model: CLIPTextModelWithProjection, tokenizer: Any) -> None:
+    def __init__(self, model: CLIPTextModelWithProjection | SiglipTextModel, tokenizer: Any) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
+        config = model.config
+        self.siglip = config.model_type == "siglip_text_model"
         # Not the tokenizer's own limit, which some checkpoints leave out and others have larger.
-        self.n_tokens: int = model.config.max_position_embeddings
-        self.n_outputs: int = model.config.projection_dim
+        self.n_tokens: int = config.max_position_embeddings
+        self.n_outputs: int = config.projection_size if self.siglip else config.projection_dim
 
     def forward(self, texts: Sequence[str]) -> torch.Tensor:
         """Texts -> float32 (N, E), not L2-normalised. What is longer than the tower is cut by the tokenizer."""
-        tokens = self.tokenizer(
-            list(texts), padding=True, truncation=True, max_length=self.n_tokens, return_tensors="pt"
-        )
-        place = self.model.device
-        embeds = self.model(
-            tokens["input_ids"].to(place), attention_mask=tokens["attention_mask"].to(place)
-        ).text_embeds
+        tokens = self._tokens(
+            texts,
+            padding="max_length" if self.siglip else True,
+            truncation=True,
+            max_length=self.n_tokens,
+            return_tensors="pt",
+        ).to(self.model.device)
+        if self.siglip:
+            embeds = self.model(tokens["input_ids"]).pooler_output
+        else:
+            embeds = self.model(tokens["input_ids"], attention_mask=tokens["attention_mask"]).text_embeds
         assert isinstance(embeds, torch.Tensor)
         return embeds
 
     def too_long(self, texts: Sequence[str]) -> int:
         """How many texts are cut."""
-        return sum(len(ids) > self.n_tokens for ids in self.tokenizer(list(texts), verbose=False)["input_ids"])
+        return sum(len(ids) > self.n_tokens for ids in self._tokens(texts, verbose=False)["input_ids"])
+
+    def _tokens(self, texts: Sequence[str], **how: Any) -> Any:
+        return self.tokenizer([text.lower() if self.siglip else text for text in texts], **how)
 
     def sha256(self) -> str:
         """Hash of everything that changes an embedding: weights, configuration, the tokenizer's vocabulary."""
@@ -128,7 +140,11 @@ class TextTower(torch.nn.Module):
 
 def load_text_tower(model_id: str, revision: str | None = None) -> TextTower:
     """The text tower of a Hub id, a local directory, or `demo`; errors as `saecore.clip.load_tower`'s."""
-    return TextTower(*load_half(CLIPTextModelWithProjection, _load_tokenizer, model_id, revision))
+    halves: Halves[TextTower] = {
+        "clip": (CLIPTextModelWithProjection, TextTower),
+        "siglip": (SiglipTextModel, TextTower),
+    }
+    return load_half(halves, _load_tokenizer, model_id, revision)
 
 
 def _load_tokenizer(source: str, revision: str | None) -> Any:

@@ -74,7 +74,11 @@ def explained(chunk: int, methods: tuple[str, ...]) -> pa.Table:
             ],
             "l0": len(kept),
             "completeness": 0.0,
-            "sinks": [],
+            "sinks": [2],
+            "cosine": 0.5 + index / 10,
+            "fvu": 0.25,
+            "format": "JPEG",
+            **{f"crop_{side}": pixels for side, pixels in (("left", 0), ("top", 0), ("right", 8), ("bottom", 4))},
         }
         refused = {"error": "truncated", "error_detail": "at byte 7"}
         known = {"image_id": shard << 32 | index, "uri": f"/shard-{shard}.tar", "key": key, "width": width, "height": 8}

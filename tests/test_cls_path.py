@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from saecore.checkpoints import load_sae
-from saecore.clip import ImageTower, load_tower
+from saecore.clip import ClipTower
 from saecore.cls_path import attention_gradients
 from saecore.sae import SAE
-from tests.towers import SHAPES, random_pixels, random_sae, random_tower
+from tests.towers import SHAPES, demo_tower, random_pixels, random_sae, random_tower
 
 
-def replayed(tower: ImageTower, sae: SAE, pixels: Tensor, latents: Tensor, exact: bool) -> list[Tensor]:
+def replayed(tower: ClipTower, sae: SAE, pixels: Tensor, latents: Tensor, exact: bool) -> list[Tensor]:
     """dz/dA^l (B, k, H, N) by autograd: patch tokens are constants, the CLS token runs through all layers over them.
 
     A bump of zeros is added to each layer's CLS attention row, and z is differentiated by it.
@@ -53,18 +53,18 @@ def replayed(tower: ImageTower, sae: SAE, pixels: Tensor, latents: Tensor, exact
     return [torch.stack(layer, 1).squeeze(3) for layer in zip(*found, strict=True)]
 
 
-def assert_equal(tower: ImageTower, sae: SAE, pixels: Tensor, latents: Tensor, exact: bool) -> None:
+def assert_equal(tower: ClipTower, sae: SAE, pixels: Tensor, latents: Tensor, exact: bool) -> None:
     expected = replayed(tower, sae, pixels, latents, exact)
     with torch.inference_mode():
         _, trace = tower(pixels, keys=True)
         w = sae.read_outs(latents)[0]
         found = {index: D for index, D, _ in attention_gradients(tower, trace, w, len(expected), exact)}
         last = next(attention_gradients(tower, tower(pixels)[1], w, 1, exact))  # one layer needs no keys
-    assert sorted(found) == list(range(len(expected)))
-    for index, D in enumerate(expected):
+    assert sorted(found) == list(range(-len(expected), 0))
+    for index, D in zip(sorted(found), expected, strict=True):
         error = (found[index] - D).abs().max() / D.abs().max()
         assert error < 1e-5, (index, float(error))
-    torch.testing.assert_close(last[1], found[len(expected) - 1])
+    torch.testing.assert_close(last[1], found[-1])
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -76,5 +76,5 @@ def test_equals_autograd(shape: dict[str, Any], exact: bool) -> None:
 
 
 def test_equals_autograd_on_the_embedded_model() -> None:
-    tower, sae = load_tower("demo"), load_sae("demo")
+    tower, sae = demo_tower(), load_sae("demo")
     assert_equal(tower, sae, random_pixels(tower, 2), torch.tensor([[0, 7, 33], [5, 1, 70]]), True)

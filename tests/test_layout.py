@@ -13,15 +13,18 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     ["storage", "schema", "spec", "methods", "kernels", "display", "localisation", "demo.scenes"],
     ["listing", "images", "isolation", "runs", "recipe"],
-    ["shards", "clip", "sae", "memmaps", "embeddings", "latents", "contrast", "by_latent"],
-    ["formats", "cls_path", "targets", "text", "quality", "objectives", "naming", "tables", "indexing", "synthetic"],
-    ["checkpoints", "mean_token", "trainer", "naive", "results"],
-    ["relevance", "training", "statistics"],
-    ["reruns", "query_speed"],
-    ["inference"],
-    ["stages"],
-    ["report", "demo.lessons"],
+    ["shards", "tower", "sae", "memmaps", "embeddings", "latents", "contrast", "by_latent"],
+    ["formats", "cls_path", "targets", "quality", "objectives", "naming", "tables", "synthetic"],
+    ["checkpoints", "mean_token", "siglip", "trainer", "naive", "naive_maps", "results", "indexing"],
+    ["clip"],
+    ["text"],
+    ["relevance", "training", "statistics", "pictures"],
+    ["reruns", "query_speed", "views"],
+    ["inference", "training_speed", "captions"],
+    ["stages", "timing", "pages"],
+    ["report", "static", "explorer", "demo.lessons"],
     ["demo.figures"],
+    ["demo.truth"],
     ["demo.build"],
 ]
 MODULES = [path for path in sorted((ROOT / "saecore").rglob("*.py")) if path.name != "__init__.py"]
@@ -62,7 +65,9 @@ def test_no_job_imports_another() -> None:
         assert others <= {"jobs.session", "jobs.pipeline"}, path
 
 
-@pytest.mark.parametrize("job", ["explain", "embed", "train", "measure", "name", "benchmark", "index", "query"])
+@pytest.mark.parametrize(
+    "job", ["explain", "embed", "train", "measure", "name", "benchmark", "index", "query", "report"]
+)
 def test_the_command_line_loads_neither_pytorch_nor_ray(job: str) -> None:
     """So that --help and a wrong argument answer at once, and workers that decode start in a second."""
     code = f"import sys, jobs.{job}; print(sorted({{'torch', 'transformers', 'ray'}} & set(sys.modules)))"

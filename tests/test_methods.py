@@ -10,22 +10,23 @@ import torch
 from torch import Tensor
 
 from saecore.checkpoints import load_sae
-from saecore.clip import ImageTower, load_tower
+from saecore.clip import ClipTower
 from saecore.inference import explain
 from saecore.methods import DECOMPOSE, METHODS, PRECISE, Options, dtype_of, parse_methods, parse_targets
 from saecore.relevance import completeness_error
 from saecore.sae import SAE
 from saecore.targets import Targets, concept_weights, words_of
+from saecore.tower import ImageTower
 from tests.test_cls_path import replayed
-from tests.towers import SHAPES, random_pixels, random_sae, random_tower
+from tests.towers import SHAPES, demo_tower, random_pixels, random_sae, random_tower
 
 ALL = [*range(len(SHAPES)), "demo"]
 
 
-def models(which: Any) -> tuple[Any, ImageTower, SAE]:
+def models(which: Any) -> tuple[Any, ClipTower, SAE]:
     """transformers' image tower, ours over it, an SAE: random weights of a shape, or the embedded ones."""
     if which == "demo":
-        tower = load_tower("demo")
+        tower = demo_tower()
         return tower.vision, tower, load_sae("demo")
     model, tower = random_tower(**SHAPES[which])
     return model.vision_model, tower, random_sae()
@@ -55,14 +56,19 @@ class Layer(NamedTuple):
     k: Tensor
 
 
-def plain_forward(tower: ImageTower, pixels: Tensor) -> list[Layer]:
-    """Attention as written in the paper; every layer's A is a variable that can be differentiated by."""
+def plain_forward(tower: ClipTower, pixels: Tensor) -> list[Layer]:
+    """All layers over pixels."""
     vision = copy.deepcopy(tower.vision).double()
-    hidden, found = vision.pre_layrnorm(vision.embeddings(tower.normalise(pixels))), []
+    return plain_layers(vision, vision.pre_layrnorm(vision.embeddings(tower.normalise(pixels))))
+
+
+def plain_layers(vision: Any, hidden: Tensor) -> list[Layer]:
+    """Attention as written in the paper; every layer's A is a variable that can be differentiated by."""
+    found = []
     for layer in vision.encoder.layers:
         attention, normed = layer.self_attn, layer.layer_norm1(hidden)
         flat = [part(normed) for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
-        q, k, v = (part.unflatten(-1, (tower.n_heads, -1)).transpose(1, 2) for part in flat)
+        q, k, v = (part.unflatten(-1, (vision.config.num_attention_heads, -1)).transpose(1, 2) for part in flat)
         A = torch.softmax(q @ k.transpose(2, 3) * attention.scale, -1)
         A = A if A.requires_grad else A.requires_grad_()
         after = hidden + attention.out_proj((A @ v).transpose(1, 2).flatten(2))
@@ -72,7 +78,7 @@ def plain_forward(tower: ImageTower, pixels: Tensor) -> list[Layer]:
     return found
 
 
-def embed(tower: ImageTower, token: Tensor, exact: bool) -> Tensor:
+def embed(tower: ClipTower, token: Tensor, exact: bool) -> Tensor:
     """Final LayerNorm and projection, float64; the deviation is a constant to autograd unless `exact`."""
     norm = tower.vision.post_layernorm
     deviation = (token.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
@@ -171,13 +177,18 @@ def rolled(attention: list[np.ndarray], gradients: Any, discard: float) -> np.nd
         N = attention[0].shape[-1]
         R = np.eye(N)
         for A, G in zip(attention, gradients, strict=True):
-            fused = A[image].mean(0) * G[image].numpy().mean(0)
-            flat = fused.ravel().copy()
-            flat[np.argsort(flat)[: int(discard * N * N)]] = 0
-            mixed = np.maximum(flat.reshape(N, N), 0) + np.eye(N)
+            mixed = fused(A[image], G[image].numpy(), discard) + np.eye(N)
             R = mixed / mixed.sum(1, keepdims=True) @ R
         found.append(R[0, 1:])
     return np.stack(found)
+
+
+def fused(A: np.ndarray, G: np.ndarray, discard: float) -> np.ndarray:
+    """(H, n, N) each -> what rollout keeps of their product (n, N)."""
+    product = A.mean(0) * G.mean(0)
+    flat = product.ravel().copy()
+    flat[np.argsort(flat)[: int(discard * flat.size)]] = 0
+    return np.maximum(flat, 0).reshape(product.shape)
 
 
 @pytest.mark.parametrize("block", [1, 3])
@@ -339,10 +350,10 @@ def test_heads_add_up_to_the_map(name: str) -> None:
 
 def test_methods_in_bfloat16_are_nearly_the_same() -> None:
     """As on a GPU. Occlusion takes differences of two forwards, which bfloat16 drowns: a tower stays in float32 for it."""
-    latents, pixels = torch.arange(10).expand(4, -1), random_pixels(load_tower("demo"), 4)
+    latents, pixels = torch.arange(10).expand(4, -1), random_pixels(demo_tower(), 4)
     found = []
     for dtype in (torch.float32, torch.bfloat16):
-        tower, sae = load_tower("demo"), load_sae("demo")
+        tower, sae = demo_tower(), load_sae("demo")
         tower.run_in(dtype)
         with torch.inference_mode():
             found.append(explain(tower, sae, pixels, latents, METHODS))

@@ -52,6 +52,32 @@ def read(plan: pa.Table, batch_bytes: int = 4_000) -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.parametrize("kind", ["a.tar", "a.tar.gz", "a.parquet", "folder"])
+def test_some_images_of_a_chunk(tmp_path: Path, kind: str) -> None:
+    """Those asked for, as they are among all; a local tar is not read through for one of them."""
+    path, members = tmp_path / kind, [(name, GENERATOR.bytes(50_000)) for name, _ in PICTURES]
+    if kind == "folder":
+        path.mkdir()
+        for name, data in members:
+            (path / name).write_bytes(data)
+    elif kind == "a.parquet":
+        pq.write_table(pa.table({"image": [data for _, data in members]}), path, row_group_size=5)
+    else:
+        write_tar(path, members)
+    plan = plan_of(path, chunk_size=9)
+    every = {row["image_id"]: row for row in read(plan)}
+    for chunk in plan.to_pylist():
+        for indices in ({chunk["start"]}, {chunk["end"] - 1}, set(range(chunk["start"], chunk["end"], 3)), set()):
+            found = [row for table in read_chunk(chunk, indices=indices) for row in table.to_pylist()]
+            assert found == [every[index] for index in sorted(indices)]
+    if kind == "a.tar":
+        with open("/proc/self/io") as counts:
+            before = int(counts.readline().split()[1])
+        list(read_chunk(plan.to_pylist()[0], indices={4}))
+        with open("/proc/self/io") as counts:
+            assert 50_000 < int(counts.readline().split()[1]) - before < 150_000
+
+
 def contents(rows: list[dict[str, Any]]) -> list[tuple[str, bytes]]:
     return [(row["key"], row["data"]) for row in rows]
 

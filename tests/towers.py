@@ -1,18 +1,27 @@
-"""Random small CLIP towers of the true architecture, for tests that must not depend on one set of weights."""
+"""Random small CLIP and SigLIP towers of the true architecture, for tests that must not depend on one set of weights."""
 
 from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, SiglipVisionConfig, SiglipVisionModel
 
-from saecore.clip import ImageTower
+from saecore.clip import ClipTower, load_tower
 from saecore.images import Preprocess
 from saecore.sae import SAE, SAEConfig
+from saecore.siglip import SiglipTower
+from saecore.tower import ImageTower
 
 SHAPES: list[dict[str, Any]] = [
     {"image_size": 32, "patch_size": 8, "width": 32, "heads": 4, "layers": 3, "activation": "quick_gelu"},
     {"image_size": 48, "patch_size": 8, "width": 48, "heads": 3, "layers": 1, "activation": "gelu"},
     {"image_size": 56, "patch_size": 14, "width": 64, "heads": 2, "layers": 6, "activation": "quick_gelu"},
+]
+
+SIGLIP_SHAPES: list[dict[str, Any]] = [
+    {"image_size": 32, "patch_size": 8, "width": 32, "heads": 4, "layers": 3, "activation": "gelu_pytorch_tanh"},
+    {"image_size": 48, "patch_size": 8, "width": 48, "heads": 3, "layers": 1, "activation": "gelu"},
+    # 2 pixels that fill no patch
+    {"image_size": 44, "patch_size": 14, "width": 64, "heads": 2, "layers": 6, "activation": "gelu_pytorch_tanh"},
 ]
 
 
@@ -25,27 +34,56 @@ def random_tower(
     activation: str = "quick_gelu",
     outputs: int = 24,
     seed: int = 0,
-) -> tuple[CLIPVisionModelWithProjection, ImageTower]:
+) -> tuple[CLIPVisionModelWithProjection, ClipTower]:
     """transformers' model and our tower over it, with weights large enough that every part matters (default inits do not)."""
     torch.manual_seed(seed)
-    config = CLIPVisionConfig(
-        hidden_size=width,
-        intermediate_size=4 * width,
-        projection_dim=outputs,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        image_size=image_size,
-        patch_size=patch_size,
-        hidden_act=activation,
-        attn_implementation="sdpa",
+    settings = dimensions(image_size, patch_size, width, heads, layers, activation)
+    model = CLIPVisionModelWithProjection(CLIPVisionConfig(**settings, projection_dim=outputs))
+    fill(model)
+    return model, ClipTower(model, preprocess(image_size))
+
+
+def random_siglip(
+    image_size: int, patch_size: int, width: int, heads: int, layers: int, activation: str, seed: int = 0
+) -> tuple[SiglipVisionModel, SiglipTower]:
+    """The same for SigLIP, whose embedding is as wide as its tower."""
+    torch.manual_seed(seed)
+    model = SiglipVisionModel(
+        SiglipVisionConfig(**dimensions(image_size, patch_size, width, heads, layers, activation))
     )
-    model = CLIPVisionModelWithProjection(config).eval().requires_grad_(False)
+    fill(model)
+    return model, SiglipTower(model, preprocess(image_size))
+
+
+def dimensions(
+    image_size: int, patch_size: int, width: int, heads: int, layers: int, activation: str
+) -> dict[str, Any]:
+    """As transformers' configs call them."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "image_size": image_size,
+        "patch_size": patch_size,
+        "hidden_act": activation,
+        "attn_implementation": "sdpa",
+    }
+
+
+def fill(model: torch.nn.Module) -> None:
+    """Weights large enough that every part matters; biases included."""
+    model.eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         spread = 0.3 if parameter.ndim < 2 else 1.5 / parameter[0].numel() ** 0.5
         parameter.copy_(
             torch.randn_like(parameter) * spread + (1.0 if "norm.weight" in name or "norm1.w" in name else 0.0)
         )
-    preprocess = Preprocess(
+
+
+def preprocess(image_size: int) -> Preprocess:
+    """Of pixels already of that size."""
+    return Preprocess(
         resize=image_size,
         crop=(image_size, image_size),
         resample=3,
@@ -53,7 +91,13 @@ def random_tower(
         std=(0.2, 0.3, 0.4),
         rescale_factor=1 / 255,
     )
-    return model, ImageTower(model, preprocess)
+
+
+def demo_tower() -> ClipTower:
+    """The embedded model's."""
+    tower = load_tower("demo")
+    assert isinstance(tower, ClipTower)
+    return tower
 
 
 def random_sae(n_inputs: int = 24, n_latents: int = 96, k: int = 8, seed: int = 1) -> SAE:

@@ -31,9 +31,14 @@ import tyro
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
+from saecore import display
+from saecore.clip import load_tower
 from saecore.demo import scenes as world
+from saecore.demo import truth
 from saecore.demo.figures import embed, sae_figures, text_embeddings, zero_shot
-from saecore.demo.lessons import FACETS, MEAN, PIXELS, STD, WORDS, Batch, make_batch, make_tokenizer, normalise
+from saecore.demo.lessons import FACETS, MEAN, PIXELS, STD, WORDS, Batch, make_batch, make_tokenizer, normalise, photo
+from saecore.inference import explain
+from saecore.methods import METHODS, UNITS
 from saecore.sae import load_folder
 
 CLIP_FOLDER, SAE_FOLDER = Path(__file__).parent / "clip", Path(__file__).parent / "sae"
@@ -264,9 +269,47 @@ def evaluate(config: Evaluate) -> None:
         print(f"{name:26s} {value:.4g}")
 
 
+# What every method makes of one scene
+
+
+@dataclass(frozen=True)
+class DrawMethods:
+    """Draw one scene under every method: for each object the map of the latent that follows its colour."""
+
+    scene: int = 12
+    """Which of the demo's scenes."""
+    side: int = 140
+    """Pixels of a map."""
+    out: Path = Path(__file__).parent / "methods.png"
+    """The picture."""
+
+
+@torch.inference_mode()
+def draw_methods(config: DrawMethods) -> None:
+    tower, sae = load_tower("demo"), load_folder(SAE_FOLDER)
+    scene = world.scene_at(world.SEED_DEMO, config.scene)
+    following = {word: latent for latent, word in truth.followers(tower, sae, truth.sample(2000, 0)).items()}
+    latents = [following[thing.colour] for thing in scene.things if thing.colour in following]
+    pixels = torch.from_numpy(photo(scene)[None])
+    values = sae.pre_activations(tower.embed(pixels))[0, latents].tolist()
+    found = explain(tower, sae, pixels, torch.tensor([latents]), METHODS).values()
+    sheet = display.sheet(
+        [world.render(scene, 4 * config.side)] * len(latents),
+        [f"latent {latent}   {value:.2f}" for latent, value in zip(latents, values, strict=True)],
+        METHODS,
+        [UNITS.get(method) for method in METHODS],
+        np.stack([maps.relevance[0].unflatten(-1, tower.grid).numpy() for maps in found], 1),
+        np.stack([maps.remainder[0].numpy() for maps in found], 1),
+        config.side,
+    )
+    config.out.write_bytes(display.png(sheet))
+    print(f"scene {config.scene}: {scene.caption}; written to {config.out}")
+
+
 def main() -> None:
     steps = tyro.extras.subcommand_type_from_defaults(
-        {"clip": ClipBuild(), "scenes": DrawScenes(), "evaluate": Evaluate()}  # the names on the command line
+        # the names on the command line
+        {"clip": ClipBuild(), "scenes": DrawScenes(), "evaluate": Evaluate(), "methods": DrawMethods()}
     )
     match tyro.cli(steps, description=__doc__):
         case ClipBuild() as config:
@@ -275,6 +318,8 @@ def main() -> None:
             draw_scenes(config)
         case Evaluate() as config:
             evaluate(config)
+        case DrawMethods() as config:
+            draw_methods(config)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,119 @@
+"""Numbers, maps and histograms in words: what a page says to those who do not see its pictures, and beneath them to all."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from saecore.methods import CAUSES, DECOMPOSE, UNITS
+from saecore.views import Bins, Map, Tile
+
+
+def number(value: float | None) -> str:
+    """Three digits that count, two below a tenth; a true minus sign."""
+    if value is None or math.isnan(value):
+        return "none"
+    size = abs(value)
+    decimals = 0 if size >= 100 or not size else 1 if size >= 10 else 2 if size >= 1 else 3
+    digits = f"{value:,.{decimals}f}" if size >= 0.1 or not size else f"{value:#.2g}"
+    return digits.replace("-", "\N{MINUS SIGN}")
+
+
+def signed(value: float) -> str:
+    """As `number`, with a plus."""
+    return ("+" if value > 0 else "") + number(value)
+
+
+def percent(share: float) -> str:
+    """A share of 1 as percent."""
+    return f"{number(100 * share)} %"
+
+
+def label(tile: Tile, one: Map) -> str:
+    """What a map shows, in words: it stands for the map where that cannot be seen."""
+    what = f"map of {tile.target} on {tile.image['key']}"
+    if one.strongest == 0:
+        return f"{what}: nothing anywhere"
+    effect = "strongest" if one.strongest > 0 else "takes away most"
+    return f"{what}: {effect} at row {one.row}, column {one.column}"
+
+
+def caption(one: Map, method: str) -> str:
+    """The map's numbers."""
+    strongest = f"strongest {signed(one.strongest)} at row {one.row}, column {one.column}"
+    if method not in DECOMPOSE:
+        return strongest
+    return f"patches {signed(one.total)}, remainder {signed(one.remainder)}; {strongest}"
+
+
+def meaning(method: str, kind: str) -> str:
+    """What the colours of a method's maps mean, and in which units."""
+    if method == "attention":
+        return "orange: attention, whatever the target; no units"
+    if not has_signs(method):
+        return "orange: the target depends on it; no units"
+    colours = "orange adds, blue takes away" if method in CAUSES else "orange above zero, blue below"
+    return f"{colours}; {units(method, kind)}"
+
+
+def units(method: str, kind: str) -> str:
+    """Of a method's values for this kind of target; nothing where they have none."""
+    return UNITS.get(method, "").replace("pre-activation units", "cosine" if kind == "text" else "pre-activation units")
+
+
+def has_signs(method: str) -> bool:
+    """Whether its maps have values below zero: those that have units do."""
+    return method in UNITS
+
+
+class Bar(NamedTuple):
+    """One bar of a histogram, in the units of an SVG of 480 x 150."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    between: str
+    tally: str
+    text: str
+
+
+class Chart(NamedTuple):
+    """A histogram to be drawn."""
+
+    title: str
+    of: str
+    unit: str
+    summary: str
+    bars: list[Bar]
+    ticks: list[tuple[float, str, str]]
+    """x, text, SVG's text-anchor."""
+    most: str
+
+
+def chart(title: str, of: str, unit: str, bins: Bins, write: Callable[[float], str] = number, ticks: int = 2) -> Chart:
+    """A histogram of `of`, counted in `unit`; `write` makes words of an edge. Below it `ticks` steps are marked."""
+    most, n = max([*bins.counts, 1]), len(bins.counts)
+    step = 480 / max(n, 1)
+    bars = []
+    for place, count in enumerate(bins.counts):
+        height = round(112 * count / most, 1)
+        between = f"{write(bins.edges[place])} to {write(bins.edges[place + 1])}"
+        box = (round(place * step + 1, 1), round(130 - height, 1), round(step - 2, 1), height)
+        bars.append(Bar(*box, between, f"{count:,}", f"{between}: {count:,} {unit}"))
+    peak = int(np.argmax(bins.counts))
+    summary = (
+        f"Histogram of {of}: {sum(bins.counts):,} {unit} from {write(bins.edges[0])} to {write(bins.edges[-1])}, "
+        f"most of them from {bars[peak].between}"
+    )
+    low, high = bins.edges[0], bins.edges[-1]
+    marks = [
+        (
+            round(480 * mark / ticks, 1),
+            write(low + (high - low) * mark / ticks),
+            "start" if not mark else "middle" if mark < ticks else "end",
+        )
+        for mark in range(ticks + 1)
+    ]
+    return Chart(title, of, unit, summary, bars, marks, f"{most:,} {unit}")
