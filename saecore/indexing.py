@@ -22,6 +22,7 @@ from saecore import by_latent, runs
 from saecore.by_latent import MAP, File, Index, Segment
 from saecore.schema import ACTIVATIONS
 from saecore.storage import join_uri, write_atomic
+from saecore.tables import connect
 
 MOST_SEGMENTS = 8
 """Above it, all are made again as one: a look-up reads each."""
@@ -107,14 +108,8 @@ def build_segment(
 @contextmanager
 def _database(budget: Budget) -> Iterator[duckdb.DuckDBPyConnection]:
     with tempfile.TemporaryDirectory(dir=budget.folder or None) as folder:
-        settings = {
-            "memory_limit": f"{budget.memory}GB",
-            "temp_directory": folder,
-            "preserve_insertion_order": False,
-            "autoinstall_known_extensions": False,
-            **({"threads": budget.threads} if budget.threads else {}),
-        }
-        with duckdb.connect(config=settings) as database:
+        threads = {"threads": budget.threads} if budget.threads else {}
+        with connect(memory_limit=f"{budget.memory}GB", temp_directory=folder, **threads) as database:
             yield database
 
 

@@ -40,6 +40,16 @@ def read_record(uri: str) -> dict[str, Any]:
     return record
 
 
+def connect(**settings: Any) -> duckdb.DuckDBPyConnection:
+    """DuckDB in memory, as questions and the index need it."""
+    # Nothing is fetched from a network, and the order of rows is nobody's promise.
+    fixed = {"autoinstall_known_extensions": False, "preserve_insertion_order": False}
+    database = duckdb.connect(config={**fixed, **settings})
+    # It draws one on standard output where it takes the process for an interactive one, such as those of multiprocessing.
+    database.execute("SET enable_progress_bar = false")
+    return database
+
+
 class Tables:
     """The tables of the run at `uri`. Files are opened when they are asked for, footers are kept. For one thread at a time."""
 
@@ -92,8 +102,7 @@ class Tables:
 
     @functools.cached_property
     def _database(self) -> duckdb.DuckDBPyConnection:
-        # Row order is nobody's promise here; nothing is fetched from a network.
-        database = duckdb.connect(config={"autoinstall_known_extensions": False, "preserve_insertion_order": False})
+        database = connect()
         for name, dataset in self.datasets.items():
             database.register(name, dataset)
         database.register("latents", self.latents)
