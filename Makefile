@@ -6,6 +6,9 @@ BIN := .venv/bin
 
 demo: .venv/.installed
 	$(BIN)/python -m jobs.explain --demo --out runs/demo
+	$(BIN)/python -m jobs.index --run runs/demo
+	$(BIN)/python -m jobs.name --run runs/demo
+	$(BIN)/python -m jobs.report --run runs/demo
 
 test: check
 	$(BIN)/python -m pytest

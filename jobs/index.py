@@ -1,7 +1,7 @@
 """A finished run to by_latent/ and the statistics of latents.parquet, so that one latent is one small read.
 
-    python -m jobs.index runs/photos
-    ray job submit --working-dir . -- python -m jobs.index s3://bucket/run --segments 16
+    python -m jobs.index --run runs/photos
+    ray job submit --working-dir . -- python -m jobs.index --run s3://bucket/run --segments 16
 
     plan -> sort new chunks by latent, copy what showing the first images takes (`saecore.indexing`) -> index -> statistics
 
@@ -14,10 +14,8 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Annotated
 
 import numpy as np
-import tyro
 
 from jobs import session
 from saecore import by_latent, indexing, latents, results, runs, statistics
@@ -32,7 +30,7 @@ Build = Callable[[np.ndarray, indexing.Budget], Segment]
 class Arguments:
     """Sort a finished run by latent, and count what each latent does."""
 
-    run: Annotated[str, tyro.conf.Positional]
+    run: str
     """Folder of a complete run of jobs.explain, local or s3:// or gs://."""
     top: int = 100
     """Images per latent whose maps and names are copied beside each other."""

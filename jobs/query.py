@@ -192,7 +192,7 @@ class OfLatents(Question):
         """See `Question.ask`."""
         known = run.latents.column_names
         if self.by not in known:
-            hint = "" if "images" in known else f"; python -m jobs.index {self.run} counts what they do"
+            hint = "" if "images" in known else f"; python -m jobs.index --run {self.run} counts what they do"
             raise ValueError(f"--by {self.by}: known of latents is {', '.join(known)}{hint}")
         order = "ascending" if self.least else "descending"
         return run.latents.sort_by([(self.by, order), ("latent", "ascending")])[: self.n]

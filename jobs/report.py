@@ -66,7 +66,7 @@ def make(argv: list[str]) -> int:
         run = results.open(arguments.run)
     if run.tables.index is None and run.record["rows"]["activations"] > SLOW_ROWS:
         print(
-            f"this run is large and has no index: python -m jobs.index {arguments.run} makes pages of latents far faster"
+            f"this run is large and has no index: python -m jobs.index --run {arguments.run} makes pages of latents far faster"
         )
     return serve(run, arguments) if arguments.serve else write(run, arguments)
 

@@ -31,7 +31,7 @@ def grown(folder: Path, images: int) -> str:
 
 
 def indexed(uri: str, *more: str) -> by_latent.Index:
-    assert index.main([uri, "--top", "25", *more]) == 0
+    assert index.main(["--run", uri, "--top", "25", *more]) == 0
     found = by_latent.read_index(uri, read_record(uri)["fingerprint"])
     assert found is not None
     return found
@@ -144,7 +144,7 @@ def test_an_index_that_is_interrupted_leaves_the_one_before(tmp_path: Path, monk
         with monkeypatch.context() as full:
             full.setattr(indexing, "write_atomic", until_full)
             with pytest.raises(OSError, match="No space"):
-                index.main([uri, "--top", "25", *more])
+                index.main(["--run", uri, "--top", "25", *more])
         assert by_latent.read_index(uri, first.fingerprint) == first
         assert results.open(uri).top_images(2, 40, maps=True).equals(wanted)
     held = indexed(uri)
@@ -162,7 +162,7 @@ def test_the_index_of_another_run_is_refused(tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(ValueError, match="indexes another run"):
         results.open(uri)
     capsys.readouterr()
-    assert index.main([uri]) == 2
+    assert index.main(["--run", uri]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert said.count("\n") == 1

@@ -29,7 +29,7 @@ JOBS = {"index": index, "query": query}
 def run(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The planted run, indexed, with names: one of them as long as a name may be, one that tries to steer the terminal."""
     uri = planted.write(tmp_path_factory.mktemp("planted") / "run")
-    assert index.main([uri]) == 0
+    assert index.main(["--run", uri]) == 0
     names = ["a name that is as long as the vocabulary allows it to be", "\x1b[31mred[/red]", "sea"]
     named = {"latent": pa.array([0, 1, 3], pa.int32()), "name": names, "score": [0.5, 0.25, 0.125]}
     latents.merge(uri, pa.table({**named, "runner_up": ["b", "c", "d"], "margin": [0.1, 0.2, 0.3]}))
@@ -146,7 +146,7 @@ def test_a_mistake_is_one_sentence(
 def test_every_table_in_every_reader(local_run: Path, tmp_path: Path) -> None:
     """The same values, and maps as bytes, in DuckDB, pandas and Polars, of a real run."""
     shutil.copytree(local_run, tmp_path / "run")
-    assert index.main([str(tmp_path / "run")]) == 0
+    assert index.main(["--run", str(tmp_path / "run")]) == 0
     for name in (*runs.TABLES, "by_latent", "top_images", "latents.parquet"):
         place = str(tmp_path / "run" / name)
         files = place if name.endswith(".parquet") else f"{place}/*.parquet"

@@ -24,7 +24,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     """The planted run in each state in which a reader may find it."""
     folder = tmp_path_factory.mktemp("planted") / "run"
     for chunks in STATES[request.param]:
-        assert index.main([planted.write(folder, chunks)]) == 0
+        assert index.main(["--run", planted.write(folder, chunks)]) == 0
     return results.open(planted.write(folder))
 
 
@@ -140,14 +140,14 @@ def test_find_and_names(tmp_path: Path) -> None:
             {"latent": 2, "name": None},
         ]
         assert run.co_firing(0)["name"].to_pylist() == ["dark red", None, "Red"]
-        assert indexed or index.main([uri]) == 0
+        assert indexed or index.main(["--run", uri]) == 0
     assert run.latents["images"].to_pylist() == [4, 2, 1, 2, 0, 0]
 
 
 @pytest.mark.parametrize("indexed", [False, True])
 def test_a_run_without_maps(indexed: bool, tmp_path: Path) -> None:
     uri = planted.write(tmp_path / "run", methods=())
-    assert not indexed or index.main([uri]) == 0
+    assert not indexed or index.main(["--run", uri]) == 0
     run = results.open(uri)
     assert run.methods == []
     assert run.top_images(3)["key"].to_pylist() == ["d.jpg", "e.jpg"]
@@ -164,14 +164,14 @@ def test_a_run_of_refused_images_alone(tmp_path: Path, monkeypatch: pytest.Monke
         assert run.n_images == 0
         assert run.top_images(0, maps=True).num_rows == run.co_firing(0).num_rows == 0
         assert run.sql("SELECT count(*) AS n FROM top_images")["n"].to_pylist() == [0]
-        assert indexed or index.main([uri]) == 0
+        assert indexed or index.main(["--run", uri]) == 0
     assert run.latents["dead"].to_pylist() == [True] * 6
 
 
 def test_images_beyond_the_copied_ones_are_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("saecore.statistics.LISTED_IMAGES", 1)
     uri = planted.write(tmp_path / "run")
-    assert index.main([uri, "--top", "1"]) == 0
+    assert index.main(["--run", uri, "--top", "1"]) == 0
     run = results.open(uri)
     assert run.sql("SELECT count(*) AS n FROM top_images")["n"].to_pylist() == [4 * len(planted.METHODS)]
     found = run.top_images(0, maps=True, method="chefer")
@@ -229,10 +229,10 @@ def test_what_is_no_complete_run_is_told_in_one_sentence(tmp_path: Path) -> None
 def test_through_another_filesystem(store: Path) -> None:
     """An index is made, read, and made longer at an address; nothing else is touched on this machine."""
     planted.write("s3://bucket/run", 1)
-    assert index.main(["s3://bucket/run"]) == 0
+    assert index.main(["--run", "s3://bucket/run"]) == 0
     planted.write("s3://bucket/run")
     assert results.open("s3://bucket/run").top_images(3)["key"].to_pylist() == ["d.jpg", "e.jpg"]
-    assert index.main(["s3://bucket/run"]) == 0
+    assert index.main(["--run", "s3://bucket/run"]) == 0
     run = results.open("s3://bucket/run")
     assert run.tables.index is not None
     assert len(run.tables.index.segments) == 2

@@ -15,7 +15,7 @@ from tests.planted import IDS
 
 def test_the_planted_run(tmp_path: Path) -> None:
     uri = planted.write(tmp_path / "run")
-    assert index.main([uri]) == 0
+    assert index.main(["--run", uri]) == 0
     found = results.open(uri).latents
     assert found.cast(LATENTS).column_names == found.column_names
     zero, one, _, three, four, five = found.to_pylist()
@@ -43,7 +43,7 @@ def test_against_numpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statistics, "IMAGES_AT_ONCE", 64)
     monkeypatch.setattr(statistics, "PAIRS_AT_ONCE", 40 * 7)
     run = synthetic.write_run(str(tmp_path / "run"), 300, latents=40, k=6, grid=(2, 3), chunk_size=32)
-    assert index.main([run.uri]) == 0
+    assert index.main(["--run", run.uri]) == 0
     found = results.open(run.uri).latents.to_pylist()
     rows = runs.dataset(run.uri, "activations").to_table()
     latent, activation = rows["latent"].to_numpy(), rows["activation"].to_numpy()
@@ -77,7 +77,7 @@ def test_against_numpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_lifts_of_large_counts_do_not_overflow(tmp_path: Path) -> None:
     """Two of three latents fire for each of 100,000 images: 33,000 pairs times 100,000 are more than 32 bits hold."""
     run = synthetic.write_run(str(tmp_path / "run"), 100_000, latents=3, k=2, grid=(1, 1), chunk_size=50_000)
-    assert index.main([run.uri]) == 0
+    assert index.main(["--run", run.uri]) == 0
     for row in results.open(run.uri).latents.to_pylist():
         assert row["co_lift"] == pytest.approx([0.75, 0.75], abs=0.03)
 
@@ -87,7 +87,7 @@ def test_co_firing_of_a_large_run_is_counted_on_chunks_spread_over_it(
 ) -> None:
     run = synthetic.write_run(str(tmp_path / "run"), 640, latents=40, k=6, grid=(2, 3), chunk_size=32)
     monkeypatch.setattr(statistics, "CO_FIRING_IMAGES", 160)
-    assert index.main([run.uri]) == 0
+    assert index.main(["--run", run.uri]) == 0
     found = results.open(run.uri).latents.to_pylist()[0]
     assert found["images"] > 160
     some = runs.of_chunks(runs.read_manifest(run.uri), np.array([0, 4, 9, 14, 19]))

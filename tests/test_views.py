@@ -19,7 +19,7 @@ from tests.planted import IDS
 def views(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Views:
     uri = planted.write(tmp_path_factory.mktemp("planted") / "run")
     if request.param:
-        assert index.main([uri]) == 0
+        assert index.main(["--run", uri]) == 0
     return Views(results.open(uri))
 
 
