@@ -215,11 +215,17 @@ class Truth:
     def tell(self) -> None:
         """Measure and print."""
         from saecore.demo import truth
+        from saecore.inference import check_fits
+        from saecore.stages import load_models
 
         session.hush()
+        methods = parse_methods(self.method)
+        with session.mistakes():
+            tower, sae = load_models("demo", "demo")
+            check_fits(tower, methods, self.options)
         progress = session.Progress(self.scenes, 0, "scenes")
         tell = truth.nothing if self.json else lambda count: progress.add(count, 0)
-        found = truth.measure(self.scenes, parse_methods(self.method), self.options, tell)
+        found = truth.measure(tower, sae, self.scenes, methods, self.options, tell)
         if self.json:
             tables = {title: truth.table(cases) for title, cases in found.tables().items()}
             print(json.dumps({"config": dataclasses.asdict(self), "followers": found.followers, "tables": tables}))

@@ -9,6 +9,7 @@ from jobs import benchmark
 from saecore import localisation
 from saecore.demo import scenes, truth
 from saecore.localisation import mean_over_images
+from saecore.stages import load_models
 
 N_SCENES = 192
 METHODS = ("contrib", "contrib_grad", "chefer", "legrad", "gradeclip", "dense", "attention")
@@ -17,7 +18,7 @@ METHODS = ("contrib", "contrib_grad", "chefer", "legrad", "gradeclip", "dense", 
 @pytest.fixture(scope="module")
 def found() -> truth.Found:
     """All methods that need one forward."""
-    return truth.measure(N_SCENES, METHODS)
+    return truth.measure(*load_models("demo", "demo"), N_SCENES, METHODS)
 
 
 def test_every_colour_has_one_latent_that_follows_it(found: truth.Found) -> None:
@@ -83,7 +84,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert said.err == ""
     assert "| contrib | " in said.out
     assert "words, mixed scenes: " in said.out
-    for wrong in (["--scenes", "5"], ["--method", "tea-leaves"]):
+    for wrong in (["--scenes", "5"], ["--method", "tea-leaves"], ["--layers", "9", "--method", "chefer"]):
         assert benchmark.main(["truth", *wrong]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ")

@@ -18,8 +18,7 @@ import numpy as np
 import torch
 
 from saecore import localisation
-from saecore.checkpoints import load_sae
-from saecore.clip import ImageTower, load_tower
+from saecore.clip import ImageTower
 from saecore.demo.figures import followed
 from saecore.demo.lessons import FACETS, WORDS, photo
 from saecore.demo.scenes import SEED_EVALUATION, Scene, scenes, visible
@@ -119,6 +118,8 @@ def nothing(count: int) -> None:
 
 @torch.inference_mode()
 def measure(
+    tower: ImageTower,
+    sae: SAE,
     n_scenes: int,
     methods: Sequence[str] = METHODS,
     options: Options = DEFAULT_OPTIONS,
@@ -126,9 +127,9 @@ def measure(
 ) -> Found:
     """Maps of every latent that follows a word, and of every colour and shape as a text, in `n_scenes` scenes.
 
-    As many others choose the latents. `tell` is told how many scenes went by, batch by batch.
+    As many others choose the latents. tower, sae: the demo's. methods, options: such as `saecore.inference.check_fits` lets
+    pass. tell: told how many scenes went by, batch by batch.
     """
-    tower, sae = load_tower("demo"), load_sae("demo")
     following = followers(tower, sae, sample(n_scenes, FIRST_CHOSEN))
     latents, texts = torch.tensor(list(following)), [*FACETS["colour"], *FACETS["shape"]]
     words = words_of(sae, embed_texts(load_text_tower("demo"), texts, BATCH), len(texts), 0, False)
