@@ -97,7 +97,7 @@ def build_segment(
             maps, extents = np.zeros(n_latents, np.int64), np.zeros(n_latents)
             database.sql("CREATE TABLE found AS SELECT image_id, latent FROM first LIMIT 0")
         query = f"""SELECT {", ".join(schema.names)}
-            FROM first JOIN images USING (image_id) LEFT JOIN found USING (image_id, latent)
+            FROM images JOIN first USING (image_id) LEFT JOIN found USING (image_id, latent)
             {ORDER}{", method" if "maps" in held else ""}"""
         for batch in database.sql(query).to_arrow_reader(16_384):
             top_images.add(batch)

@@ -101,7 +101,7 @@ class Results:
     def sql(self, query: str, *parameters: Any) -> pa.Table:
         """DuckDB's answer about `images`, `activations`, `by_latent`, `latents`, `maps` and `top_images`; `?` is a parameter.
 
-        Views exist where the run has such a table; by_latent has all rows of activations, sorted or not.
+        by_latent has all rows of activations, sorted or not. Joins are made as they are written: put the small side right.
         """
         return self.tables.sql(query, parameters)
 
@@ -137,11 +137,12 @@ class Results:
         found = [] if self.tables.reader is None else self.tables.reader.first_rows(latent, n)
         found = [part.select(columns) for part in found]
         if len(self.tables.not_indexed):
-            fires = (pc.field("latent") == latent) & (pc.field("activation") != 0)
+            best = "" if n is None else f"ORDER BY activation DESC, image_id LIMIT {n}"
+            query = f"SELECT {', '.join(columns)} FROM waiting WHERE latent = ? AND activation <> 0 {best}"
             waiting = self.tables.files("activations", self.tables.not_indexed)
-            found.append(waiting.to_table(columns=columns, filter=fires))
+            found.append(self.tables.sql(query, (latent,), waiting=waiting))
         none = self.tables.schemas["activations"].empty_table().select(columns)
-        return pa.concat_tables([part.replace_schema_metadata(None) for part in (none, *found)])
+        return pa.concat_tables([none, *(part.cast(none.schema) for part in found)])
 
     def histogram(self, latent: int, bins: int = 20) -> pa.Table:
         """How strongly it fires, in bins of one width: low, high, images."""

@@ -41,10 +41,12 @@ def read_record(uri: str) -> dict[str, Any]:
 
 
 def connect(**settings: Any) -> duckdb.DuckDBPyConnection:
-    """DuckDB in memory, as questions and the index need it."""
+    """DuckDB in memory, as questions and the index need it. Joins are made as they are written: the small side right."""
     # Nothing is fetched from a network, and the order of rows is nobody's promise.
     fixed = {"autoinstall_known_extensions": False, "preserve_insertion_order": False}
     database = duckdb.connect(config={**fixed, **settings})
+    # It takes a data set, of whatever size, for one row, and would hold all of it to look up a few images.
+    database.execute("SET disabled_optimizers = 'join_order,build_side_probe_side'")
     # It draws one on standard output where it takes the process for an interactive one, such as those of multiprocessing.
     database.execute("SET enable_progress_bar = false")
     return database
@@ -108,8 +110,8 @@ class Tables:
         database.register("latents", self.latents)
         return database
 
-    def sql(self, query: str, parameters: Sequence[Any] = (), **more: pa.Table) -> pa.Table:
-        """DuckDB's answer about `datasets`, `latents`, and `more` tables by name."""
+    def sql(self, query: str, parameters: Sequence[Any] = (), **more: pa.Table | pyarrow.dataset.Dataset) -> pa.Table:
+        """DuckDB's answer about `datasets`, `latents`, and `more` by name."""
         for name, table in more.items():
             self._database.register(name, table)
         found = self._database.sql(query, params=list(parameters)).to_arrow_table()

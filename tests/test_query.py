@@ -125,10 +125,10 @@ def test_compare_shows_both_ends(run: str, capsys: pytest.CaptureFixture[str]) -
         (["query", "latents", "{run}", "--by", "beauty"], "--by beauty"),
         (["query", "sql", "{run}", "SELEKT 1"], "SELEKT"),
         (["query", "sql", "{run}", "SELECT beauty FROM latents"], "beauty"),
-        (["index", "/no/such/run"], "holds no run"),
-        (["index", "{run}", "--top", "3"], "--top 3: must be at least 20"),
-        (["index", "{run}", "--memory", "0.1"], "--memory 0.1"),
-        (["index", "{run}", "--segments", "0"], "--segments 0"),
+        (["index", "--run", "/no/such/run"], "holds no run"),
+        (["index", "--run", "{run}", "--top", "3"], "--top 3: must be at least 20"),
+        (["index", "--run", "{run}", "--memory", "0.1"], "--memory 0.1"),
+        (["index", "--run", "{run}", "--segments", "0"], "--segments 0"),
     ],
 )
 def test_a_mistake_is_one_sentence(
