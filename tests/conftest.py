@@ -52,6 +52,16 @@ def local_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def album_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `tests.album`, with names."""
+    from tests import album
+
+    run = album.write(tmp_path_factory.mktemp("album"))
+    album.name(run)
+    return run
+
+
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder behind s3://bucket: another pyarrow filesystem than the local one, for every module of the library."""
