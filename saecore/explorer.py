@@ -8,6 +8,7 @@ nothing is written, nobody is asked who they are, and other pages in their brows
 pages load nothing from elsewhere).
 """
 
+import contextlib
 import socket
 import threading
 from collections.abc import Sequence
@@ -56,7 +57,8 @@ def serve(run: Results, waiting: socket.socket, strongest: int) -> None:
     # A page of another site may send its visitors' browsers here under a name of its own, and would read the answers.
     hosts = ["*"] if host in ("0.0.0.0", "::") else [host, "localhost"]
     config = uvicorn.Config(application(run, hosts, strongest), log_level="warning", server_header=False)
-    uvicorn.Server(config).run(sockets=[waiting])
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn ends in good order, then passes it on
+        uvicorn.Server(config).run(sockets=[waiting])
 
 
 def application(run: Results, hosts: Sequence[str], strongest: int = 12) -> Starlette:

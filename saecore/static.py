@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 from jinja2.utils import htmlsafe_json_dumps
 
 from saecore.pages import FOLDER, SPREAD, Site
@@ -71,7 +72,10 @@ class Report:
         self.site = Site(views, strongest=choice.top, latents=latents, images=self.image_ids.tolist())
         self.latents = {latent: views.latent(latent, choice.top, SPREAD) for latent in latents}
         tiles = [tile for view in self.latents.values() for section in view.sections for tile in section.tiles]
-        self.pictured = np.union1d(self.image_ids, np.array([tile.image["image_id"] for tile in tiles], np.int64))
+        shown = run.tables.rows("images", self.image_ids, (), pc.field("error").is_null())
+        self.pictured = np.union1d(
+            shown["image_id"].to_numpy(), np.array([tile.image["image_id"] for tile in tiles], np.int64)
+        )
 
     def __len__(self) -> int:
         return len(self.pictured) + len(self.latents) + len(self.image_ids)

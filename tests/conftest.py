@@ -1,6 +1,9 @@
 """What several tests need: one Ray for the session, and a finished run over the demo's scenes."""
 
 import os
+import re
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +53,31 @@ def local_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "local"
     assert explain.main(command(shards, out, "--local")) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def album_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `tests.album`, with names."""
+    from tests import album
+
+    run = album.write(tmp_path_factory.mktemp("album"))
+    album.name(run)
+    return run
+
+
+@pytest.fixture(scope="session")
+def explorer(album_run: Path) -> Iterator[str]:
+    """Address of `jobs.report --serve` over that run, in a process of its own, ended by Ctrl-C."""
+    words = ["-m", "jobs.report", "--run", str(album_run), "--serve", "--port", "0"]
+    with subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        found = re.search(r"(http://127\.0\.0\.1:\d+)/index\.html", said)
+        assert found is not None, said
+        yield found[1]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+        assert process.stdout.read() == ""
 
 
 @pytest.fixture
