@@ -5,11 +5,14 @@ python -m tests.browser runs/demo/report      every kind of page, to runs/screen
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from PIL import Image
+from playwright.sync_api import Browser, Page, ViewportSize, sync_playwright
 
 ROOT = Path(__file__).parent.parent
 SCREENSHOTS = ROOT / "runs" / "screenshots"
@@ -63,3 +66,25 @@ def photograph(page: Page, name: str, most: int = 6000) -> Path:
     height = min(page.evaluate("document.documentElement.scrollHeight"), most)
     page.screenshot(path=path, full_page=True, clip={"x": 0, "y": 0, "width": width, "height": height})
     return path
+
+
+def main(report: Path) -> None:
+    """Every kind of page of the demo's report, light and wide, dark and narrow; of these the README's two as JPEG."""
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    kinds = {"overview": "index.html", "latents": "latents.html", "latent": "latents/9.html", "image": "images/0.html"}
+    schemes: tuple[Literal["light", "dark"], ...] = ("light", "dark")
+    with chromium() as browser:
+        for scheme in schemes:
+            size = ViewportSize(width=1280 if scheme == "light" else 390, height=900)
+            page = browser.new_page(viewport=size, color_scheme=scheme)
+            for name, place in kinds.items():
+                page.goto((report.resolve() / place).as_uri())
+                taken = photograph(page, f"{report.parent.name}-{name}-{scheme}", 1100 if scheme == "light" else 6000)
+                if scheme == "light" and name in ("overview", "latent"):
+                    Image.open(taken).convert("RGB").save(
+                        ROOT / "saecore" / "demo" / f"{name}.jpg", quality=84, optimize=True
+                    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
