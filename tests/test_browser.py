@@ -3,6 +3,8 @@
 Pictures of all pages are left in runs/screenshots, for a person to look at.
 """
 
+import base64
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from jobs import report
 from saecore import display
@@ -94,7 +97,11 @@ def watched(chromium: Browser, address: str) -> Iterator[Watched]:
     assert found.wrong == []
 
 
-@pytest.mark.parametrize(("scheme", "size"), [("light", "DESKTOP"), ("dark", "PHONE")])
+@pytest.mark.parametrize(
+    ("address", "scheme", "size"),
+    [("written", "light", "DESKTOP"), ("explorer", "dark", "PHONE")],
+    indirect=["address"],
+)
 def test_every_page_opens_quietly(chromium: Browser, address: str, scheme: Any, size: str) -> None:
     found = Watched(chromium, address, color_scheme=scheme)
     found.page.set_viewport_size(getattr(chrome, size))
@@ -183,11 +190,9 @@ def stored(page: Page, number: int, method: str) -> np.ndarray:
 
 def pixels(page: Page, number: int) -> np.ndarray:
     """uint8 (height, width, 4): colours and opacity of what is drawn over a picture."""
-    script = f"""() => {{
-        const canvas = document.querySelector('[data-map="{number}"] canvas');
-        return [...canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data];
-    }}"""
-    return np.array(page.evaluate(script), np.uint8).reshape(192, 192, 4)
+    canvas = f"document.querySelector('[data-map=\"{number}\"] canvas')"
+    png = base64.b64decode(page.evaluate(f"{canvas}.toDataURL()").partition(",")[2])
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
 
 
 def test_maps_are_drawn_as_in_python(watched: Watched) -> None:
@@ -196,12 +201,9 @@ def test_maps_are_drawn_as_in_python(watched: Watched) -> None:
     for number in (0, 1):
         relevance = stored(page, number, "contrib")
         spread = display.interpolate(relevance, 192, 192)
+        small = page.evaluate(f"[...interpolate(decode(page.maps[{number}].by.contrib), 40, 56)]")
         np.testing.assert_allclose(
-            np.array(page.evaluate(f"[...interpolate(decode(page.maps[{number}].by.contrib), 192, 192)]")).reshape(
-                192, 192
-            ),
-            spread,
-            atol=1e-5 * np.abs(relevance).max(),
+            np.array(small).reshape(40, 56), display.interpolate(relevance, 40, 56), atol=1e-5 * np.abs(relevance).max()
         )
         drawn = pixels(page, number)
         opacity = display.MOST_OPAQUE * np.clip(np.abs(spread) / limit, 0, 1)
