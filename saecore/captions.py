@@ -101,7 +101,7 @@ def chart(title: str, of: str, unit: str, bins: Bins, write: Callable[[float], s
         height = round(112 * count / most, 1)
         between = f"{write(bins.edges[place])} to {write(bins.edges[place + 1])}"
         box = (round(place * step + 1, 1), round(130 - height, 1), round(step - 2, 1), height)
-        bars.append(Bar(*box, between, f"{count:,}", f"{between}: {count:,} {unit}"))
+        bars.append(Bar(*box, between, f"{count:,}", f"{between}: {_count(count, unit)}"))
     peak = int(np.argmax(bins.counts))
     summary = (
         f"Histogram of {of}: {sum(bins.counts):,} {unit} from {write(bins.edges[0])} to {write(bins.edges[-1])}, "
@@ -116,4 +116,8 @@ def chart(title: str, of: str, unit: str, bins: Bins, write: Callable[[float], s
         )
         for mark in range(ticks + 1)
     ]
-    return Chart(title, of, unit, summary, bars, marks, f"{most:,} {unit}")
+    return Chart(title, of, unit, summary, bars, marks, _count(most, unit))
+
+
+def _count(n: int, unit: str) -> str:
+    return f"{n:,} {unit.removesuffix('s') if n == 1 else unit}"

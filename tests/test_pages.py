@@ -221,6 +221,19 @@ def test_a_run_is_reported_inside_itself(tmp_path: Path, capsys: pytest.CaptureF
     assert "picture not found: a.jpg" in [image["alt"] for image in page.elements["img"]]
 
 
+@pytest.mark.parametrize("case", ["refused images alone", "no maps"])
+def test_a_run_with_little_to_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    if case == "refused images alone":
+        monkeypatch.setattr(planted, "IMAGES", [[(key, 0, []) for key, *_ in chunk] for chunk in planted.IMAGES])
+    run = planted.write(tmp_path / "run", methods=planted.METHODS if case == "refused images alone" else ())
+    assert report.main(["--run", run]) == 0
+    out = tmp_path / "run" / "report"
+    test_links_lead_to_files_of_the_report(out)
+    assert len(list((out / "images").iterdir())) == 6
+    expected = "truncated 6" if case == "refused images alone" else "this run was made without maps"
+    assert expected in Page(out / "index.html").text
+
+
 @pytest.mark.parametrize("change", ["gone", "no folder", "two others", "cut"])
 def test_inputs_that_are_gone(album_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str) -> None:
     shutil.copytree(album_run, tmp_path / "run")
@@ -291,6 +304,6 @@ def test_a_histogram_by_hand() -> None:
     """Two bins of 1 and 4: the second is four times as high, 112 of 150; the SVG's 480 are cut in half, less a gap of 2."""
     drawn = captions.chart("Strength", "activation", "images", Bins([0.0, 1.0, 2.0], [1, 4]))
     assert [bar[:4] for bar in drawn.bars] == [(1.0, 102.0, 238.0, 28.0), (241.0, 18.0, 238.0, 112.0)]
-    assert [bar.text for bar in drawn.bars] == ["0 to 1.00: 1 images", "1.00 to 2.00: 4 images"]
+    assert [bar.text for bar in drawn.bars] == ["0 to 1.00: 1 image", "1.00 to 2.00: 4 images"]
     assert drawn.summary == "Histogram of activation: 5 images from 0 to 2.00, most of them from 1.00 to 2.00"
     assert drawn.ticks == [(0.0, "0", "start"), (240.0, "1.00", "middle"), (480.0, "2.00", "end")]
