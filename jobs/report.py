@@ -23,8 +23,8 @@ from saecore.results import Results
 from saecore.static import DEFAULT_CHOICE, Choice, Report, check_place
 
 SLOW_ROWS = 1_000_000
-"""Rows of activations from which on one should know of jobs.index: with it a latent's page of 200,000 images took 0.1 s
-instead of 6, on a busy machine."""
+"""Rows of activations from which on one should know of jobs.index: of 200,000 images a latent's page took 0.03 s with it and
+0.7 s without, which grows with the run."""
 
 
 @dataclasses.dataclass(frozen=True)
