@@ -20,13 +20,6 @@ from jobs import session
 from saecore.methods import DEFAULT_OPTIONS, METHODS, Options, parse_methods
 
 
-def at_least(least: int, **given: int) -> None:
-    """ValueError for an argument below its least value."""
-    for name, value in given.items():
-        if value < least:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-
-
 @dataclasses.dataclass(frozen=True)
 class Train:
     """Training steps of ours and of a dense loop in turn, on random embeddings."""
@@ -48,7 +41,7 @@ class Train:
 
     def check(self) -> None:
         """ValueError for what cannot be."""
-        at_least(1, width=self.width, k=self.k, batch_size=self.batch_size, rounds=self.rounds)
+        session.at_least(self, width=1, k=1, batch_size=1, rounds=1)
         if not self.latents or min(self.latents) < self.k:
             raise ValueError(f"--latents {self.latents}: at least one number, none below --k {self.k}")
 
@@ -98,8 +91,7 @@ class Maps:
     def check(self) -> None:
         """ValueError for what cannot be."""
         parse_methods(self.method)
-        at_least(1, k=self.k, latents=self.latents, rounds=self.rounds)
-        at_least(0, naive_latents=self.naive_latents, batch_size=self.batch_size)
+        session.at_least(self, k=1, latents=1, rounds=1, naive_latents=0, batch_size=0)
         if self.k > self.latents:
             raise ValueError(f"--k {self.k}: the SAE has --latents {self.latents}")
         if not self.threads or min(self.threads) < 1:
@@ -174,7 +166,7 @@ class Query:
 
     def check(self) -> None:
         """ValueError for what cannot be."""
-        at_least(1, images=self.images, k=self.k, side=self.side, rounds=self.rounds)
+        session.at_least(self, images=1, k=1, side=1, rounds=1)
         if self.k >= self.latents:
             raise ValueError(f"--k {self.k}: must be less than --latents {self.latents}")
 

@@ -59,7 +59,7 @@ class Arguments(pipeline.Arguments):
         """See `pipeline.Arguments.check`."""
         if not self.demo and not (self.images and self.clip and self.sae):
             raise ValueError("give --images, --clip and --sae, or --demo for all three")
-        self.at_least(k=0, concept_latents=1)
+        session.at_least(self, k=0, concept_latents=1)
         self.options.check()
         super().check()
 

@@ -5,8 +5,9 @@
 
     plan -> sort new chunks by latent, copy what showing the first images takes (`saecore.indexing`) -> index -> statistics
 
-The same command again does nothing, or, for a run that grew, what is new. One machine sorts out of core and does for 10^8
-images (BENCHMARKS.md); `--segments` above 1 sorts parts side by side on Ray, and a look-up then reads one place in each.
+The same command again does nothing, or, for a run that grew, what is new. One machine sorts out of core, and should do for 10^8
+images by the rates in BENCHMARKS.md; `--segments` above 1 sorts parts side by side on Ray: a look-up then reads one place in
+each.
 """
 
 import dataclasses
@@ -47,9 +48,7 @@ class Arguments:
 
     def check(self) -> None:
         """See `session.Checked.check`."""
-        for name, least in (("top", statistics.LISTED_IMAGES), ("segments", 1), ("threads", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be at least {least}")
+        session.at_least(self, top=statistics.LISTED_IMAGES, segments=1, threads=0)
         if self.memory < 0.5:
             raise ValueError(f"--memory {self.memory:g}: must be at least 0.5 GB")
 

@@ -65,10 +65,7 @@ class Arguments:
         """See `session.Checked.check`."""
         if wrong := [k for k in self.ks if k < 1]:
             raise ValueError(f"--ks {wrong[0]}: must be at least 1")
-        if self.rows < 2:
-            raise ValueError(f"--rows {self.rows}: must be at least 2")
-        if self.seed < 0:
-            raise ValueError(f"--seed {self.seed}: must be at least 0")
+        session.at_least(self, rows=2, seed=0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

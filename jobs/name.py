@@ -94,8 +94,7 @@ class Arguments:
                 )
         if self.words < 2:
             raise ValueError(f"--words {self.words}: must be at least 2, a name and its runner-up")
-        if self.seed < 0:
-            raise ValueError(f"--seed {self.seed}: must be at least 0")
+        session.at_least(self, seed=0)
         for field in ("min_score", "min_margin", "min_ratio"):
             value = getattr(self, field)
             if value is not None and not math.isfinite(value):

@@ -68,17 +68,11 @@ class Arguments:
 
     def check(self) -> None:
         """ValueError for what contradicts itself. Not at construction: tyro would draw a box around the sentence."""
-        self.at_least(batch_size=1, chunk_size=1, replicas=0, limit=0, max_pixels=1)
+        session.at_least(self, batch_size=1, chunk_size=1, replicas=0, limit=0, max_pixels=1)
         if self.max_pixels > MAX_PIXELS:
             raise ValueError(
                 f"--max-pixels {self.max_pixels}: at most {MAX_PIXELS}, above which Pillow decodes nothing"
             )
-
-    def at_least(self, **least: int) -> None:
-        """ValueError for an argument below its least value."""
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {value}")
 
 
 # ---- The three steps: a one-row table in, a new one out.

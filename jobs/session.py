@@ -57,6 +57,13 @@ class Checked(Protocol):
 A = TypeVar("A", bound=Checked)
 
 
+def at_least(arguments: Any, **least: float) -> None:
+    """ValueError for the first argument below its least value."""
+    for name, value in least.items():
+        if getattr(arguments, name) < value:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be at least {value}")
+
+
 def parse(kind: type[A], argv: list[str], module: str) -> A:
     """The command line's arguments; SystemExit 2 for one that does not exist, ValueError for one that cannot be."""
     arguments = tyro.cli(kind, args=argv, prog=f"python -m {module}", config=(tyro.conf.FlagCreatePairsOff,))

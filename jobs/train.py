@@ -64,9 +64,7 @@ class Arguments:
     def check(self) -> None:
         """See `session.Checked.check`."""
         self.recipe.check()
-        for name, least in (("held_out", -1), ("evaluations", 1), ("workers", 0), ("checkpoint_minutes", 0.0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
+        session.at_least(self, held_out=-1, evaluations=1, workers=0, checkpoint_minutes=0.0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,7 +21,6 @@ from saecore.mean_token import mean_token_gradients
 from saecore.siglip import SiglipTower
 from saecore.tower import Entry, ImageTower, PathLayer, ReadOut, Trace
 
-Input = TypeVar("Input")
 Half = TypeVar("Half")
 
 DEMO = Path(__file__).parent / "demo" / "clip"

@@ -1,6 +1,6 @@
 """How maps are made, beside the arithmetic: the methods' names, their options, and what is to be explained. No PyTorch.
 
-    method         gives                                 units             bound on the cost over one forward, 32 targets
+    method         gives                                 units             cost aimed at for 32 maps, in forwards
     contrib        exact decomposition                   pre-activation    1.10
     contrib_grad   attention times its exact gradient    pre-activation    1.30 (1.75 on ViT-B/32)
     chefer         positive part of the same, one layer  none              1.10
@@ -11,7 +11,7 @@
     occlusion      what dropping a patch changes         pre-activation    a forward per patch or block, for all targets
     attention      CLS attention                         none              1.00
 
-Formulas are with the functions, in `saecore.relevance` and `saecore.reruns`.
+What they did cost is in BENCHMARKS.md. Formulas are with the functions, in `saecore.relevance` and `saecore.reruns`.
 """
 
 import dataclasses
