@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from saecore.methods import CAUSES, DECOMPOSE, UNITS
-from saecore.views import Bins, Map, Tile
+from saecore.overview import Bins
+from saecore.views import Map, Tile
 
 
 def number(value: float | None) -> str:

@@ -5,7 +5,6 @@ and columns of patches are counted from 1, from the top left.
 """
 
 import functools
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,24 +12,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.fs
-import pyarrow.parquet as pq
 
 from saecore import runs
 from saecore.by_latent import MAP
 from saecore.latents import lookup
+from saecore.overview import BINS, Bins, Overview, overview
 from saecore.pictures import CROP
 from saecore.results import STRENGTH, Results
 from saecore.schema import INDEX_BITS
-from saecore.storage import filesystem_of, join_uri
-
-BINS = 24
 
 CO_FIRING = 10
 """Latents that a latent's page names as firing for the same images."""
-
-REFUSED_LISTED = 50
-"""Refused images that the overview names."""
 
 TITLES = {"latent": "Latents", "text": "Texts", "concept": "Concepts"}
 """Of an image's sections, by kind of target: a text's maps are in other units than a latent's."""
@@ -100,13 +92,6 @@ class Section(NamedTuple):
     """The |value| of full colour, by method."""
 
 
-class Bins(NamedTuple):
-    """A histogram."""
-
-    edges: list[float]
-    counts: list[int]
-
-
 class LatentView(NamedTuple):
     """What one latent's page says."""
 
@@ -124,21 +109,6 @@ class ImageView(NamedTuple):
     image: dict[str, Any]
     """Its row of IMAGES, without the embedding."""
     sections: list[Section]
-
-
-class Overview(NamedTuple):
-    """What a run's first page says, beside its record."""
-
-    rates: Bins
-    """Latents that fire, by log10 of their firing rate."""
-    figures: dict[str, dict[str, float]]
-    """l0, cosine, fvu of the images: mean, low (5 %), median, high (95 %)."""
-    histograms: dict[str, Bins]
-    """Of those of them that differ between images."""
-    refused: list[dict[str, Any]]
-    """The first refused images: image_id, uri, key, error, error_detail."""
-    faithfulness: list[dict[str, Any]]
-    """Means of faithfulness.parquet by method; empty where nothing was measured."""
 
 
 class Views:
@@ -173,52 +143,7 @@ class Views:
     @functools.cached_property
     def overview(self) -> Overview:
         """See `Overview`; reads three columns of all images."""
-        rates = [math.log10(row["rate"]) for row in self.latents if row["images"]]
-        counts, edges = np.histogram(rates, BINS, (math.floor(min(rates, default=-1.0)), 0))
-        figures, histograms = {}, {}
-        for name in ("l0", "cosine", "fvu"):
-            query = f"""SELECT avg({name}), min({name}), max({name}), quantile_cont({name}, [0.05, 0.5, 0.95])
-                FROM images WHERE error IS NULL"""
-            mean, least, most, quantiles = self.run.sql(query).to_pylist()[0].values()
-            if mean is None:  # all images were refused
-                continue
-            figures[name] = {"mean": mean, **dict(zip(("low", "median", "high"), quantiles, strict=True))}
-            if least < most:
-                histograms[name] = self._histogram(name, least, most)
-        refused = """SELECT image_id, uri, key, error, error_detail FROM images
-            WHERE error IS NOT NULL ORDER BY image_id LIMIT ?"""
-        return Overview(
-            Bins(edges.tolist(), counts.tolist()),
-            figures,
-            histograms,
-            self.run.sql(refused, REFUSED_LISTED).to_pylist(),
-            self._faithfulness(),
-        )
-
-    def _histogram(self, name: str, least: float, most: float) -> Bins:
-        """Of a column of `images`, counted where the rows are; of whole numbers in bins of whole width."""
-        n = BINS
-        if name == "l0":
-            width = math.ceil((most - least + 1) / BINS)
-            n = math.ceil((most - least + 1) / width)
-            most = least + n * width
-        query = f"""SELECT least(floor(({name} - $1) / ($2 - $1) * $3), $3 - 1)::INT AS bin, count(*) AS images
-            FROM images WHERE error IS NULL GROUP BY bin"""
-        counts = {row["bin"]: row["images"] for row in self.run.sql(query, least, most, n).to_pylist()}
-        return Bins(np.linspace(least, most, n + 1).tolist(), [counts.get(place, 0) for place in range(n)])
-
-    def _faithfulness(self) -> list[dict[str, Any]]:
-        filesystem, path = filesystem_of(join_uri(self.run.uri, "faithfulness.parquet"))
-        if filesystem.get_file_info(path).type != pyarrow.fs.FileType.File:
-            return []
-        measured = pq.read_table(path, filesystem=filesystem)
-        figures = [field.name for field in measured.schema if pa.types.is_floating(field.type)]
-        means = measured.group_by("method").aggregate([(name, "mean") for name in figures])
-        return (
-            means.select(["method", *(f"{name}_mean" for name in figures)])
-            .rename_columns(["method", *figures])
-            .to_pylist()
-        )
+        return overview(self.run, [row["rate"] for row in self.latents if row["images"]])
 
     # ---- One latent.
 

@@ -19,7 +19,7 @@ import pytest
 
 from jobs import report
 from saecore import captions
-from saecore.views import Bins
+from saecore.overview import Bins
 from tests import album, planted
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from jobs import index
 from saecore import results
-from saecore.views import Bins, Views
+from saecore.overview import Bins, histogram
+from saecore.views import Views
 from tests import planted
 from tests.planted import IDS
 
@@ -120,10 +121,10 @@ def test_faithfulness_where_it_was_measured(tmp_path: Path) -> None:
 
 
 def test_whole_numbers_have_bins_of_whole_width(views: Views) -> None:
-    bins = views._histogram("width", 10.0, 50.0)
+    bins = histogram(views.run, "width", 10.0, 50.0)
     assert len(bins.edges) == len(bins.counts) + 1 == 25
     assert Bins(bins.edges[:2], bins.counts[:1]) == Bins([10.0, pytest.approx(10 + 40 / 24)], [1])  # type: ignore[list-item]
-    assert views._histogram("l0", 2, 60).edges == list(range(2, 63, 3))
+    assert histogram(views.run, "l0", 2, 60).edges == list(range(2, 63, 3))
 
 
 def test_a_run_without_maps(tmp_path: Path) -> None:
