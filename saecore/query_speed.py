@@ -23,6 +23,18 @@ from saecore.tables import read_record
 
 TOP = 100
 
+AIMS = (
+    (f"top {TOP} of a latent with maps", "with an index", 50.0),
+    (f"top {TOP} of a latent with maps", "without an index", 2000.0),
+)
+"""What is aimed at with a million images of 32 latents: a question, when, and the median in milliseconds."""
+
+MEMORY_AIM = 4e9
+"""Peak bytes of an index of ten million rows and more."""
+
+FAR = 100_000_000
+"""Images for which the cost is worked out from the measured rates."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
@@ -168,8 +180,10 @@ def told(found: dict[str, Any], sizes: Sizes) -> str:
         lines.append(f"{name:26}{step['seconds']:>9.1f}{step['cpu_seconds']:>9.1f}{step['peak_bytes'] / 1e9:>11.2f} GB")
     raw = {"activations": 8 * sizes.k, "maps": 4 * sizes.k * sizes.side**2}
     lines += ["", f"{'bytes per image':26}{'on disk':>9}{'as float32':>14}"]
-    for name, size in found["bytes"].items():
-        lines.append(f"{name:26}{size / sizes.images:>9,.0f}{raw.get(name, ''):>14}")
+    each = {name: size / sizes.images for name, size in found["bytes"].items()}
+    run = sum(each[name] for name in runs.TABLES)
+    for name, size in [*each.items(), ("a run without maps", run - each["maps"]), ("a run with maps", run)]:
+        lines.append(f"{name:26}{size:>9,.0f}{raw.get(name, ''):>14}")
     states = list(found["milliseconds"])
     lines += ["", f"{'median (longest), ms':34}" + "".join(f"{state:>20}" for state in states)]
     for question in found["milliseconds"][states[0]]:
@@ -177,4 +191,28 @@ def told(found: dict[str, Any], sizes: Sizes) -> str:
         lines.append(
             f"{question:34}" + "".join(f"{f'{median:,.1f} ({longest:,.1f})':>20}" for median, longest in taken)
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *verdicts(found), *far(found, each, run, sizes)])
+
+
+def verdicts(found: dict[str, Any]) -> list[str]:
+    """Whether the aims hold, whatever the size; they are meant for a million images."""
+    said = []
+    for question, state, aim in AIMS:
+        median = found["milliseconds"][state][question][0]
+        said.append(f"{question}, {state}: {median:,.1f} ms, aim {aim:,.0f}: {_held(median, aim)}")
+    peak = found["steps"]["index"]["peak_bytes"]
+    rows = f"{found['rows']:,} rows by latent in {peak / 1e9:.2f} GB"
+    return [*said, f"{rows}, aim {MEMORY_AIM / 1e9:.0f}: {_held(peak, MEMORY_AIM)}"]
+
+
+def _held(value: float, aim: float) -> str:
+    return "yes" if value <= aim else "NO"
+
+
+def far(found: dict[str, Any], each: dict[str, float], run: float, sizes: Sizes) -> list[str]:
+    """What `FAR` images would take, by these rates: bytes and seconds in proportion, `top_images` as it is."""
+    more = FAR / sizes.images
+    hours = sum(found["steps"][name]["seconds"] for name in ("index", "count")) * more / 3600
+    disk = f"{run * FAR / 1e9:,.0f} GB with maps, {(run - each['maps']) * FAR / 1e9:,.0f} GB without"
+    index = (each[by_latent.ROWS] * FAR + found["bytes"][by_latent.TOP]) / 1e9
+    return [f"{FAR:,} images, by these rates and not measured: {disk}; the index {index:,.0f} GB in {hours:.1f} hours"]
