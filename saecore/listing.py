@@ -37,6 +37,15 @@ class Shard(NamedTuple):
     """The files of a folder shard, below `uri`."""
 
 
+class _Loose(NamedTuple):
+    """An image file of a folder tree."""
+
+    base: str
+    name: str
+    """Below `base`."""
+    info: pyarrow.fs.FileInfo
+
+
 def list_shards(paths: Sequence[str], files_per_shard: int = FILES_PER_SHARD) -> list[Shard]:
     """The shards under files, folders, globs and addresses, each once, in an order that depends on their names alone.
 
@@ -44,7 +53,7 @@ def list_shards(paths: Sequence[str], files_per_shard: int = FILES_PER_SHARD) ->
     its id. ValueError names the path under which there is nothing.
     """
     shards: dict[str, Shard] = {}
-    loose: dict[str, tuple[str, pyarrow.fs.FileInfo]] = {}
+    loose: dict[str, _Loose] = {}
     for path in paths:
         found = 0
         for base, name, info in _files(path):
@@ -53,7 +62,8 @@ def list_shards(paths: Sequence[str], files_per_shard: int = FILES_PER_SHARD) ->
                 shards[uri] = Shard(uri, KINDS[ending], info.size, info.mtime_ns or 0, None)
             elif ending in EXTENSIONS:
                 # Found by two paths, a file belongs to the shorter: not to the one that came first.
-                loose[uri] = min(loose.get(uri, (base, info)), (base, info), key=lambda held: len(held[0]))
+                file = _Loose(base, name, info)
+                loose[uri] = min(loose.get(uri, file), file, key=lambda held: len(held.base))
             else:
                 continue
             found += 1
@@ -62,19 +72,19 @@ def list_shards(paths: Sequence[str], files_per_shard: int = FILES_PER_SHARD) ->
                 f"--images {path}: no such file, or no images in it; looked for {', '.join((*KINDS, *EXTENSIONS))}"
             )
     assert len(shards) + len(loose) < 1 << 31, "shard ids take 31 bits"
-    folders: dict[str, list[str]] = {}
+    folders: dict[str, list[_Loose]] = {}
     for uri in sorted(loose):
-        folders.setdefault(loose[uri][0], []).append(uri)
+        folders.setdefault(loose[uri].base, []).append(loose[uri])
     grouped = [
         Shard(
             uri=base,
             kind="folder",
-            bytes=sum(loose[uri][1].size for uri in group),
-            mtime_ns=max(loose[uri][1].mtime_ns or 0 for uri in group),
-            members=[uri[len(base) :].lstrip("/") for uri in group],
+            bytes=sum(file.info.size for file in group),
+            mtime_ns=max(file.info.mtime_ns or 0 for file in group),
+            members=[file.name for file in group],
         )
-        for base, uris in folders.items()
-        for group in (uris[start : start + files_per_shard] for start in range(0, len(uris), files_per_shard))
+        for base, files in folders.items()
+        for group in (files[start : start + files_per_shard] for start in range(0, len(files), files_per_shard))
     ]
     return sorted([*shards.values(), *grouped], key=lambda shard: (shard.uri, shard.members or []))
 
@@ -96,7 +106,8 @@ def _files(path: str) -> Iterator[tuple[str, str, pyarrow.fs.FileInfo]]:
             base = root  # absolute, so that ids do not depend on where the command was given
         for top in _expand(filesystem, root, patterns):
             if top.is_file and not patterns:
-                yield posixpath.dirname(base), top.base_name, top
+                address, settings = split_settings(base)
+                yield posixpath.dirname(address) + settings, top.base_name, top
                 continue
             tree = pyarrow.fs.FileSelector(top.path, recursive=True, allow_not_found=True)
             for info in [top] if top.is_file else filesystem.get_file_info(tree):

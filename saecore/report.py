@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.fs
 import pyarrow.parquet as pq
 from PIL import Image
 
 from saecore import display, images, runs, shards
-from saecore.storage import filesystem_of, join_uri, write_atomic
+from saecore.storage import filesystem_of, join_uri, split_settings, write_atomic
 
 
 class Example(NamedTuple):
@@ -114,16 +116,20 @@ def summary(uri: str, record: Mapping[str, Any]) -> str:
 
 QUERY = """SELECT latent, count(*) AS images, round(avg(activation), 2) AS mean, round(max(activation), 2) AS strongest,
        arg_max(key, activation) AS strongest_image
-FROM '{uri}/activations/*.parquet' JOIN '{uri}/images/*.parquet' USING (image_id)
-WHERE activation > 0 GROUP BY latent ORDER BY images DESC LIMIT 5"""
+FROM {activations} JOIN {images} USING (image_id)
+WHERE activation > 0 GROUP BY latent ORDER BY images DESC, latent LIMIT 5"""
 
 
 def next_steps(uri: str) -> str:
-    """What to do with a complete run: commands to paste."""
-    return (
-        f"\nLook at {uri}/preview.png, then ask which latents fire most often, and where most strongly:\n\n"
-        f'{_python()} - <<\'END\'\nimport duckdb\nduckdb.sql("""\n{QUERY.format(uri=uri)}\n""").show()\nEND'
-    )
+    """What to do with a complete run: commands to paste. At an address DuckDB alone would need to be told how to get in."""
+    if isinstance(filesystem_of(uri)[0], pyarrow.fs.LocalFileSystem):
+        query = QUERY.format(activations=f"'{uri}/activations/*.parquet'", images=f"'{uri}/images/*.parquet'")
+        ask = f'{_python()} - <<\'END\'\nimport duckdb\nduckdb.sql("""\n{query}\n""").show()\nEND'
+    else:
+        query = QUERY.format(activations="activations", images="images")
+        ask = f'{_python()} -m jobs.query sql {shlex.quote(uri)} "\n{query}"'
+    look = join_uri(uri, "preview.png")
+    return f"\nLook at {look}, then ask which latents fire most often, and where most strongly:\n\n{ask}"
 
 
 def pages_summary(folder: Path, latents: int, images: int, pictures: int, missing: int) -> str:
@@ -283,7 +289,7 @@ def named(table: pa.Table, made_by: Mapping[str, Any], run: str, out: str, shown
         for row in valid.slice(0, shown).to_pylist()
     ]
     file = join_uri(run, "latents.parquet") if run else out
-    ask = f"FROM '{file}' WHERE valid ORDER BY margin DESC"
+    ask = f"FROM '{split_settings(file)[0]}' WHERE valid ORDER BY margin DESC"
     return "\n".join([*lines, f"\non disk       {file}: SELECT latent, name, score, margin {ask}"])
 
 

@@ -98,7 +98,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def command(images: Path, out: Path, *more: str) -> list[str]:
+def command(images: Path | str, out: Path | str, *more: str) -> list[str]:
     """The arguments of a small run with the embedded models."""
     fixed = ["--clip", "demo", "--sae", "demo", "--chunk-size", "8", "--embeddings"]
     return ["--images", str(images), "--out", str(out), *fixed, *more]
