@@ -42,7 +42,8 @@ def label(tile: Tile, one: Map) -> str:
 
 def caption(one: Map, method: str) -> str:
     """The map's numbers."""
-    strongest = f"strongest {signed(one.strongest)} at row {one.row}, column {one.column}"
+    where = f"strongest {signed(one.strongest)} at row {one.row}, column {one.column}"
+    strongest = where if one.strongest else "nothing anywhere"
     if method not in DECOMPOSE:
         return strongest
     return f"patches {signed(one.total)}, remainder {signed(one.remainder)}; {strongest}"

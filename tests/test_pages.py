@@ -20,6 +20,7 @@ import pytest
 from jobs import report
 from saecore import captions
 from saecore.overview import Bins
+from saecore.views import Map
 from tests import album, planted
 
 
@@ -298,6 +299,15 @@ def test_numbers_in_words() -> None:
     assert written == ["0", "1.00", "12.3", "\N{MINUS SIGN}0.568", "0.012", "123", "1,234", "none"]
     assert [captions.signed(value) for value in (0.25, 0.0, -0.25)] == ["+0.250", "0", "\N{MINUS SIGN}0.250"]
     assert captions.percent(0.414) == "41.4 %"
+
+
+def test_a_map_of_nothing_is_said_to_be_one() -> None:
+    nothing = Map(bytes(4), 0.0, 0.0, 1, 1, 0.0, float("nan"), 0.0)
+    assert captions.caption(nothing, "gradeclip") == "nothing anywhere"
+    whole = nothing._replace(remainder=1.5)
+    assert captions.caption(whole, "contrib") == "patches 0, remainder +1.50; nothing anywhere"
+    one = Map(bytes([0, 127, 0, 0]), 0.01, 1.27, 1, 2, 1.27, float("nan"), 0.0)
+    assert captions.caption(one, "gradeclip") == "strongest +1.27 at row 1, column 2"
 
 
 def test_a_histogram_by_hand() -> None:
