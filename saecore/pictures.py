@@ -6,7 +6,10 @@ by now, has no picture; that is never an error.
 
 import functools
 import io
+import os
+import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -27,6 +30,13 @@ QUALITY = 82
 
 REMEMBERED = 1024
 """Pictures kept in memory by `Pictures.get`."""
+
+
+READ_BYTES = 16 << 20
+"""Of encoded images at once, which are decoded side by side."""
+
+WORKERS = min(8, os.cpu_count() or 1)
+"""Threads that decode. Each may hold half a gigabyte: the largest image that a run takes."""
 
 
 class Pictures:
@@ -61,12 +71,18 @@ class Pictures:
     def _of_chunk(self, chunk: Mapping[str, Any], image_ids: list[int]) -> dict[int, bytes | None]:
         shown = self.run.tables.rows("images", image_ids, ("key", *CROP), pc.field("error").is_null()).to_pylist()
         images = {row["image_id"]: row for row in shown}
+        wanted = {image_id % (1 << INDEX_BITS) for image_id in images}
         found = dict[int, bytes | None]()
-        try:
-            for raw in read_chunk(chunk, indices={image_id % (1 << INDEX_BITS) for image_id in images}):
-                found |= {row["image_id"]: self._picture(row, images[row["image_id"]]) for row in raw.to_pylist()}
-        except OSError:
-            pass  # the storage does not answer
+        with warnings.catch_warnings(), ThreadPoolExecutor(WORKERS) as pool:
+            # `open_rgb` does the same, for the whole process: threads that end in any order must all leave it so.
+            warnings.simplefilter("ignore")
+            try:
+                for raw in read_chunk(chunk, batch_bytes=READ_BYTES, indices=wanted):
+                    ids, rows = raw["image_id"].to_pylist(), raw.to_pylist()
+                    pictures = pool.map(self._picture, rows, [images[image_id] for image_id in ids])
+                    found |= zip(ids, pictures, strict=True)
+            except OSError:
+                pass  # the storage does not answer
         return found
 
     def _picture(self, raw: Mapping[str, Any], image: Mapping[str, Any]) -> bytes | None:
