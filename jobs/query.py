@@ -3,6 +3,7 @@
     python -m jobs.query top runs/photos 53                         the images for which latent 53 fires most strongly
     python -m jobs.query image runs/photos 000036.jpg               the latents that fire for an image
     python -m jobs.query maps runs/photos 000036.jpg                where in the image they come from
+    python -m jobs.query target runs/photos "text: a red square"    the images that a text, or a concept, fits best
     python -m jobs.query find runs/photos red                       latents by name
     python -m jobs.query cofiring runs/photos 53                    which others fire for its images
     python -m jobs.query histogram runs/photos 53                   how strongly it fires
@@ -72,6 +73,22 @@ class Top(Question):
     def ask(self, run: Results) -> pa.Table:
         """See `Question.ask`."""
         return run.top_images(self.latent, self.n)
+
+
+@dataclasses.dataclass(frozen=True)
+class OfTarget(Question):
+    """The images for which a text or concept of --targets has its largest values."""
+
+    target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
+    """As the tables have it: "text: a red square", "concept: red"."""
+    n: int = 20
+    """Images, at most."""
+
+    columns = ("image_id", "pre_activation", "key", "uri")
+
+    def ask(self, run: Results) -> pa.Table:
+        """See `Question.ask`."""
+        return run.top_images_of(self.target, self.n)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +232,7 @@ class Sql(Question):
 
 QUESTIONS: dict[str, Callable[..., Question]] = {
     "top": Top,
+    "target": OfTarget,
     "image": OfImage,
     "maps": OfMaps,
     "find": Find,

@@ -10,6 +10,24 @@ from saecore.methods import CAUSES, DECOMPOSE, UNITS
 from saecore.overview import Bins
 from saecore.views import Map, Tile
 
+METHODS = {
+    "contrib": "exact contribution of each patch to the CLS token",
+    "contrib_grad": "attention times its exact gradient along the CLS path",
+    "chefer": "Transformer-MM-Explainability's rule",
+    "legrad": "gradient of the target by attention",
+    "gradeclip": "Grad-ECLIP with the model's real heads",
+    "rollout": "gradient-weighted rollout through all layers",
+    "dense": "each patch's own token read by the SAE: an activation, not a cause",
+    "occlusion": "what the target loses when a patch is taken out",
+    "attention": "CLS attention, which knows nothing of the target",
+}
+
+FIGURES = {
+    "l0": ("L0", "latents that fire for an image"),
+    "cosine": ("Cosine", "between an image's embedding x and its reconstruction x'"),
+    "fvu": ("FVU", "|x - x'|² / |x - training mean|² of an image"),
+}
+
 
 def number(value: float | None) -> str:
     """Three digits that count, two below a tenth; a true minus sign."""
@@ -62,6 +80,11 @@ def meaning(method: str, kind: str) -> str:
 def units(method: str, kind: str) -> str:
     """Of a method's values for this kind of target; nothing where they have none."""
     return UNITS.get(method, "").replace("pre-activation units", "cosine" if kind == "text" else "pre-activation units")
+
+
+def value(kind: str) -> str:
+    """What a target of this kind has a value in."""
+    return {"latent": "activation", "text": "cosine", "concept": "weighted mean of pre-activations"}[kind]
 
 
 def has_signs(method: str) -> bool:

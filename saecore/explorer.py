@@ -1,7 +1,7 @@
 """The pages of `saecore.pages` over a whole run, made when they are asked for: any latent, any image, a search in all of it.
 
     GET /index.html  /latents.html?from=200  /images.html?from=120  /search.html
-        /latents/53.html  /images/4294967342.html  /pictures/4294967342.webp  /search.json?q=red  /static/..
+        /latents/53.html  /targets/0.html  /images/4294967342.html  /pictures/4294967342.webp  /search.json?q=red  /static/..
 
 Addresses are those of a written report, so that pages need not know who hands them out. For one person on their own machine:
 nothing is written, nobody is asked who they are, and other pages in their browser cannot read along (hosts are checked, and
@@ -70,6 +70,7 @@ def application(run: Results, hosts: Sequence[str], strongest: int = 12) -> Star
         Route("/index.html", answers.overview),
         Route("/latents.html", answers.latents),
         Route("/latents/{number:int}.html", answers.latent),
+        Route("/targets/{number:int}.html", answers.target),
         Route("/images.html", answers.images),
         Route("/images/{number:int}.html", answers.image),
         Route("/pictures/{number:int}.webp", answers.picture),
@@ -107,6 +108,13 @@ class Answers:
             raise HTTPException(404, f"this run has no latent {number}: they are 0 to {self.site.run.n_latents - 1}")
         with self._alone:
             return _html(self.site.latent(number))
+
+    def target(self, request: Request) -> Response:
+        number, held = request.path_params["number"], len(self.site.targets)
+        if number >= held:
+            raise HTTPException(404, f"this run has no target {number}: it has {held} texts and concepts")
+        with self._alone:
+            return _html(self.site.target(number))
 
     def images(self, request: Request) -> Response:
         total = self.site.run.record["images"]

@@ -18,7 +18,7 @@ from saecore.captions import number, percent
 from saecore.methods import DECOMPOSE
 from saecore.pictures import Pictures
 from saecore.storage import split_settings
-from saecore.views import ImageView, LatentView, Section, Tile, Views
+from saecore.views import ImageView, LatentView, Section, TargetView, Tile, Views
 
 FOLDER = Path(__file__).parent / "site"
 """Templates, and the files that pages load."""
@@ -34,24 +34,6 @@ LISTED_LATENTS, LISTED_IMAGES = 200, 120
 
 DEAD_LISTED = 200
 """Latents that fire for nothing and are named as such."""
-
-METHODS = {
-    "contrib": "exact contribution of each patch to the CLS token",
-    "contrib_grad": "attention times its exact gradient along the CLS path",
-    "chefer": "Transformer-MM-Explainability's rule",
-    "legrad": "gradient of the target by attention",
-    "gradeclip": "Grad-ECLIP with the model's real heads",
-    "rollout": "gradient-weighted rollout through all layers",
-    "dense": "each patch's own token read by the SAE: an activation, not a cause",
-    "occlusion": "what the target loses when a patch is taken out",
-    "attention": "CLS attention, which knows nothing of the target",
-}
-
-FIGURES = {
-    "l0": ("L0", "latents that fire for an image"),
-    "cosine": ("Cosine", "between an image's embedding x and its reconstruction x'"),
-    "fvu": ("FVU", "|x - x'|² / |x - training mean|² of an image"),
-}
 
 
 class Figure(NamedTuple):
@@ -102,6 +84,8 @@ class Site:
         self.methods = run.methods
         self.images = f"{run.n_images:,}"
         self.n_latents = f"{run.n_latents:,}"
+        self.targets = run.targets
+        """Each has a page by its place here."""
         self._strongest = strongest
         self._latents = None if latents is None else frozenset(latents)
         self._images = images
@@ -138,7 +122,7 @@ class Site:
         rate = "How often latents fire", "share of images", "latents"
         charts = [captions.chart(*rate, view.rates, lambda power: f"{100 * 10**power:g} %", decades)]
         for name, bins in view.histograms.items():
-            charts.append(captions.chart(FIGURES[name][0], FIGURES[name][1], "images", bins))
+            charts.append(captions.chart(*captions.FIGURES[name], "images", bins))
         return self._html(
             "index",
             cards=self._cards(),
@@ -147,8 +131,8 @@ class Site:
             data=data,
             charts=charts,
             view=view,
-            figures=FIGURES,
-            methods=METHODS,
+            figures=captions.FIGURES,
+            methods=captions.METHODS,
             decompose=DECOMPOSE,
             refused=record["refused"],
             made=self._made(),
@@ -172,6 +156,17 @@ class Site:
             before=before,
             after=after,
         )
+
+    def target(self, place: int, view: TargetView | None = None) -> str:
+        """targets/{place}.html."""
+        view = view or self.views.target(self.targets[place], self._strongest, SPREAD)
+        groups, data = self._drawn(view.sections)
+        unit = captions.value(view.sections[0].kind) if view.sections else ""
+        chart = captions.chart("Values for all images", unit, "images", view.values)
+        after = place + 1 if place + 1 < len(self.targets) else None
+        before = place - 1 if place else None
+        shown = {"target": view.target, "unit": unit, "chart": chart, "groups": groups, "data": data}
+        return self._html("target", "../", **shown, before=before, after=after)
 
     def image(self, view: ImageView) -> str:
         """images/{image_id}.html."""
@@ -214,16 +209,22 @@ class Site:
         query = """SELECT image_id, key FROM images
             WHERE contains(lower(key), lower($1)) OR image_id = try_cast($1 AS BIGINT) ORDER BY image_id LIMIT $2"""
         images = self.run.sql(query, text, most).to_pylist()
+        wanted = text.casefold()
         return self.index(
-            list(dict.fromkeys([*number, *named]))[:most], [(row["image_id"], row["key"]) for row in images]
+            list(dict.fromkeys([*number, *named]))[:most],
+            [(row["image_id"], row["key"]) for row in images],
+            [place for place, target in enumerate(self.targets) if wanted in target.casefold()][:most],
         )
 
-    def index(self, latents: Sequence[int], images: Sequence[tuple[int, str]]) -> dict[str, list[Any]]:
-        """What search.js looks through: [number, name, other words, images], and [number, key]."""
+    def index(
+        self, latents: Sequence[int], images: Sequence[tuple[int, str]], targets: Sequence[int]
+    ) -> dict[str, list[Any]]:
+        """What search.js looks through: [number, name, other words, images], [number, key], and [place, target]."""
         rows = [self.views.latents[latent] for latent in latents]
         return {
             "latents": [[row["latent"], row["name"] or "", (row["words"] or [])[1:], row["images"]] for row in rows],
             "images": [list(image) for image in images],
+            "targets": [[place, self.targets[place]] for place in targets],
         }
 
     # ---- What they are made of.

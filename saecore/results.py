@@ -11,6 +11,7 @@ cover yet, the run's own files are read through, and answers are the same.
 A latent *fires* for an image where it is kept with an activation other than zero: what was not kept, no table knows.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -98,6 +99,14 @@ class Results:
         """One row per latent (`schema.LATENTS`, and what jobs.name adds), as far as it was written."""
         return self.tables.latents
 
+    @functools.cached_property
+    def targets(self) -> list[str]:
+        """What maps explain beside latents, as MAPS has it: `text: a red square`, `concept: red`."""
+        if not self.methods:
+            return []
+        found = self.sql("SELECT DISTINCT target FROM maps WHERE target IS NOT NULL ORDER BY target")
+        return found["target"].to_pylist()
+
     def sql(self, query: str, *parameters: Any) -> pa.Table:
         """DuckDB's answer about `images`, `activations`, `by_latent`, `latents`, `maps` and `top_images`; `?` is a parameter.
 
@@ -166,6 +175,25 @@ class Results:
             own=own,
         )
         return self._named(found.drop_columns("alone"))
+
+    # ---- One text or concept.
+
+    def values_of(self, target: str) -> pa.Table:
+        """The target's value for every image: image_id, pre_activation (the cosine of a text), largest first."""
+        if target not in self.targets:
+            raise ValueError(f"target {target}: this run's, beside latents, are {'; '.join(self.targets) or 'none'}")
+        query = """SELECT image_id, pre_activation FROM maps WHERE target = ? AND method = ?
+            ORDER BY pre_activation DESC, image_id"""
+        return self.sql(query, target, self._method(None))
+
+    def top_images_of(self, target: str, n: int = 20, method: str | None = None, maps: bool = False) -> pa.Table:
+        """The images for which it has its largest values: as `top_images`, without an activation. Reads its maps through."""
+        found = self.values_of(target)[:n]
+        found = lookup(found, self.tables.rows("images", found["image_id"], SHOWN), "image_id")
+        if not maps:
+            return found
+        condition = (pc.field("target") == target) & (pc.field("method") == self._method(method))
+        return lookup(found, self.tables.rows("maps", found["image_id"], MAP, condition), "image_id")
 
     # ---- One image.
 

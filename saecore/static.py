@@ -1,7 +1,7 @@
 """A report as a folder of files: the pages of `saecore.pages` for a part of a run, with all that they load.
 
     REPORT/index.html  latents.html  images.html  search.html
-    REPORT/latents/53.html  images/4294967342.html     a page each
+    REPORT/latents/53.html  images/4294967342.html  targets/0.html     a page each
     REPORT/pictures/4294967342.webp                    what CLIP saw of an image, once
     REPORT/static/  data/search.js                     style and scripts; what the search looks through
     REPORT/report.json                                 what it is a report of
@@ -71,14 +71,17 @@ class Report:
         self.image_ids = np.union1d(views.image_ids(spread), np.array(refused, np.int64))
         self.site = Site(views, strongest=choice.top, latents=latents, images=self.image_ids.tolist())
         self.latents = {latent: views.latent(latent, choice.top, SPREAD) for latent in latents}
-        tiles = [tile for view in self.latents.values() for section in view.sections for tile in section.tiles]
+        self.targets = [views.target(target, choice.top, SPREAD) for target in self.site.targets]
+        sections = [section for view in self.latents.values() for section in view.sections]
+        sections += [section for view in self.targets for section in view.sections]
+        tiles = [tile for section in sections for tile in section.tiles]
         shown = run.tables.rows("images", self.image_ids, (), pc.field("error").is_null())
         self.pictured = np.union1d(
             shown["image_id"].to_numpy(), np.array([tile.image["image_id"] for tile in tiles], np.int64)
         )
 
     def __len__(self) -> int:
-        return len(self.pictured) + len(self.latents) + len(self.image_ids)
+        return len(self.pictured) + len(self.latents) + len(self.targets) + len(self.image_ids)
 
     def write(self, out: Path) -> Iterator[None]:
         """Make the files; yields after each. `site.missing` has the images whose picture could not be had."""
@@ -87,7 +90,7 @@ class Report:
             shutil.rmtree(left, ignore_errors=True)
         try:
             shutil.copytree(FOLDER / "static", folder / "static")
-            for name in ("pictures", "latents", "images", "data"):
+            for name in ("pictures", "latents", "targets", "images", "data"):
                 (folder / name).mkdir()
             yield from self._pictures(folder / "pictures")
             yield from self._pages(folder)
@@ -111,6 +114,9 @@ class Report:
         for latent, view in self.latents.items():
             _write(folder / "latents" / f"{latent}.html", site.latent(latent, view))
             yield
+        for place, target in enumerate(self.targets):
+            _write(folder / "targets" / f"{place}.html", site.target(place, target))
+            yield
         listed = []
         for start in range(0, len(self.image_ids), AT_ONCE):
             for image in site.views.images(self.image_ids[start : start + AT_ONCE]):
@@ -125,7 +131,7 @@ class Report:
         _write(folder / "images.html", site.image_list(listed))
         _write(folder / "search.html", site.search())
         keys = [(view.image["image_id"], view.image["key"]) for view in listed]
-        index = htmlsafe_json_dumps(site.index(list(self.latents), keys))
+        index = htmlsafe_json_dumps(site.index(list(self.latents), keys, range(len(self.targets))))
         _write(folder / "data" / "search.js", f"window.searchIndex = {index};\n")
         mark = {"run": site.uri, "fingerprint": site.run.record["fingerprint"]}
         _write(folder / MARK, json.dumps(mark) + "\n")

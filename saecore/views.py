@@ -103,6 +103,16 @@ class LatentView(NamedTuple):
     """latent, share, lift, as in `Results.co_firing`."""
 
 
+class TargetView(NamedTuple):
+    """What the page of a text or concept says."""
+
+    target: str
+    """As in MAPS."""
+    values: Bins
+    """Of all images."""
+    sections: list[Section]
+
+
 class ImageView(NamedTuple):
     """What one image's page says."""
 
@@ -151,17 +161,14 @@ class Views:
         """With its strongest images, and others spread evenly over the ranks of the rest."""
         row, counts = self.latents[latent], self.run.histogram(latent, BINS)
         bins = Bins([*counts["low"].to_pylist(), *counts["high"][-1:].to_pylist()], counts["images"].to_pylist())
-        left = row["images"] - strongest
-        places = np.unique(np.linspace(strongest, row["images"] - 1, min(spread, max(left, 0))).astype(int)).tolist()
+        places = _spread(strongest, row["images"], spread)
         top = [self.run.top_images(latent, strongest, method, maps=True) for method in self.run.methods]
         best = top[0] if top else self.run.top_images(latent, strongest)
         rest = self._at(latent, places)
         maps = [table.select(["image_id", *MAP]).drop_null() for table in top]
         if top:
             maps.append(self.run.tables.rows("maps", rest["image_id"], MAP, pc.field("latent") == latent))
-        by_image: dict[int, dict[str, Map]] = defaultdict(dict)
-        for one in (one for table in maps for one in table.to_pylist()):
-            by_image[one["image_id"]][one["method"]] = self._map(one)
+        by_image = self._by_image(maps)
         images = self._shown([*best["image_id"].to_pylist(), *rest["image_id"].to_pylist()])
         tiles = [
             Tile(
@@ -170,17 +177,14 @@ class Views:
                 f"latent {latent}",
                 found["activation"],
                 found["pre_activation"],
-                f"{place + 1:,} of {row['images']:,}",
+                _place(place, row["images"]),
                 by_image[found["image_id"]],
             )
             for place, found in zip(
                 [*range(best.num_rows), *places], [*best.to_pylist(), *rest.to_pylist()], strict=True
             )
         ]
-        parts = {"Strongest images": tiles[: best.num_rows], "Across the rest of its range": tiles[best.num_rows :]}
-        limits = shared_limits(tiles)
-        sections = [Section(title, "latent", part, limits) for title, part in parts.items() if part]
-        return LatentView(row, bins, sections, self._co_firing(latent))
+        return LatentView(row, bins, _in_two(tiles, best.num_rows, "latent"), self._co_firing(latent))
 
     def _at(self, latent: int, places: list[int]) -> pa.Table:
         """image_id, `STRENGTH`, place: the images at some places, from 0, of those for which it fires, strongest first."""
@@ -197,6 +201,31 @@ class Views:
             found = zip(*(row[name] or [] for name in CO_COLUMNS), strict=True)
             return [dict(zip(("latent", "share", "lift"), values, strict=True)) for values in found][:CO_FIRING]
         return self.run.co_firing(latent, CO_FIRING).select(["latent", "share", "lift"]).to_pylist()
+
+    # ---- One text or concept.
+
+    def target(self, target: str, strongest: int, spread: int) -> TargetView:
+        """With the images where its value is largest, and others spread evenly over the ranks of the rest."""
+        values = self.run.values_of(target)
+        counts, edges = np.histogram(values["pre_activation"].to_numpy(), BINS)
+        places = [*range(min(strongest, values.num_rows)), *_spread(strongest, values.num_rows, spread)]
+        shown = values.take(pa.array(places, pa.int64()))
+        by_image = self._by_image([self.run.tables.rows("maps", shown["image_id"], MAP, pc.field("target") == target)])
+        images = self._shown(shown["image_id"].to_pylist())
+        tiles = [
+            Tile(
+                images[found["image_id"]],
+                None,
+                target,
+                None,
+                found["pre_activation"],
+                _place(place, values.num_rows),
+                by_image[found["image_id"]],
+            )
+            for place, found in zip(places, shown.to_pylist(), strict=True)
+        ]
+        sections = _in_two(tiles, strongest, target.partition(":")[0])
+        return TargetView(target, Bins(edges.tolist(), counts.tolist()), sections)
 
     # ---- Images.
 
@@ -278,6 +307,13 @@ class Views:
         columns = [name for name in ("key", *CROP, "sinks") if name in self.run.tables.datasets["images"].schema.names]
         return {row["image_id"]: row for row in self.run.tables.rows("images", image_ids, columns).to_pylist()}
 
+    def _by_image(self, tables: Sequence[pa.Table]) -> dict[int, dict[str, Map]]:
+        """Maps of one target, by image and method."""
+        found: dict[int, dict[str, Map]] = defaultdict(dict)
+        for row in (row for table in tables for row in table.to_pylist()):
+            found[row["image_id"]][row["method"]] = self._map(row)
+        return found
+
     def _map(self, row: Mapping[str, Any]) -> Map:
         values = np.frombuffer(row["map"], np.int8).astype(int)
         place = int(np.abs(values).argmax())
@@ -291,6 +327,22 @@ class Views:
             remainder=row["remainder"],
             sink_share=row["sink_share"],
         )
+
+
+def _spread(strongest: int, n: int, spread: int) -> list[int]:
+    """So many places of n, evenly from behind the strongest to the last."""
+    return np.unique(np.linspace(strongest, n - 1, min(spread, max(n - strongest, 0))).astype(int)).tolist()
+
+
+def _place(place: int, n: int) -> str:
+    return f"{place + 1:,} of {n:,}"
+
+
+def _in_two(tiles: list[Tile], strongest: int, kind: str) -> list[Section]:
+    """The strongest images of a target, and the others, on one scale."""
+    parts = {"Strongest images": tiles[:strongest], "Across the rest of its range": tiles[strongest:]}
+    limits = shared_limits(tiles)
+    return [Section(title, kind, part, limits) for title, part in parts.items() if part]
 
 
 def shared_limits(tiles: Sequence[Tile]) -> dict[str, float]:

@@ -50,7 +50,10 @@ def write(place: Path | str, chunks: int = 3, methods: tuple[str, ...] = METHODS
 
 
 def explained(chunk: int, methods: tuple[str, ...]) -> pa.Table:
-    """EXPLAINED rows. A map of latent l by method m: l + 1, -1 and 1 + m, in steps of half a unit; a text's has l = 8."""
+    """EXPLAINED rows. A map of latent l by method m: l + 1, -1 and 1 + m, in steps of half a unit; a text's has l = 8.
+
+    The text's value is a hundredth of the image's width.
+    """
     wanted = schema.explained_schema(3)
     rows: list[dict[str, Any]] = []
     shard, start = PLACES[chunk]
@@ -68,7 +71,7 @@ def explained(chunk: int, methods: tuple[str, ...]) -> pa.Table:
                     "map": bytes([first, 255, 1 + number]),
                     "scale": 0.5,
                 }
-                | {"pre_activation": 1.0, "remainder": 0.25, "sink_share": 0.0}
+                | {"pre_activation": 1.0 if target is None else width / 100, "remainder": 0.25, "sink_share": 0.0}
                 for number, method in enumerate(methods)
                 for latent, target, first in [*((n, None, n + 1) for n, _ in reversed(kept)), (None, "text: x", 9)]
             ],

@@ -30,6 +30,7 @@ PAGES = {
     "images": "images.html",
     "search": "search.html?q=word 6",
     "latent": f"latents/{album.OFTEN}.html",
+    "target": "targets/0.html",
     "image": "images/4.html",
     "hostile": f"images/{album.N_SCENES}.html",
     "wide": f"images/{album.N_SCENES + 1}.html",

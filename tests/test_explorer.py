@@ -35,7 +35,16 @@ def found(explorer: str, text: str) -> Any:
 
 @pytest.mark.parametrize(
     "page",
-    ["", "index.html", "latents.html", "latents/53.html", "images.html?from=20", "images/22.html", "search.html"],
+    [
+        "",
+        "index.html",
+        "latents.html",
+        "latents/53.html",
+        "targets/0.html",
+        "images.html?from=20",
+        "images/22.html",
+        "search.html",
+    ],
 )
 def test_pages(explorer: str, page: str) -> None:
     status, headers, content = get(f"{explorer}/{page}")
@@ -57,6 +66,7 @@ def test_any_latent_and_any_image_has_a_page(explorer: str) -> None:
     ("page", "words"),
     [
         ("latents/80.html", "this run has no latent 80: they are 0 to 79"),
+        ("targets/1.html", "this run has no target 1: it has 1 texts and concepts"),
         (f"images/{album.N_IMAGES}.html", f"this run has no image {album.N_IMAGES}"),
         ("images/4294967296.html", "this run has no image 4294967296"),
         (f"images/{10**40}.html", "this run has no image"),
@@ -89,12 +99,13 @@ def test_search(explorer: str) -> None:
     assert found(explorer, "word 61")["latents"][0][:3] == [61, "word 61", ["runner-up 61"]]
     assert [row[0] for row in found(explorer, "Runner-Up 61")["latents"]] == [61]
     assert len(found(explorer, "word")["latents"]) == 60
+    assert found(explorer, "RED</b>")["targets"] == [[0, f"text: {album.TEXT}"]]
     assert found(explorer, "<script>")["images"] == [[album.N_SCENES, album.HOSTILE]]
     assert [row[1] for row in found(explorer, "00001")["images"]] == [
         f"{index:06d}.jpg" for index in (1, *range(10, 20))
     ]
     for nothing in ("no such thing", "053", "' OR 1 = 1 --", "9" * 50, "%"):
-        assert found(explorer, nothing) == {"latents": [], "images": []}
+        assert found(explorer, nothing) == {"latents": [], "images": [], "targets": []}
 
 
 def test_other_sites_do_not_read_along(explorer: str) -> None:

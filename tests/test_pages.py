@@ -82,6 +82,20 @@ def test_there_is_a_page_for_each(album_run: Path, written: Path) -> None:
     assert len(list((written / "pictures").iterdir())) == album.N_IMAGES - 1  # the broken one has none
 
 
+def test_a_text_has_a_page(album_run: Path, written: Path) -> None:
+    page = Page(written / "targets" / "0.html")
+    assert [path.name for path in (written / "targets").iterdir()] == ["0.html"]
+    assert f"text: {album.TEXT}" in page.text
+    best = """SELECT key, pre_activation FROM {maps} JOIN {images} USING (image_id)
+        WHERE target IS NOT NULL AND method = 'contrib' ORDER BY pre_activation DESC, image_id LIMIT 12"""
+    keys, values = zip(*ask(album_run, best), strict=True)
+    assert [element["alt"] for element in page.elements["img"] if element["alt"]][:12] == list(keys)
+    assert all(captions.number(value) in page.text for value in values)
+    assert "orange adds, blue takes away; cosine" in page.text
+    for linking in (written / "index.html", written / "images" / "0.html"):
+        assert any(element["href"].endswith("targets/0.html") for element in Page(linking).elements["a"])
+
+
 def test_links_lead_to_files_of_the_report(written: Path) -> None:
     for page in pages(written):
         held = [element for elements in page.elements.values() for element in elements]

@@ -38,6 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 QUESTIONS = {
     "top": ["{run}", "0"],
+    "target": ["{run}", "text: x"],
     "image": ["{run}", "a.jpg"],
     "maps": ["{run}", str(IDS["b.jpg"]), "--method", "chefer"],
     "find": ["{run}", "E"],
@@ -75,6 +76,7 @@ def test_json_has_all_that_python_has(name: str, run: str, capsys: pytest.Captur
     opened = results.open(run)
     answers: dict[str, pa.Table] = {
         "top": opened.top_images(0),
+        "target": opened.top_images_of("text: x"),
         "image": opened.latents_of("a.jpg"),
         "maps": opened.maps("b.jpg", "chefer").table(),
         "find": opened.find("e"),

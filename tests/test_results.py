@@ -52,6 +52,21 @@ def test_top_images_with_maps(run: Results, method: str | None, third: float) ->
     np.testing.assert_array_equal(maps, [[[2.0, -0.5, third]]] * 2)
 
 
+def test_top_images_of_a_text(run: Results) -> None:
+    assert run.targets == ["text: x"]
+    found = run.top_images_of("text: x", 3, method="chefer", maps=True)
+    assert found["key"].to_pylist() == ["e.jpg", "d.jpg", "c.jpg"]
+    assert found["pre_activation"].to_pylist() == pytest.approx([0.5, 0.4, 0.3])
+    assert found["method"].to_pylist() == ["chefer"] * 3
+    np.testing.assert_array_equal(results.decode(found, run.grid), [[[4.5, -0.5, 1.0]]] * 3)
+    assert run.top_images_of("text: x").num_rows == 5
+    assert "map" not in run.top_images_of("text: x").column_names
+    with pytest.raises(ValueError, match="target red: this run's, beside latents, are text: x"):
+        run.top_images_of("red")
+    with pytest.raises(ValueError, match="method legrad: this run has maps by contrib, chefer"):
+        run.top_images_of("text: x", method="legrad", maps=True)
+
+
 def test_latents_and_maps_of_an_image(run: Results) -> None:
     found = run.latents_of("b.jpg")
     assert found["latent"].to_pylist() == [1, 0]

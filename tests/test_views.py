@@ -66,6 +66,25 @@ def test_images_of_a_latent(views: Views, latent: int, strongest: int, shown: li
     assert [len(section.tiles) for section in sections] == shown
 
 
+def test_a_text(views: Views) -> None:
+    view = views.target("text: x", strongest=2, spread=2)
+    assert (view.target, sum(view.values.counts)) == ("text: x", 5)
+    assert (view.values.edges[0], view.values.edges[-1]) == pytest.approx((0.1, 0.5))
+    assert [section.title for section in view.sections] == ["Strongest images", "Across the rest of its range"]
+    tiles = [tile for section in view.sections for tile in section.tiles]
+    assert [(tile.image["key"], tile.place, tile.latent, tile.activation) for tile in tiles] == [
+        ("e.jpg", "1 of 5", None, None),
+        ("d.jpg", "2 of 5", None, None),
+        ("c.jpg", "3 of 5", None, None),
+        ("a.jpg", "5 of 5", None, None),
+    ]
+    assert [tile.pre_activation for tile in tiles] == pytest.approx([0.5, 0.4, 0.3, 0.1])
+    assert {tuple(tile.maps) for tile in tiles} == {("contrib", "chefer")}
+    assert {section.limits["contrib"] for section in view.sections} == {4.5}
+    whole = views.target("text: x", strongest=9, spread=2).sections
+    assert [len(section.tiles) for section in whole] == [5]
+
+
 def test_images(views: Views) -> None:
     b, bad = views.images(np.array([IDS["b.jpg"], IDS["bad.jpg"]]))
     assert [section.title for section in b.sections] == ["Latents", "Texts"]
@@ -75,7 +94,7 @@ def test_images(views: Views) -> None:
         ("latent 0", 2.0, "2 of 2 kept"),
     ]
     assert [(tile.target, tile.latent, tile.activation, tile.pre_activation) for tile in texts.tiles] == [
-        ("text: x", None, None, 1.0)
+        ("text: x", None, None, pytest.approx(0.2))
     ]
     # Their scales are their own: a text's maps are cosines.
     assert (latents.limits["contrib"], texts.limits["contrib"]) == (1.0, 4.5)

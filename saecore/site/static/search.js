@@ -6,7 +6,7 @@ const box = document.getElementById("search");
 const NOTHING = document.getElementById("found").textContent;
 const live = "live" in document.documentElement.dataset;
 
-// {latents: [[number, name, other words, images]], images: [[number, name]]}, the best first.
+// {latents: [[number, name, other words, images]], images: [[number, name]], targets: [[place, name]]}, the best first.
 async function find(text) {
   if (live) return (await fetch(`search.json?q=${encodeURIComponent(text)}`)).json();
   const wanted = text.toLowerCase();
@@ -16,7 +16,8 @@ async function find(text) {
   );
   const place = (latent) => (String(latent[0]) === wanted ? 0 : named(latent) === wanted ? 1 : named(latent).includes(wanted) ? 2 : 3);
   latents.sort((a, b) => place(a) - place(b) || b[3] - a[3]);
-  return { latents, images: window.searchIndex.images.filter((image) => image[1].toLowerCase().includes(wanted)) };
+  const [images, targets] = [window.searchIndex.images, window.searchIndex.targets].map((named) => named.filter(([, name]) => name.toLowerCase().includes(wanted)));
+  return { latents, images, targets };
 }
 
 function item(address, words, more) {
@@ -44,7 +45,7 @@ async function show() {
   const address = new URL(location.href);
   address.searchParams.set("q", text);
   history.replaceState(null, "", address);
-  const found = text ? await find(text) : { latents: [], images: [] };
+  const found = text ? await find(text) : { latents: [], images: [], targets: [] };
   if (turn !== asked) return; // an answer to what was typed before
   const matching = (words) => words.filter((word) => word.toLowerCase().includes(text.toLowerCase()));
   const also = (words) => (matching(words).length ? `; also ${matching(words).join(", ")}` : "");
@@ -52,8 +53,9 @@ async function show() {
     item(`latents/${number}.html`, name ? `latent ${number}, ${name}` : `latent ${number}`, `${images.toLocaleString("en")} image${images === 1 ? "" : "s"}${also(words)}`),
   );
   const images = found.images.map(([number, name]) => item(`images/${number}.html`, name, `image ${number}`));
-  document.getElementById("results").replaceChildren(...list("Latents", latents), ...list("Images", images));
-  const counts = `${count(latents, "latent")}, ${count(images, "image")}`;
+  const targets = found.targets.map(([place, name]) => item(`targets/${place}.html`, name, ""));
+  document.getElementById("results").replaceChildren(...list("Latents", latents), ...list("Texts and concepts", targets), ...list("Images", images));
+  const counts = `${count(latents, "latent")}, ${targets.length ? `${count(targets, "target")}, ` : ""}${count(images, "image")}`;
   document.getElementById("found").textContent = text ? `${counts} for “${text}”` : NOTHING;
 }
 
