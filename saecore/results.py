@@ -101,11 +101,12 @@ class Results:
 
     @functools.cached_property
     def targets(self) -> list[str]:
-        """What maps explain beside latents, as MAPS has it: `text: a red square`, `concept: red`."""
+        """What maps explain beside latents, as MAPS has it: `text: a red square`, `concept: red`; of every image alike."""
         if not self.methods:
             return []
-        found = self.sql("SELECT DISTINCT target FROM maps WHERE target IS NOT NULL ORDER BY target")
-        return found["target"].to_pylist()
+        one = self.sql("SELECT image_id FROM images WHERE error IS NULL LIMIT 1")["image_id"]
+        found = self.tables.rows("maps", one, ("target",))["target"].to_pylist()
+        return [target for target in dict.fromkeys(found) if target is not None]
 
     def sql(self, query: str, *parameters: Any) -> pa.Table:
         """DuckDB's answer about `images`, `activations`, `by_latent`, `latents`, `maps` and `top_images`; `?` is a parameter.
