@@ -80,7 +80,7 @@ class Maps:
     batch_size: int = 0
     """Images at once; 0 is 8, 4, 2 and 16 for the shapes above."""
     rounds: int = 7
-    """Times that each is timed, in turn; the least counts. What costs more than 3 forwards is timed less often."""
+    """Rounds in which all are timed; medians of ratios count. What costs more than 3 forwards is timed less often."""
     threads: tuple[int, ...] = (1, 2)
     """CPU threads, one table for each number: CPU time of one thread, else wall time. A GPU has one table."""
     device: str = ""

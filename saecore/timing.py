@@ -1,6 +1,8 @@
 """What maps of k latents cost on this machine: ratios to a plain forward in the same run, on random weights of the true shapes.
 
-Ways are timed in turn, in another order each round, and the least time of each counts, since all else that goes on only adds:
+Ways are timed in turn, in another order each round. A ratio is the median over rounds of what two ways took in the same one, since
+a machine's speed drifts. Of two threads' times on B/32, 90 rounds cut into runs of 15, it had a standard deviation of 0.003 to 0.007,
+the ratio of least times one of 0.008 to 0.010, with means as high or lower:
 
     forward        `ClipTower.embed`: fused attention, and of the last layer the CLS token alone
     transformers   its own forward of the same weights, with fused attention: all tokens of all layers
@@ -16,6 +18,7 @@ Left out: what a job does beside this: decoding, reconstruction, rounding to 8 b
 import copy
 import functools
 import random
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -86,7 +89,7 @@ class Row(NamedTuple):
 
     way: str
     seconds: float
-    """For one image."""
+    """For one image, the least of all rounds."""
     forwards: float
     """Ratio to `forward`."""
     transformers: float
@@ -141,13 +144,14 @@ def cost_of_maps(
         timed = time_in_turn(ways, rounds, _clock(device, threads))
     finally:
         torch.set_num_threads(before)
-    seconds = {name: min(found) / shape.batch for name, found in timed.items()}
+    seconds = {name: [taken / shape.batch for taken in found] for name, found in timed.items()}
     if naive_latents:
-        forward, more = seconds["naive forward"], k / naive_latents
-        seconds["naive once"] = forward + (seconds["naive once"] - forward) * more
-        seconds["naive repeated"] *= more
-        seconds["naive each"] *= more
-    return [row_of(name, seconds, shape.bounds if k == BOUND_K else {}, len(timed[name])) for name in ways]
+        more = k / naive_latents
+        pairs = zip(seconds["naive forward"], seconds["naive once"], strict=False)
+        seconds["naive once"] = [forward + (once - forward) * more for forward, once in pairs]
+        for name in ("naive repeated", "naive each"):
+            seconds[name] = [taken * more for taken in seconds[name]]
+    return [row_of(name, seconds, shape.bounds if k == BOUND_K else {}) for name in ways]
 
 
 def random_models(shape: Shape, n_latents: int, k: int, device: str) -> tuple[Any, SAE]:
@@ -233,17 +237,21 @@ def _clock(device: str, threads: int) -> Callable[[], float]:
     return now
 
 
-def row_of(name: str, seconds: Mapping[str, float], bounds: Mapping[str, float], timed: int) -> Row:
-    """One row, by the seconds of all ways."""
+def row_of(name: str, seconds: Mapping[str, Sequence[float]], bounds: Mapping[str, float]) -> Row:
+    """One row, by the seconds of all ways in each round; of some ways fewer rounds than of others, from the first on."""
     own, bound = seconds[name], bounds.get(name)
-    forwards, transformers = own / seconds["forward"], own / seconds["transformers"]
-    cheaper = seconds["naive each"] / own if "naive each" in seconds else None
+    forwards, transformers = _ratio(own, seconds["forward"]), _ratio(own, seconds["transformers"])
+    cheaper = _ratio(seconds["naive each"], own) if "naive each" in seconds else None
     met = cheap = None
     if bound is not None:
         held = transformers if name == "dense" else forwards
         met = held <= bound + (MEASURABLE if name == "attention" else 0)
         cheap = None if cheaper is None else cheaper >= NAIVE_BOUND
-    return Row(name, own, forwards, transformers, cheaper, bound, met, cheap, timed)
+    return Row(name, min(own), forwards, transformers, cheaper, bound, met, cheap, len(own))
+
+
+def _ratio(one: Sequence[float], other: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(one, other, strict=False))
 
 
 def table(rows: Sequence[Row]) -> str:

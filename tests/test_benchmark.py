@@ -44,7 +44,8 @@ def test_only_one_naive_way_has_gradients_of_parameters_computed() -> None:
 
 
 def test_rows_by_hand() -> None:
-    seconds = {
+    """A machine that grows slower: each round's times are of that round's speed, and only ratios within it are the ways'."""
+    once = {
         "forward": 2.0,
         "transformers": 2.5,
         "contrib": 2.2,
@@ -52,8 +53,13 @@ def test_rows_by_hand() -> None:
         "attention": 2.03,
         "naive each": 120.0,
     }
+    seconds = {name: [taken * slow for slow in (1.0, 1.5, 1.1)] for name, taken in once.items()}
+    seconds["contrib"][1] *= 3  # something else went on
+    seconds["naive each"] = seconds["naive each"][:1]
     bounds = {"contrib": 1.05, "dense": 1.05, "attention": 1.0}
-    rows = {name: timing.row_of(name, seconds, bounds, 1) for name in seconds}
+    rows = {name: timing.row_of(name, seconds, bounds) for name in seconds}
+    assert {name: row.seconds for name, row in rows.items()} == once
+    assert [row.timed for row in rows.values()] == [3, 3, 3, 3, 3, 1]
     assert rows["contrib"].forwards == pytest.approx(1.1)
     assert rows["contrib"].cheaper == pytest.approx(120 / 2.2)
     assert [rows[name].met for name in bounds] == [
@@ -63,7 +69,7 @@ def test_rows_by_hand() -> None:
     ]  # dense by transformers, attention within the noise
     assert [rows[name].cheap for name in bounds] == [True, False, True]
     assert rows["naive each"].bound is rows["forward"].met is None
-    without = timing.row_of("contrib", {"forward": 2.0, "transformers": 2.5, "contrib": 2.2}, bounds, 1)
+    without = timing.row_of("contrib", {"forward": [2.0], "transformers": [2.5], "contrib": [2.2]}, bounds)
     assert without.cheaper is without.cheap is None
     printed = timing.table(list(rows.values())).splitlines()
     assert len({len(line) for line in printed}) == 1
