@@ -31,7 +31,6 @@ QUALITY = 82
 REMEMBERED = 1024
 """Pictures kept in memory by `Pictures.get`."""
 
-
 READ_BYTES = 16 << 20
 """Of encoded images at once, which are decoded side by side."""
 

@@ -179,17 +179,17 @@ class Results:
 
     # ---- One text or concept.
 
-    def values_of(self, target: str) -> pa.Table:
-        """The target's value for every image: image_id, pre_activation (the cosine of a text), largest first."""
+    def values_of(self, target: str, n: int | None = None) -> pa.Table:
+        """The target's n largest values, or all: image_id, pre_activation (the cosine of a text), largest first."""
         if target not in self.targets:
             raise ValueError(f"target {target}: this run's, beside latents, are {'; '.join(self.targets) or 'none'}")
-        query = """SELECT image_id, pre_activation FROM maps WHERE target = ? AND method = ?
-            ORDER BY pre_activation DESC, image_id"""
+        query = f"""SELECT image_id, pre_activation FROM maps WHERE target = ? AND method = ?
+            ORDER BY pre_activation DESC, image_id {"" if n is None else f"LIMIT {n}"}"""
         return self.sql(query, target, self._method(None))
 
     def top_images_of(self, target: str, n: int = 20, method: str | None = None, maps: bool = False) -> pa.Table:
         """The images for which it has its largest values: as `top_images`, without an activation. Reads its maps through."""
-        found = self.values_of(target)[:n]
+        found = self.values_of(target, n)
         found = lookup(found, self.tables.rows("images", found["image_id"], SHOWN), "image_id")
         if not maps:
             return found

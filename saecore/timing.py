@@ -1,8 +1,8 @@
 """What maps of k latents cost on this machine: ratios to a plain forward in the same run, on random weights of the true shapes.
 
-Ways are timed in turn, in another order each round. A ratio is the median over rounds of what two ways took in the same one, since
-a machine's speed drifts. Of two threads' times on B/32, 90 rounds cut into runs of 15, it had a standard deviation of 0.003 to 0.007,
-the ratio of least times one of 0.008 to 0.010, with means as high or lower:
+Ways are timed in turn, in another order each round. A ratio is the median over rounds of what two ways took in the same one,
+since a machine's speed drifts. With two threads on B/32, 90 rounds cut into runs of 15, its standard deviation was 0.003 to
+0.007, that of the ratio of least times 0.008 to 0.010; its means were those of the other or up to 0.006 higher.
 
     forward        `ClipTower.embed`: fused attention, and of the last layer the CLS token alone
     transformers   its own forward of the same weights, with fused attention: all tokens of all layers

@@ -1,4 +1,4 @@
-"""Shards, a run, its index, its names and its pages on a real S3 server: the same content as on a disk."""
+"""Shards, a run, its index, its names and its pages on a server that speaks S3 (moto): the same content as on a disk."""
 
 import subprocess
 import tarfile
