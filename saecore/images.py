@@ -9,27 +9,30 @@ Reasons, short and stable; the detail has the rest:
     empty           no bytes at all
     not-an-image    none of JPEG, PNG, WebP, GIF, BMP, TIFF by its first bytes
     truncated       the end is missing
-    corrupt         begins as one of them, and cannot be decoded
+    corrupt         begins as one of them, and cannot be decoded: whatever its decoder raised
     unsupported     pixels without a defined way to 8-bit RGB (floating point, 32-bit integers, CIE Lab)
     too-large       more pixels than allowed, as stored or as resized; refused before anything is decoded
+    too-complex     more metadata, segments, scans or strips than any picture has: it would take minutes (`saecore.effort`)
+
+MemoryError alone passes: it is the machine's, not the image's.
 
 Left out: normalisation (the tower does it on its device), faster decoders that change pixels.
 """
 
 import dataclasses
-import io
 import json
 import re
-import struct
 import warnings
-import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import huggingface_hub
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
+
+from saecore import effort
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """No other Pillow plug-in ever sees the bytes."""
@@ -38,21 +41,6 @@ MAX_PIXELS = 178_000_000
 """Pillow refuses more than 178,956,970 whatever it is told."""
 
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-
-# What Pillow's decoders raise for bytes that are not right: found by cutting and flipping bits of real files (130,000
-# cases). MemoryError was never among them: it means what it says, and is left to end the process.
-_DATA_ERRORS = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,23 +177,39 @@ class Decoded(NamedTuple):
 
 
 def open_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Opened:
-    """Decode to RGB; raises ImageError and nothing else for bytes that are not right."""
+    """Decode to RGB; raises ImageError and, but for MemoryError, nothing else, whatever the bytes are."""
     if not data:
         raise ImageError("empty", "0 bytes")
+    with _refusing(data), warnings.catch_warnings():
+        # Damaged metadata, and sizes that are judged here. Not in threads: Python keeps one list for all of them.
+        warnings.simplefilter("ignore")
+        effort.check(data)
+        file = effort.Reader(data)
+        image = Image.open(file, formats=FORMATS)
+        file.is_opening = False
+        _check_size(image.width, image.height, max_pixels)
+        # Pillow calls a JPEG with further pictures behind it, as many cameras write, MPO.
+        form = "JPEG" if image.format == "MPO" else str(image.format)
+        image.load()
+        return Opened(_rgb(_upright(image)), form)
+
+
+@contextmanager
+def _refusing(data: bytes) -> Iterator[None]:
+    """Whatever is raised inside is the reason why this image is refused.
+
+    Pillow raises what its plug-ins happen to meet, AssertionError among it, so there is no list of what may come.
+    """
     try:
-        with warnings.catch_warnings():
-            # Damaged metadata, and sizes that are judged here. Not in threads: Python keeps one list for all of them.
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            _check_size(image.width, image.height, max_pixels)
-            # Pillow calls a JPEG with further pictures behind it, as many cameras write, MPO.
-            form = "JPEG" if image.format == "MPO" else str(image.format)
-            image.load()
+        yield
+    except (ImageError, MemoryError):
+        raise
+    except effort.EffortError as error:
+        raise ImageError("too-complex", str(error)) from error
     except Image.DecompressionBombError as error:
         raise ImageError("too-large", str(error)) from error
-    except _DATA_ERRORS as error:
+    except Exception as error:
         raise _refusal(data, error) from error
-    return Opened(_rgb(_upright(image)), form)
 
 
 def _refusal(data: bytes, error: Exception) -> ImageError:
@@ -214,7 +218,7 @@ def _refusal(data: bytes, error: Exception) -> ImageError:
             return ImageError("not-an-image", f"{len(data)} bytes starting with {data[:8]!r}")
         text = f"the header is damaged or cut, {len(data)} bytes in all"
     else:
-        text = " ".join(f"{type(error).__name__}: {error}".split())
+        text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
     # libwebp does not say it; the second word of the file is its size.
     short = data.startswith(b"RIFF") and len(data) < 8 + int.from_bytes(data[4:8], "little")
     cut = short or isinstance(error, EOFError) or "truncated" in text.lower() or "unexpected end" in text.lower()
@@ -222,15 +226,16 @@ def _refusal(data: bytes, error: Exception) -> ImageError:
 
 
 def decode(data: bytes, preprocess: Preprocess, max_pixels: int = MAX_PIXELS) -> Decoded:
-    """Decode, resize and crop; raises ImageError and nothing else for an image that must be refused."""
+    """Decode, resize and crop; raises as `open_rgb` does."""
     image, form = open_rgb(data, max_pixels)
     width, height = image.size
     resized_width, resized_height = _resized(width, height, preprocess.resize)
     _check_size(resized_width, resized_height, max_pixels)  # 1 x 4,000 pixels become 224 x 896,000
-    resized = image.resize((resized_width, resized_height), Image.Resampling(preprocess.resample))
     crop_height, crop_width = preprocess.size
     left, top = (resized_width - crop_width) // 2, (resized_height - crop_height) // 2
-    pixels = np.asarray(resized.crop((left, top, left + crop_width, top + crop_height)))
+    with _refusing(data):
+        resized = image.resize((resized_width, resized_height), Image.Resampling(preprocess.resample))
+        pixels = np.asarray(resized.crop((left, top, left + crop_width, top + crop_height)))
     x, y = width / resized_width, height / resized_height
     crop = (round(left * x), round(top * y), round((left + crop_width) * x), round((top + crop_height) * y))
     return Decoded(pixels, width, height, form, crop)
@@ -253,7 +258,9 @@ def _upright(image: Image.Image) -> Image.Image:
     """Rotated as its EXIF orientation says."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except _DATA_ERRORS:
+    except (effort.EffortError, MemoryError):
+        raise
+    except Exception:
         return image  # the metadata is damaged, the picture is not: shown as it lies, as viewers do
     turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
     if turn is None:

@@ -1,8 +1,12 @@
 import io
 import json
+import os
 import random
 import struct
 import warnings
+import zlib
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ import skimage
 import sklearn.datasets
 from PIL import Image
 
+from saecore import effort
 from saecore.images import ImageError, Preprocess, decode, load_preprocess, open_rgb
 
 SKIMAGE = Path(skimage.__file__).parent / "data"
@@ -22,6 +27,9 @@ PHOTOGRAPHS = [
     SKLEARN / "china.jpg",
     SKLEARN / "flower.jpg",
 ]
+BROKEN = int(os.environ.get("BROKEN_IMAGES", "4000"))
+"""Files that are broken at random."""
+
 CLIP_CONFIG = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}
 
 
@@ -178,13 +186,12 @@ def test_pixel_modes(image: Image.Image, form: str, options: dict[str, Any], exp
     assert only_colour(encode(image, form, **options)) == expected
 
 
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
 def png(width: int, height: int, bits: int, colour: int, row: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
     """A PNG of equal rows, of kinds that Pillow does not write."""
-    import zlib
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
     header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
     parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress((b"\0" + row) * height)), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(name, data) for name, data in parts)
@@ -249,34 +256,141 @@ def test_bombs_are_refused_before_they_are_decoded(monkeypatch: pytest.MonkeyPat
         assert decode(data, preprocess()).width == 96
 
 
+def test_a_palette_png_without_its_palette_is_a_reason() -> None:
+    """71 bytes that end in an AssertionError of Pillow, raised when the colours are asked for and not before."""
+    found = refusal(png(20, 20, 8, 3, bytes(20)))
+    assert (found.reason, found.detail) == ("corrupt", "AssertionError")
+
+
+@pytest.mark.parametrize("step", ["open", "load", "getexif", "convert", "resize", "crop"])
+def test_whatever_is_raised_on_the_way_is_a_reason_but_for_memory(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Damaged EXIF alone is no reason: the picture is whole. Memory that runs out is not the image's fault."""
+    data = encode(photograph().convert("RGBA"), "PNG")
+
+    def raising(error: BaseException) -> Callable[..., Any]:
+        def call(*_: Any, **__: Any) -> Any:
+            raise error
+
+        return call
+
+    owner = Image if step == "open" else Image.Image
+    for error in (AssertionError("not so"), RecursionError("too deep"), SystemError("tile")):
+        monkeypatch.setattr(owner, step, raising(error))
+        if step == "getexif":
+            assert decode(data, preprocess()).width == 96
+        else:
+            assert refusal(data).detail == f"{type(error).__name__}: {error}"
+    for beyond in (MemoryError(), KeyboardInterrupt()):
+        monkeypatch.setattr(owner, step, raising(beyond))
+        with pytest.raises(type(beyond)):
+            decode(data, preprocess())
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
+
+
+def put(data: bytes, place: int, content: bytes, size: int) -> bytes:
+    """`data` with `size` bytes of a repeated content at a place."""
+    return data[:place] + content * (size // len(content)) + data[place:]
+
+
+def tiff_of_strips(count: int) -> bytes:
+    """A TIFF of one column, every row of it the same one-byte strip."""
+    tags = {256: (3, 1, 1), 257: (4, 1, count), 258: (3, 1, 8), 259: (3, 1, 1), 262: (3, 1, 1), 278: (4, 1, 1)}
+    tags |= {273: (4, count, 8), 279: (4, count, 8 + 4 * count)}
+    entries = b"".join(struct.pack("<HHII", tag, *values) for tag, values in sorted(tags.items()))
+    strips = struct.pack("<I", 8) * count + struct.pack("<I", 1) * count
+    return b"II*\0" + struct.pack("<I", 8 + 8 * count) + strips + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def scans(count: int) -> bytes:
+    """A progressive JPEG whose last scan comes so many times more."""
+    data = encode(Image.new("L", (64, 64), 77), "JPEG", progressive=True)
+    return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * count + data[-2:]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: put(encode(photograph(), "JPEG"), 2, segment(0xE1, b"Exif\0\0" + bytes(65_000)), 40_000_000),
+        lambda: put(encode(photograph(), "JPEG"), 2, segment(0xFE, b""), 4_000_000),
+        lambda: put(encode(photograph(), "JPEG"), 2, b"\xff", 4_000_000),
+        lambda: put(encode(photograph(), "JPEG"), 20, segment(0xDD, b"\0\0"), 4_000_000),
+        lambda: put(encode(photograph(), "PNG"), 33, chunk(b"prVt", b""), 4_000_000),
+        lambda: put(encode(photograph(), "PNG"), 33, chunk(b"tEXt", b"key\0value"), 4_000_000),
+        lambda: put(encode(photograph(), "PNG"), -12, chunk(b"iTXt", b"key\0\0\0\0\0value"), 4_000_000),
+        lambda: put(encode(photograph(), "GIF"), 781, b"!\xfe\x01x\0", 4_000_000),
+        lambda: scans(effort.MAX_SCANS),
+        lambda: tiff_of_strips(effort.MAX_STRIPS + 1),
+    ],
+    ids=["exif", "comments", "fill", "DRI", "chunks", "tEXt", "iTXt", "gif", "scans", "strips"],
+)
+def test_metadata_without_end_is_refused(make: Callable[[], bytes]) -> None:
+    assert refusal(make()).reason == "too-complex"
+
+
+def test_much_metadata_is_not_too_much() -> None:
+    jpeg, exif = encode(photograph(), "JPEG"), Image.Exif()
+    exif[0x112] = 6
+    turned = encode(photograph(), "JPEG", exif=exif)
+    assert open_rgb(put(turned, -2, segment(0xE2, bytes(65_000)), 20_000_000)).image.size == (80, 96)
+    assert open_rgb(put(jpeg, 2, segment(0xE2, bytes(65_000)), 20_000_000)).image.size == (96, 80)
+    assert open_rgb(put(jpeg, len(jpeg), b"\xff\xda", 1_000_000)).image.size == (96, 80)  # a film behind the photograph
+    assert open_rgb(put(encode(photograph(), "PNG"), 33, chunk(b"prVt", bytes(50)), 500_000)).image.size == (96, 80)
+    assert open_rgb(scans(100)).image.size == (64, 64)
+    assert open_rgb(tiff_of_strips(5_000)).image.size == (1, 5_000)
+
+
+def mended(data: bytes) -> bytes:
+    """A PNG with the checksum of every chunk put right: decoders go by content and not by checksum then."""
+    mended, at = bytearray(data), 8
+    while at + 12 <= len(mended):
+        end = at + 8 + int.from_bytes(mended[at : at + 4], "big")
+        if end + 4 <= len(mended):
+            mended[end : end + 4] = struct.pack(">I", zlib.crc32(mended[at + 4 : end]))
+        at = end + 4
+    return bytes(mended)
+
+
 def test_broken_bytes_end_in_a_reason_and_never_in_another_error() -> None:
+    """Cut files and flipped bits; half of the PNGs with their checksums mended, behind which they were safe."""
     generator = random.Random(7)
-    image, exif = photograph(), Image.Exif()
+    image, exif = photograph(48, 40), Image.Exif()
     exif[0x112] = 6
     seeds = [
         encode(image, "JPEG", exif=exif),
         encode(image, "JPEG", progressive=True),
         encode(image, "PNG", exif=exif),
         encode(image.convert("P"), "PNG", transparency=3),
+        png(20, 20, 8, 3, bytes(20), (b"PLTE", bytes(30))),
+        encode(image, "PNG", save_all=True, append_images=[image.rotate(90)]),
         encode(image.convert("RGBA"), "WEBP", lossless=True, exif=exif),
         encode(image, "GIF", save_all=True, append_images=[image.rotate(90)]),
         encode(image, "BMP"),
+        encode(image.convert("P"), "BMP"),
         encode(image, "TIFF"),
-        encode(Image.new("I;16", (90, 80), 500), "PNG"),
+        encode(image.convert("1"), "TIFF", compression="group4"),
+        encode(image, "TIFF", compression="tiff_lzw"),
+        encode(Image.new("I;16", (45, 40), 500), "PNG"),
+        png(20, 20, 8, 3, bytes(20), (b"PLTE", bytes(30)), (b"tRNS", bytes(5))),
     ]
-    decoded = refused = 0
-    for _ in range(600):
+    decoded, reasons = 0, Counter[str]()
+    for _ in range(BROKEN):
         data = bytearray(generator.choice(seeds))
-        if generator.random() < 0.3:
+        if generator.random() < 0.2:
             del data[generator.randrange(len(data)) :]
-        reach = len(data) if generator.random() < 0.5 else min(len(data), 200)
+        reach = len(data) if generator.random() < 0.5 else min(len(data), 100)
         for _ in range(generator.choice([0, 1, 2, 5, 20]) if reach else 0):
             data[generator.randrange(reach)] ^= 1 << generator.randrange(8)
+        broken = mended(bytes(data)) if data[:4] == b"\x89PNG" and generator.random() < 0.5 else bytes(data)
         try:
-            pixels = decode(bytes(data), preprocess(), max_pixels=1_000_000).pixels
-            assert pixels.shape == (64, 64, 3)
+            pixels = decode(broken, preprocess(16), max_pixels=1_000_000).pixels
+            assert pixels.shape == (16, 16, 3)
             decoded += 1
-        except ImageError:
-            refused += 1
-    assert decoded > 100
-    assert refused > 100
+        except ImageError as error:
+            reasons[error.reason if error.detail else "no detail"] += 1
+    assert decoded > BROKEN / 5
+    assert reasons.total() > BROKEN / 5
+    assert reasons.keys() >= {"corrupt", "truncated", "not-an-image", "too-large"}
+    assert reasons["no detail"] == 0
