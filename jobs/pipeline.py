@@ -22,8 +22,8 @@ import pyarrow.compute as pc
 
 from jobs import session
 from saecore import runs, schema
-from saecore.images import MAX_PIXELS
-from saecore.isolation import Suspects, Witness, pieces, refuse
+from saecore.images import MAX_PIXELS, blank
+from saecore.isolation import Suspects, Witness, pieces, refuse, survive
 from saecore.listing import Shard
 from saecore.methods import dtype_of
 from saecore.shards import plan_chunks, read_chunk
@@ -94,7 +94,8 @@ def decode_chunk(row: pa.Table, decode: Decode, witness: Witness) -> pa.Table:
     parts, position = [], 0
     for raw in clock.each("read", "decode", read_chunk(chunk)):
         for start, end in pieces(witness, "decode", chunk_id, work, position, position + raw.num_rows):
-            parts.append(decode(refuse(raw.slice(start - position, end - start), start, work.refused, "data")))
+            piece = refuse(raw.slice(start - position, end - start), start, work.refused, "data")
+            parts.append(survive(decode, piece, "data", lambda _: blank()))
         position += raw.num_rows
     witness.done("decode", chunk_id)
     return _pack(chunk_id, pa.concat_tables(parts), clock.seconds)
@@ -112,12 +113,19 @@ class Replica:
         step, clock = self.stage.step, session.Clock()
         work = self.witness.begin(step, chunk_id, decoded.num_rows)
         parts = [
-            self.stage(refuse(decoded.slice(start, end - start), start, work.refused, "pixels"))
+            survive(
+                self.stage, refuse(decoded.slice(start, end - start), start, work.refused, "pixels"), "pixels", _black
+            )
             for start, end in pieces(self.witness, step, chunk_id, work, 0, decoded.num_rows)
         ]
         self.witness.done(step, chunk_id)
         clock.lap(step)
         return _pack(chunk_id, pa.concat_tables(parts), seconds | clock.seconds)
+
+
+def _black(pixels: bytes) -> bytes:
+    """As many pixels, all black."""
+    return bytes(len(pixels))
 
 
 def write_chunk(row: pa.Table, run: runs.Run, tags: dict[str, str]) -> pa.Table:

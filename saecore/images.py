@@ -20,6 +20,7 @@ Left out: normalisation (the tower does it on its device), faster decoders that 
 """
 
 import dataclasses
+import io
 import json
 import re
 import warnings
@@ -239,6 +240,13 @@ def decode(data: bytes, preprocess: Preprocess, max_pixels: int = MAX_PIXELS) ->
     x, y = width / resized_width, height / resized_height
     crop = (round(left * x), round(top * y), round((left + crop_width) * x), round((top + crop_height) * y))
     return Decoded(pixels, width, height, form, crop)
+
+
+def blank() -> bytes:
+    """A PNG of one white pixel."""
+    sink = io.BytesIO()
+    Image.new("RGB", (1, 1), "white").save(sink, "PNG")
+    return sink.getvalue()
 
 
 def _resized(width: int, height: int, resize: int | tuple[int, int]) -> tuple[int, int]:

@@ -1,16 +1,21 @@
-"""Which image ends its worker: bookkeeping that outlives the worker.
+"""Which image ends its worker, or makes a stage raise: found by halving, refused, and the rest of its chunk goes on.
+
+    killed-worker   its worker process ended while it was worked on alone
+    raised-error    a stage raises for it, and not for others; the detail names the exception and where it was raised
 
 An image can take its whole process down (a fault in a decoder, memory that runs out), and whatever schedules the work
 then starts the same chunk again, for ever. Workers therefore say what they are about to touch, to a `Suspects` in another
 process. When a chunk comes back, the range that was entered last and never left is halved, until one image stands alone;
-an image that ends its worker twice while alone is refused, and the rest of its chunk goes on.
+an image that ends its worker twice while alone is refused. A worker can also die of something else (a lost node): the first
+death of a chunk changes nothing, later ones only make ranges smaller.
 
-A worker can also die of something else (a lost node): the first death of a chunk changes nothing, later ones only make
-ranges smaller. Left out: work that hangs.
+An exception stays in its process (`survive`), and may be a bug that no image has to answer for. So it is raised on if memory
+ran out, if the stage raises for a blank image too, if it raises for every image or for many. Left out: work that hangs.
 """
 
 import dataclasses
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
 import pyarrow as pa
@@ -25,6 +30,14 @@ MAX_ATTEMPTS = 200
 """Attempts at one chunk before the job gives up, loudly: room for about 16 such images among 512 (11 attempts each)."""
 
 REASON = "killed-worker"
+
+RAISED = "raised-error"
+
+MAX_RAISED = 16
+"""Images of one piece of a chunk for which a stage may raise; beyond, the stage is at fault."""
+
+_MEMORY = ("outofmemory", "out of memory", "allocate memory", "alloc_failed")
+"""What PyTorch, CUDA and cuBLAS say, whose exceptions need not be MemoryErrors."""
 
 
 class Work(NamedTuple):
@@ -108,11 +121,64 @@ def pieces(witness: Witness, step: str, chunk_id: int, work: Work, start: int, e
 
 def refuse(table: pa.Table, start: int, refused: list[int], column: str) -> pa.Table:
     """RAW or DECODED rows [start, ...) of a chunk, with the content in `column` taken away from the refused images."""
-    marked = [row for row in range(table.num_rows) if start + row in refused]
-    if not marked:
+    detail = f"its worker process ended {DEATHS_ALONE} times while it was worked on alone"
+    marked = [image - start for image in refused if 0 <= image - start < table.num_rows]
+    return _changed(table, {row: {column: None, "error": REASON, "error_detail": detail} for row in marked})
+
+
+def survive(
+    stage: Callable[[pa.Table], pa.Table], table: pa.Table, column: str, blank: Callable[[bytes], bytes]
+) -> pa.Table:
+    """`stage(table)`, with the images for which alone it raises refused: RAW or DECODED rows, their content in `column`.
+
+    `blank` makes the content of an image that nothing can be wrong with, in the place of another. Raises what the stage
+    raised where that is no single image's fault.
+    """
+    try:
+        return stage(table)
+    except Exception as error:
+        raising: dict[int, Exception] = {}
+        n_images = table.num_rows - table[column].null_count
+        if not n_images:
+            raise
+        for row, found in _raising(stage, table, 0):
+            raising[row] = found
+            content = table[column][row].as_py()
+            if content is None or len(raising) > MAX_RAISED or len(raising) == n_images > 1:
+                raise error
+            if len(raising) == 1:
+                stage(_changed(table.slice(row, 1), {0: {column: blank(content)}}))
+    refused = {row: {column: None, "error": RAISED, "error_detail": _told(found)} for row, found in raising.items()}
+    return stage(_changed(table, refused))
+
+
+def _raising(stage: Callable[[pa.Table], pa.Table], table: pa.Table, start: int) -> Iterator[tuple[int, Exception]]:
+    """Rows for which the stage raises when it is given them alone, and what it raises."""
+    try:
+        stage(table)
+    except Exception as error:
+        if isinstance(error, MemoryError) or any(sign in f"{type(error).__name__} {error}".lower() for sign in _MEMORY):
+            raise
+        if table.num_rows <= 1:
+            yield start, error
+            return
+        middle = table.num_rows // 2
+        yield from _raising(stage, table.slice(0, middle), start)
+        yield from _raising(stage, table.slice(middle), start + middle)
+
+
+def _told(error: Exception) -> str:
+    """An exception and where it was raised, in one line."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    said = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+    return f"{said} ({where.name}, {where.filename.rpartition('/')[2]}:{where.lineno})"
+
+
+def _changed(table: pa.Table, changes: Mapping[int, Mapping[str, object]]) -> pa.Table:
+    """The table with other values in some rows."""
+    if not changes:
         return table
     rows = table.to_pylist()
-    for row in marked:
-        detail = f"its worker process ended {DEATHS_ALONE} times while it was worked on alone"
-        rows[row] |= {column: None, "error": REASON, "error_detail": detail}
+    for row, values in changes.items():
+        rows[row] |= values
     return pa.Table.from_pylist(rows, schema=table.schema)

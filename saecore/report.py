@@ -45,7 +45,10 @@ def _examples(run: runs.Run, n_maps: int) -> Iterator[Example]:
                 if row["image_id"] not in shown or row["error"] is not None:  # the latter: gone since
                     continue
                 image = shown[row["image_id"]]
-                picture = images.open_rgb(row["data"]).image
+                try:
+                    picture = images.open_rgb(row["data"]).image
+                except images.ImageError:  # another file by now
+                    continue
                 left, top, right, bottom = (image[f"crop_{side}"] for side in ("left", "top", "right", "bottom"))
                 maps = _rows_of(tables["maps"], row["image_id"])[:n_maps]  # by method, then by target
                 yield Example(

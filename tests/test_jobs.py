@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from saecore.sae import from_tensors
 from saecore.stages import Decode, Explain
 from tests.conftest import N_SCENES, command
 from tests.photographs import photographs
+from tests.test_images import png
 
 ROOT = Path(__file__).parent.parent
 
@@ -342,6 +344,82 @@ def test_an_image_that_kills_its_worker_becomes_a_row(
     fine = {key[0] for key, row in found.items() if row["error"] is None}
     assert len(fine) == 31
     assert rows(tmp_path / "run", "maps").keys() == {key for key in rows(local_run, "maps") if key[0] in fine}
+
+
+class RaisingDecode(Decode):
+    """A decoder that raises for one image what nobody thought of."""
+
+    def _row(self, row: dict[str, Any]) -> dict[str, Any]:
+        if row["error"] is None and row["key"] == DEADLY and len(row["data"]) > 500:
+            raise AssertionError("nobody thought of it")
+        return super()._row(row)
+
+
+class RaisingExplain(Explain):
+    """A stage that does so."""
+
+    def __call__(self, decoded: pa.Table) -> pa.Table:
+        if any(row["key"] == DEADLY and row["pixels"] and any(row["pixels"]) for row in decoded.to_pylist()):
+            raise AssertionError("nobody thought of it")
+        return super().__call__(decoded)
+
+
+class BrokenExplain(Explain):
+    """A stage with a bug."""
+
+    def __call__(self, decoded: pa.Table) -> pa.Table:
+        raise AssertionError("a bug")
+
+
+@pytest.mark.parametrize("flow", [pipeline.in_process, pipeline.on_ray], ids=["local", "ray"])
+def test_an_image_for_which_a_step_raises_becomes_a_row_and_a_bug_does_not(
+    flow: Callable[[pipeline.Job, pa.Table], Iterator[dict[str, Any]]],
+    ray_session: None,
+    shards: Path,
+    local_run: Path,
+    tmp_path: Path,
+) -> None:
+    for step in ("decode", "explain", "bug"):
+        arguments = command(shards, tmp_path / step, "--limit", "32")
+        job = explain.prepare(session.parse(explain.Arguments, arguments, "jobs.explain"), arguments)
+        assert job is not None
+        if step == "bug":
+            job = job._replace(stage=functools.partial(BrokenExplain, *job.stage.args))
+            with pytest.raises(Exception, match="a bug"):
+                list(flow(job, job.run.pending()))
+            assert job.run.commits() == []
+            continue
+        if step == "decode":
+            job = job._replace(decode=RaisingDecode(job.decode.preprocess))
+        else:
+            job = job._replace(stage=functools.partial(RaisingExplain, *job.stage.args))
+        list(flow(job, job.run.pending()))
+        job.run.finish(0, 0.0)
+        found = rows(tmp_path / step, "images")
+        refused = {
+            row["key"]: (row["error"], row["error_detail"]) for row in found.values() if row["error"] is not None
+        }
+        assert refused.keys() == {DEADLY}
+        assert refused[DEADLY][0] == isolation.RAISED
+        assert refused[DEADLY][1].startswith("AssertionError: nobody thought of it (")
+        fine = {key[0] for key, row in found.items() if row["error"] is None}
+        assert rows(tmp_path / step, "maps").keys() == {key for key in rows(local_run, "maps") if key[0] in fine}
+
+
+@pytest.mark.parametrize("more", [["--local"], []], ids=["local", "ray"])
+def test_a_palette_png_without_its_palette_is_one_row(more: list[str], ray_session: None, tmp_path: Path) -> None:
+    """Alone and among others: 71 bytes that ended whole jobs."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "palette.png").write_bytes(png(20, 20, 8, 3, bytes(20)))
+    for n_others in (0, 39):
+        for index in range(n_others):
+            Image.new("RGB", (20, 20), (index, 0, 0)).save(folder / f"{index}.png")
+        out = tmp_path / f"run-{n_others}"
+        assert explain.main(command(folder, out, *more)) == 0
+        found = rows(out, "images").values()
+        assert len(found) == n_others + 1
+        assert {row["key"]: row["error"] for row in found if row["error"]} == {"palette.png": "corrupt"}
 
 
 def real_photographs(folder: Path) -> list[str]:
