@@ -101,7 +101,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
 
     clip = pipeline.address(arguments.clip)
     tower = load_tower(clip)
-    shards = list_shards(arguments.images)
+    shards = list_shards(arguments.images, say=print)
     pool = session.make_pool(arguments.replicas, arguments.gpus_per_replica, arguments.local or arguments.dry_run)
     config = EmbedConfig(clip=clip, batch_size=arguments.batch_size, device=pool.device, threads=pool.threads)
     parts = {"kind": "embed"} | pipeline.parts(arguments, shards, pool) | {"clip": tower.sha256()[:16]}

@@ -104,7 +104,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
         raise ValueError(f"--targets latents:{wrong[0]}: this SAE has {sae.config.n_latents} latents, the first is 0")
     check_fits(tower, methods, arguments.options)
     k = arguments.k or min(DEFAULT_K, most)
-    shards = list_shards(images)
+    shards = list_shards(images, say=print)
     pool = session.make_pool(arguments.replicas, arguments.gpus_per_replica, arguments.local or arguments.dry_run)
     config = ExplainConfig(
         clip=clip,

@@ -4,13 +4,16 @@ A shard is a tar (`.tar`, `.tar.gz`, `.tgz`; webdataset or any other), a Parquet
 group of files of a folder tree, on any pyarrow filesystem: local, s3://, gs://.
 
 What is an image goes by the name's ending (`EXTENSIONS`, any case). Whatever lies beside it is passed over, as are hidden
-files, macOS's `._x` and `__MACOSX`.
+files, macOS's `._x` and `__MACOSX`. Links are followed, but a folder is listed once, by its own name rather than by a link's.
 """
 
 import fnmatch
+import functools
 import itertools
+import os
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import pyarrow.fs
@@ -46,35 +49,53 @@ class _Loose(NamedTuple):
     info: pyarrow.fs.FileInfo
 
 
-def list_shards(paths: Sequence[str], files_per_shard: int = FILES_PER_SHARD) -> list[Shard]:
+class _Top(NamedTuple):
+    """A local folder to list."""
+
+    folder: str
+    """Absolute."""
+    base: str
+    """What names are below of."""
+    path: str
+    """Of those asked for, the one that led to it."""
+
+
+def list_shards(
+    paths: Sequence[str], files_per_shard: int = FILES_PER_SHARD, say: Callable[[str], object] = lambda _: None
+) -> list[Shard]:
     """The shards under files, folders, globs and addresses, each once, in an order that depends on their names alone.
 
     A folder gives the tar and Parquet files of its tree and, in groups, its image files. A shard's place in the list is
-    its id. ValueError names the path under which there is nothing.
+    its id. `say` is called with a sentence for a person about links that were not followed. ValueError names the path under
+    which there is nothing.
     """
     shards: dict[str, Shard] = {}
     loose: dict[str, _Loose] = {}
+    folders = _Folders()
+    found = set[str]()
+    for path, base, name, info in _files(paths, folders):
+        uri, ending = join_uri(base, name), extension(name)
+        if ending in KINDS:
+            shards[uri] = Shard(uri, KINDS[ending], info.size, info.mtime_ns or 0, None)
+        elif ending in EXTENSIONS:
+            # Found by two paths, a file belongs to the shorter: not to the one that came first.
+            file = _Loose(base, name, info)
+            loose[uri] = min(loose.get(uri, file), file, key=lambda held: len(held.base))
+        else:
+            continue
+        found.add(path)
     for path in paths:
-        found = 0
-        for base, name, info in _files(path):
-            uri, ending = join_uri(base, name), extension(name)
-            if ending in KINDS:
-                shards[uri] = Shard(uri, KINDS[ending], info.size, info.mtime_ns or 0, None)
-            elif ending in EXTENSIONS:
-                # Found by two paths, a file belongs to the shorter: not to the one that came first.
-                file = _Loose(base, name, info)
-                loose[uri] = min(loose.get(uri, file), file, key=lambda held: len(held.base))
-            else:
-                continue
-            found += 1
-        if not found:
+        if path not in found and not (found and path in folders.passed):
             raise ValueError(
                 f"--images {path}: no such file, or no images in it; looked for {', '.join((*KINDS, *EXTENSIONS))}"
             )
+    for links, what in ((folders.again, "links to folders that are listed already"), (folders.nowhere, "dead links")):
+        if links:
+            say(f"passed over {len(links):,} {what}: {', '.join(sorted(links)[:3])}{', ..' if len(links) > 3 else ''}")
     assert len(shards) + len(loose) < 1 << 31, "shard ids take 31 bits"
-    folders: dict[str, list[_Loose]] = {}
+    by_base: dict[str, list[_Loose]] = {}
     for uri in sorted(loose):
-        folders.setdefault(loose[uri].base, []).append(loose[uri])
+        by_base.setdefault(loose[uri].base, []).append(loose[uri])
     grouped = [
         Shard(
             uri=base,
@@ -83,59 +104,172 @@ def list_shards(paths: Sequence[str], files_per_shard: int = FILES_PER_SHARD) ->
             mtime_ns=max(file.info.mtime_ns or 0 for file in group),
             members=[file.name for file in group],
         )
-        for base, files in folders.items()
+        for base, files in by_base.items()
         for group in (files[start : start + files_per_shard] for start in range(0, len(files), files_per_shard))
     ]
     return sorted([*shards.values(), *grouped], key=lambda shard: (shard.uri, shard.members or []))
 
 
-def _files(path: str) -> Iterator[tuple[str, str, pyarrow.fs.FileInfo]]:
-    """(base, name below it, info) of every visible file at a path, in its tree, or in what a glob matches."""
-    base, patterns = path, []
-    try:
-        filesystem, root = filesystem_of(base)
-        if filesystem.get_file_info(root).type == pyarrow.fs.FileType.NotFound:
-            # A glob only where nothing is called that: a name may hold brackets.
-            address, settings = split_settings(path)
-            parts = address.split("/")
-            fixed = len(list(itertools.takewhile(lambda part: not set("*?[") & set(part), parts)))
-            patterns = [part for part in parts[fixed:] if part]
-            base = ("/".join(parts[:fixed]) or ("/" if address.startswith("/") else ".")) + settings
+def _files(paths: Sequence[str], folders: "_Folders") -> Iterator[tuple[str, str, str, pyarrow.fs.FileInfo]]:
+    """(path, base, name below it, info) of every visible file at the paths, in their trees, or in what globs match."""
+    tops: list[_Top] = []
+    for path in paths:
+        with _told(path):
+            base, patterns = path, []
             filesystem, root = filesystem_of(base)
-        if isinstance(filesystem, pyarrow.fs.LocalFileSystem):
-            base = root  # absolute, so that ids do not depend on where the command was given
-        for top in _expand(filesystem, root, patterns):
-            if top.is_file and not patterns:
-                address, settings = split_settings(base)
-                yield posixpath.dirname(address) + settings, top.base_name, top
-                continue
-            tree = pyarrow.fs.FileSelector(top.path, recursive=True, allow_not_found=True)
-            for info in [top] if top.is_file else filesystem.get_file_info(tree):
-                if info.is_file and not is_hidden(info.path[len(top.path.rstrip("/")) :]):
-                    yield base, info.path[len(root.rstrip("/")) :].lstrip("/"), info
+            if filesystem.get_file_info(root).type == pyarrow.fs.FileType.NotFound:
+                # A glob only where nothing is called that: a name may hold brackets.
+                address, settings = split_settings(path)
+                parts = address.split("/")
+                fixed = len(list(itertools.takewhile(lambda part: not set("*?[") & set(part), parts)))
+                patterns = [part for part in parts[fixed:] if part]
+                base = ("/".join(parts[:fixed]) or ("/" if address.startswith("/") else ".")) + settings
+                filesystem, root = filesystem_of(base)
+            is_local = isinstance(filesystem, pyarrow.fs.LocalFileSystem)
+            if is_local:
+                base = root  # absolute, so that ids do not depend on where the command was given
+            for top in _expand(filesystem, root, patterns, folders):
+                if top.is_file and is_local:
+                    folders.list_file(top.path)
+                if top.is_file and not patterns:
+                    address, settings = split_settings(base)
+                    yield path, posixpath.dirname(address) + settings, top.base_name, top
+                elif top.is_file:
+                    yield path, base, _below(root, top.path), top
+                elif is_local:
+                    tops.append(_Top(top.path, base, path))
+                else:
+                    tree = pyarrow.fs.FileSelector(top.path, recursive=True, allow_not_found=True)
+                    for info in filesystem.get_file_info(tree):
+                        if info.is_file and not is_hidden(_below(top.path, info.path)):
+                            yield path, base, _below(root, info.path), info
+    for top, entries in folders.below(tops):
+        with _told(top.path):
+            for entry in entries:
+                if extension(entry.name) in (*KINDS, *EXTENSIONS) and os.path.isfile(entry.path):
+                    found = entry.stat()
+                    info = pyarrow.fs.FileInfo(entry.path, size=found.st_size, mtime_ns=found.st_mtime_ns)
+                    yield top.path, top.base, _below(top.base, entry.path), info
+
+
+@contextmanager
+def _told(path: str) -> Iterator[None]:
+    """What goes wrong on the way names the path that was asked for."""
+    try:
+        yield
     except (OSError, ValueError) as error:  # the latter: an unknown kind of address, a name that is not UTF-8
         raise ValueError(f"--images {path}: {' '.join(str(error).split())}") from error
 
 
-def _expand(filesystem: pyarrow.fs.FileSystem, folder: str, patterns: list[str]) -> Iterator[pyarrow.fs.FileInfo]:
+def _below(root: str, path: str) -> str:
+    """What of a path comes after its root."""
+    return path[len(root.rstrip("/")) :].lstrip("/")
+
+
+class _Folders:
+    """Local trees folder by folder, each folder once, though links may lead to it in circles or twice."""
+
+    def __init__(self) -> None:
+        self.again = set[str]()
+        """Links to folders that are listed already, or that hold the link itself."""
+        self.nowhere = set[str]()
+        """Links to nothing."""
+        self.passed = set[str]()
+        """The paths asked for that led to links of the first kind."""
+        self._listed: dict[str, str] = {}
+        """Real path of each folder, and the one under which it is listed."""
+        self._files: dict[str, str] = {}
+        """The same of files that are listed by themselves."""
+        self._real = functools.lru_cache(1024)(os.path.realpath)
+
+    def list_file(self, path: str) -> None:
+        """A file that is listed by itself, and need not be by a link to its folder."""
+        folder, name = posixpath.split(path)
+        self._files[posixpath.join(self._real(folder), name)] = path
+
+    def below(self, tops: Sequence[_Top]) -> Iterator[tuple[_Top, list[os.DirEntry[str]]]]:
+        """The folders and all visible ones in their trees, with what lies in each, but for hidden names.
+
+        What can be reached without a link comes first, and links in the order of their names: so which of two counts does
+        not depend on the order of paths.
+        """
+        linked = {top for top in tops if os.path.realpath(top.folder) != top.folder}
+        asked = {top for top in linked if filesystem_of(top.path)[1] == top.folder}  # and not by a glob
+        fresh = [top for top in tops if top not in linked]
+        while fresh or linked:
+            yield from self._trees(fresh, linked)
+            fresh = []
+            for top in sorted(linked):
+                real, around = os.path.realpath(top.folder), os.path.realpath(posixpath.dirname(top.folder))
+                is_circle = f"{around}/".startswith(f"{real.rstrip('/')}/") and top not in asked
+                if is_circle or self._listed.setdefault(real, top.folder) != top.folder:
+                    self._pass(top)
+                else:
+                    fresh.append(top)
+            linked = set()
+
+    def _pass(self, top: _Top) -> None:
+        self.again.add(top.folder)
+        self.passed.add(top.path)
+
+    def _trees(self, tops: Sequence[_Top], linked: set[_Top]) -> Iterator[tuple[_Top, list[os.DirEntry[str]]]]:
+        """The folders of trees as far as they go without links; those are added to `linked`."""
+        for top in sorted(tops):
+            waiting = [(top.folder, os.path.realpath(top.folder))]
+            while waiting:
+                folder, real = waiting.pop()
+                if self._listed.setdefault(real, folder) != folder:
+                    continue
+                with _told(top.path), os.scandir(folder) as entries:
+                    visible = [entry for entry in entries if not is_hidden(entry.name)]
+                fresh = [
+                    entry for entry in visible if self._files.get(f"{real}/{entry.name}", entry.path) == entry.path
+                ]
+                if len(fresh) < len(visible):
+                    self._pass(top)
+                yield top._replace(folder=folder), fresh
+                for entry in visible:
+                    if entry.is_symlink():
+                        if os.path.isdir(entry.path):
+                            linked.add(top._replace(folder=entry.path))
+                        elif not os.path.exists(entry.path):
+                            self.nowhere.add(entry.path)
+                    elif entry.is_dir():
+                        waiting.append((entry.path, f"{real.rstrip('/')}/{entry.name}"))
+
+
+def _tree(filesystem: pyarrow.fs.FileSystem, folder: str, folders: _Folders) -> Iterator[str]:
+    """A folder and all visible ones below it."""
+    if isinstance(filesystem, pyarrow.fs.LocalFileSystem):
+        inner = _Folders()
+        yield from (top.folder for top, _ in inner.below([_Top(folder, folder, folder)]))
+        folders.again |= inner.again
+        folders.nowhere |= inner.nowhere
+        return
+    yield folder
+    for info in filesystem.get_file_info(pyarrow.fs.FileSelector(folder, recursive=True, allow_not_found=True)):
+        if info.type == pyarrow.fs.FileType.Directory and not is_hidden(_below(folder, info.path)):
+            yield info.path
+
+
+def _expand(
+    filesystem: pyarrow.fs.FileSystem, folder: str, patterns: list[str], folders: _Folders
+) -> Iterator[pyarrow.fs.FileInfo]:
     """Files and folders below `folder` that match shell patterns, one a level; `**` is any number of levels."""
     if not patterns or patterns == ["**"]:
         yield filesystem.get_file_info(folder)
         return
     first, *rest = patterns
     if first == "**":
-        yield from _expand(filesystem, folder, rest)
-    selector = pyarrow.fs.FileSelector(folder, recursive=first == "**", allow_not_found=True)
-    for info in filesystem.get_file_info(selector):
-        is_folder = info.type == pyarrow.fs.FileType.Directory
-        if first == "**":
-            if is_folder and not is_hidden(info.path[len(folder) :]):
-                yield from _expand(filesystem, info.path, rest)
-        elif fnmatch.fnmatchcase(info.base_name, first) and (not is_hidden(info.base_name) or first.startswith(".")):
+        for inner in _tree(filesystem, folder, folders):
+            yield from _expand(filesystem, inner, rest, folders)
+        return
+    for info in filesystem.get_file_info(pyarrow.fs.FileSelector(folder, allow_not_found=True)):
+        if fnmatch.fnmatchcase(info.base_name, first) and (not is_hidden(info.base_name) or first.startswith(".")):
             if not rest:
                 yield info
-            elif is_folder:
-                yield from _expand(filesystem, info.path, rest)
+            elif info.type == pyarrow.fs.FileType.Directory:
+                yield from _expand(filesystem, info.path, rest, folders)
 
 
 def is_hidden(name: str) -> bool:

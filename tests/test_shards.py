@@ -160,6 +160,70 @@ def test_a_path_without_images_is_named(tmp_path: Path, path: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def listed(*paths: Path | str) -> tuple[list[str], str]:
+    """The files of folder shards, with the name of their folder, and what is said about links."""
+    said: list[str] = []
+    found = list_shards([str(path) for path in paths], say=said.append)
+    assert list_shards([str(path) for path in reversed(paths)]) == found
+    return sorted(f"{Path(shard.uri).name}/{name}" for shard in found for name in shard.members or []), "; ".join(said)
+
+
+def make(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_bytes(b"0")
+
+
+def test_links_in_circles_are_not_followed(tmp_path: Path) -> None:
+    """To itself, to each other, to what holds them, before the name that they lead to: every image once, by its own name."""
+    p, own = tmp_path / "p", ["p/0.jpg", "p/a/1.jpg", "p/b/2.jpg", "p/z/3.jpg"]
+    make(tmp_path, *own, "6.jpg")
+    assert listed(p) == (own, "")
+    for link, target in {"self": ".", "a/other": "../b", "b/other": "../a", "a/first": "../z", "up": ".."}.items():
+        (p / link).symlink_to(target)
+    files, said = listed(p)
+    assert files == own
+    assert said.startswith(
+        f"passed over 5 links to folders that are listed already: {p}/a/first, {p}/a/other, {p}/b/other, .."
+    )
+    for paths in ([f"{p}/**/*.jpg"], [f"{p}/*"], [f"{p}/**"], [p, p / "self"], [p, p / "a"], [p, p / "0.jpg"], [p, p]):
+        files, said = listed(*paths)
+        assert files == own
+        assert said
+    expanded = [path for path in p.iterdir() if path.name != "up"]  # as a shell does with p/*
+    assert {Path(name).name for name in listed(*expanded)[0]} == {"0.jpg", "1.jpg", "2.jpg", "3.jpg"}
+    assert len(listed(*expanded)[0]) == 4
+    assert listed(p / "self")[0] == [name.replace("p/", "self/") for name in own]
+
+
+def test_links_to_elsewhere_are_followed_once(tmp_path: Path) -> None:
+    p = tmp_path / "p"
+    make(tmp_path, "p/0.jpg", "else/4.jpg", "else/deep/5.jpg", "many/6.jpg")
+    (p / "x").symlink_to(tmp_path / "else")
+    assert listed(p) == (["p/0.jpg", "p/x/4.jpg", "p/x/deep/5.jpg"], "")
+    (p / "y").symlink_to(tmp_path / "else")
+    (tmp_path / "else" / "back").symlink_to(p)
+    (tmp_path / "else" / "on").symlink_to(tmp_path / "many")
+    files, said = listed(p)
+    assert files == ["p/0.jpg", "p/x/4.jpg", "p/x/deep/5.jpg", "p/x/on/6.jpg"]
+    assert said == f"passed over 2 links to folders that are listed already: {p}/x/back, {p}/y"
+    assert listed(p, tmp_path / "else")[0] == ["else/4.jpg", "else/deep/5.jpg", "else/on/6.jpg", "p/0.jpg"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "self").symlink_to(".")
+    with pytest.raises(ValueError, match="no images in it"):
+        listed(tmp_path / "empty")
+
+
+def test_links_that_lead_nowhere_are_said(tmp_path: Path) -> None:
+    make(tmp_path, "p/1.jpg")
+    (tmp_path / "p" / "gone.jpg").symlink_to("nowhere.jpg")
+    (tmp_path / "p" / "me.jpg").symlink_to("me.jpg")
+    (tmp_path / "p" / "again.jpg").symlink_to("1.jpg")  # another name of a file is another image
+    files, said = listed(tmp_path / "p")
+    assert files == ["p/1.jpg", "p/again.jpg"]
+    assert said == f"passed over 2 dead links: {tmp_path}/p/gone.jpg, {tmp_path}/p/me.jpg"
+
+
 # ---- Tar.
 
 
