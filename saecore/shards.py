@@ -202,23 +202,36 @@ class _Watched:
 
 def _image_column(uri: str, columns: pa.Schema, asked: str | None) -> str:
     """The column of encoded images: binary, or Hugging Face's struct of bytes and path."""
-    able = [field.name for field in columns if _is_binary(field.type) or _is_struct_of_bytes(field.type)]
+    able = [field.name for field in columns if _holds_images(field.type)]
     if asked is not None:
-        if asked not in able:
-            raise ValueError(f"--image-column {asked}: {uri} has no such column of encoded images; it has {able}")
-        return asked
+        # Of one length for all: not what encoded images are, so taken if it is asked for and never guessed.
+        if asked in able or (asked in columns.names and pa.types.is_fixed_size_binary(columns.field(asked).type)):
+            return asked
+        raise ValueError(f"--image-column {asked}: {uri} has no such column of encoded images; {_described(columns)}")
     preferred = [name for name in _IMAGE_COLUMNS if name in able]
-    if not preferred and len(able) != 1:
-        raise ValueError(f"{uri}: which column holds the images? Name one of {able} with --image-column")
+    if not able:
+        raise ValueError(f"{uri}: no column of it holds encoded images; {_described(columns)}")
+    if not preferred and len(able) > 1:
+        raise ValueError(f"{uri}: which column holds the images? Name one of {', '.join(able)} with --image-column")
     return (preferred or able)[0]
 
 
-def _is_binary(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+def _described(columns: pa.Schema) -> str:
+    held = [f"{field.name} ({str(field.type)[:60]})" for field in columns]
+    named = ", ".join(held[:20]) + (f" and {len(held) - 20} more" if len(held) > 20 else "")
+    return f"needed is binary, or a struct with a binary field named bytes, and there are: {named or 'none'}"
 
 
-def _is_struct_of_bytes(kind: pa.DataType) -> bool:
-    return pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and _is_binary(kind.field("bytes").type)
+def _holds_images(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+    kind = _value_type(kind)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+
+
+def _value_type(kind: pa.DataType) -> pa.DataType:
+    """What a column holds, whether or not each value is stored once and pointed at."""
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 # ---- Reading.
@@ -405,9 +418,9 @@ def _read_parquet(file: pa.NativeFile, chunk: Mapping[str, Any], wanted: Collect
 
 
 def _is_plain(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)
+    kind = _value_type(kind)
+    texts = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return texts or pa.types.is_integer(kind)
 
 
 def _parquet_item(value: bytes | dict[str, Any] | None, key: object, row: int) -> _Item:

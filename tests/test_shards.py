@@ -3,6 +3,7 @@ import io
 import itertools
 import os
 import random
+import re
 import tarfile
 import tracemalloc
 from collections.abc import Callable, Sequence
@@ -391,8 +392,52 @@ def test_parquet_columns_and_keys(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such column"):
         plan_of(tmp_path / "struct.parquet", column="picture")
     pq.write_table(pa.table({"left": data, "right": data}), tmp_path / "two.parquet")
-    with pytest.raises(ValueError, match=r"\['left', 'right'\]"):
+    with pytest.raises(ValueError, match="Name one of left, right with --image-column"):
         plan_of(tmp_path / "two.parquet")
+
+
+@pytest.mark.parametrize("form", ["large", "view", "dictionary", "fixed", "struct", "struct view", "struct dictionary"])
+def test_parquet_columns_of_every_binary_kind(tmp_path: Path, form: str) -> None:
+    """Each value as it was written, however Arrow holds it; of one length alone only where that column is asked for."""
+    path, data = tmp_path / "a.parquet", [*(data[:700] for _, data in PICTURES), None]
+    kinds = {
+        "large": pa.large_binary(),
+        "view": pa.binary_view(),
+        "fixed": pa.binary(700),
+        "struct view": pa.binary_view(),
+    }
+    values = pa.array(data, kinds.get(form, pa.binary()))
+    values = values.dictionary_encode() if "dictionary" in form else values
+    if "struct" in form:
+        values = pa.StructArray.from_arrays([values, pa.array([f"p{i}" for i in range(len(data))])], ["bytes", "path"])
+    rows = None if form == "struct view" else 7  # pyarrow does not write slices of these
+    pq.write_table(pa.table({"picture": values, "label": range(len(data))}), path, row_group_size=rows)
+    if form == "fixed":
+        with pytest.raises(ValueError, match="no column of it holds encoded images"):
+            plan_of(path)
+    plan = plan_of(path, column="picture" if form == "fixed" else None)
+    expected = [(f"p{i}" if "struct" in form else str(i), value) for i, value in enumerate(data)]
+    assert contents(read(plan)) == expected
+    assert [row["error"] for row in read(plan)] == [None] * len(PICTURES) + ["no-data"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"url": ["x"], "n": [1]}, "there are: url (string), n (int64)"),
+        ({"image": [[b"x"]]}, "there are: image (list<"),
+        ({"image": [{"inner": {"bytes": b"x"}}]}, "there are: image (struct<inner: struct<bytes: binary>>)"),
+        ({f"c{i}": [i] for i in range(30)}, "c19 (int64) and 10 more"),
+    ],
+)
+def test_parquet_without_images_says_what_it_holds(tmp_path: Path, columns: dict[str, Any], said: str) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table(columns), path)
+    for column in (None, next(iter(columns))):
+        with pytest.raises(ValueError, match=re.escape(said)) as caught:
+            plan_of(path, column=column)
+        assert "needed is binary, or a struct with a binary field named bytes" in str(caught.value)
+        assert str(path) in str(caught.value)
 
 
 def test_parquet_reads_only_the_row_groups_of_the_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
