@@ -185,7 +185,10 @@ class Query:
 
 @dataclasses.dataclass(frozen=True)
 class Truth:
-    """Maps of the demo's scenes by every method, against the true masks of their objects."""
+    """Maps of the demo's scenes by every method, against the true masks of their objects.
+
+    Unless --norm is given, every method that has a norm has a row for the other one too.
+    """
 
     scenes: int = 2000
     """Scenes to measure on; as many others choose the latents."""
@@ -217,7 +220,7 @@ class Truth:
             check_fits(tower, methods, self.options)
         progress = session.Progress(self.scenes, 0, "scenes")
         tell = truth.nothing if self.json else lambda count: progress.add(count, 0)
-        found = truth.measure(tower, sae, self.scenes, methods, self.options, tell)
+        found = truth.measure(tower, sae, self.scenes, truth.rows(methods, self.options), tell)
         if self.json:
             tables = {title: truth.table(cases) for title, cases in found.tables().items()}
             print(json.dumps({"config": dataclasses.asdict(self), "followers": found.followers, "tables": tables}))

@@ -120,8 +120,8 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
         embeddings=arguments.embeddings or arguments.demo,
         threads=pool.threads,
     )
-    if targets.words:
-        load_words(config, sae)  # so that a text tower that cannot be had is told now
+    load_words(config, tower, sae)  # so that a text tower that cannot be had is told now
+    norms = {method: arguments.options.norm_of(method) for method in methods}
     parts = pipeline.parts(arguments, shards, pool) | {
         "dtype": dtype_of(pool.device, methods),
         "clip": tower.sha256()[:16],
@@ -130,7 +130,8 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
         "method": ",".join(methods),
         "targets": list(arguments.targets),
         "concepts": [arguments.concept_latents, arguments.concept_positive] if targets.concepts else [],
-        "options": dataclasses.asdict(arguments.options),
+        "norms": norms,
+        "options": {name: value for name, value in dataclasses.asdict(arguments.options).items() if name != "norm"},
         "embeddings": arguments.embeddings or arguments.demo,
     }
     height, width = tower.grid
@@ -140,6 +141,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
         "sae": sae_address,
         "sae_sha256": parts["sae"],
         "methods": ",".join(methods),
+        "norms": ", ".join(f"{method} {norm}" for method, norm in norms.items()),
         "grid_height": str(height),
         "grid_width": str(width),
     }

@@ -89,7 +89,9 @@ class ClipTower(ImageTower):
             constant = constant + (along * sigma[:, None]).squeeze(-1) - (direction @ x[..., None]).squeeze(-1)
         return ReadOut(direction, constant)
 
-    def own_targets(self, trace: Trace, read_outs: Tensor, layers: int, exact: bool = False) -> Iterator[Tensor]:
+    def own_targets(
+        self, trace: Trace, read_outs: Callable[[Tensor], Tensor], layers: int, exact: bool = False
+    ) -> Iterator[Tensor]:
         """See `ImageTower.own_targets`: the layer's mean token, through all rows of its attention."""
         return mean_token_gradients(self, trace, read_outs, layers, exact)
 

@@ -14,7 +14,7 @@ from saecore.methods import DECOMPOSE, DEFAULT_OPTIONS, KEPT, Options, Wanted, d
 from saecore.relevance import Batch, Maps
 from saecore.sae import SAE
 from saecore.targets import Targets, Words, no_words
-from saecore.tower import ImageTower
+from saecore.tower import ImageTower, Trace
 
 METHODS: dict[str, Callable[[Batch], Maps]] = {
     "contrib": relevance.contrib,
@@ -37,8 +37,7 @@ def trace_needs(methods: Iterable[str], options: Options, n_layers: int) -> dict
     """
     methods, surrogate = set(methods), options.legrad_target == "mean"
     depth = dict.fromkeys(METHODS, 1) | {"rollout": 0, "occlusion": 0}  # these two read their own forwards
-    depth |= dict.fromkeys(("contrib", "contrib_grad"), options.layers or n_layers)
-    depth |= dict.fromkeys(("chefer", "legrad"), options.layers or 1)
+    depth |= {name: options.layers_of(name, n_layers) for name in ("contrib", "contrib_grad", "chefer", "legrad")}
     along_path = methods & ({"contrib_grad", "chefer"} if surrogate else {"contrib_grad", "chefer", "legrad"})
     tokens = depth["legrad"] + 1 if surrogate and "legrad" in methods else 0
     if "dense" in methods and options.dense == "token":
@@ -74,11 +73,37 @@ def explain(
     heads: bool = False,
 ) -> dict[str, Maps]:
     """Maps of the latents (B, k) of images (uint8 (B, height, width, 3)), and of `words`, by every method: one forward."""
+    options.check()
     check_fits(tower, methods, options)
+    words = words or no_words(sae)
+    if needs_blank(tower, methods, options) and not len(words.blank):
+        raise ValueError("legrad of a SigLIP needs `Words.blank`, or options with legrad_correction=False")
     embedding, trace = tower(pixels, **trace_needs(methods, options, len(tower.path())))
-    targets = Targets(sae, latents, words or no_words(sae))
-    batch = relevance.batch_of(tower, pixels, embedding, trace, targets, options, heads)
-    return {name: METHODS[name](batch) for name in methods}
+    return maps_by(methods, tower, pixels, embedding, trace, Targets(sae, latents, words), options, heads)
+
+
+def maps_by(
+    methods: Sequence[str],
+    tower: ImageTower,
+    pixels: torch.Tensor,
+    embedding: torch.Tensor,
+    trace: Trace,
+    targets: Targets,
+    options: Options,
+    heads: bool = False,
+) -> dict[str, Maps]:
+    """Maps by every method, of one forward; the targets' read-outs are computed once for each norm that is asked for."""
+    exact = {name: options.norm_of(name) == "exact" for name in methods}
+    batches = {
+        norm: relevance.batch_of(tower, pixels, embedding, trace, targets, norm, options, heads)
+        for norm in set(exact.values())
+    }
+    return {name: METHODS[name](batches[exact[name]]) for name in methods}
+
+
+def needs_blank(tower: ImageTower, methods: Sequence[str], options: Options) -> bool:
+    """Whether a method needs the text that says nothing, `methods.BLANK_TEXT`, in `Words.blank`."""
+    return "legrad" in methods and relevance.corrects_legrad(tower, options)
 
 
 INT8_MAX = 127
@@ -193,8 +218,8 @@ class Inference(_OnDevice[Findings]):
         n_words = len(self.words.texts) + len(self.words.concept_latents)
         targets = Targets(self.sae, torch.cat([explained, fixed], 1), self.words)
         twice = (fixed[:, :, None] == explained[:, None]).any(-1)
-        batch = relevance.batch_of(self.tower, pixels, embedding, trace, targets, self.options)
-        maps = [METHODS[name](batch) for name in self.methods]
+        by_method = maps_by(self.methods, self.tower, pixels, embedding, trace, targets, self.options)
+        maps = [by_method[name] for name in self.methods]
         values = targets.values(embedding[:, None])[:, 0]
         errors = [
             relevance.completeness_error(found, values).amax(-1)

@@ -1,8 +1,8 @@
 """The gradient of read-outs of each layer's mean token by that layer's attention: what LeGrad as published makes of a CLIP.
 
 For layer l with tokens x = y + MLP(LN2(y)), y = x_in + W_O o + b_O, the target is not read off the embedding but off that
-layer, z^l = u . mean_i x_i + c, with u the read-out pulled back through the final LayerNorm at the mean token. Each token
-carries 1/N of it:
+layer's own, p_l = W LN(mean_i x_i): z^l = w(p_l) . p_l + c, the read-out of p_l, norms and all. With u that read-out pulled
+back through the final LayerNorm at the mean token, each token carries 1/N of it:
 
     G_i = u / N       G_y,i = G_i + J_i' G_i       dz^l/dA_ij = (G_y,i W_O) . v_j  (by head)
 
@@ -12,7 +12,7 @@ MLPs. Still one pass over the tower below, and no autograd.
 Shapes as in `saecore.tower`: B images, k read-outs, N tokens, H heads, D width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -22,18 +22,19 @@ from saecore.tower import ImageTower, Trace
 
 
 def mean_token_gradients(
-    tower: ImageTower, trace: Trace, read_outs: Tensor, layers: int, exact: bool = False
+    tower: ImageTower, trace: Trace, read_outs: Callable[[Tensor], Tensor], layers: int, exact: bool = False
 ) -> Iterator[Tensor]:
     """See `ImageTower.own_targets`. `exact`: through the final LayerNorm's deviation too, as the published code does."""
     path = tower.path()
     for back in range(1, layers + 1):
         layer, entering, leaving = path[-back], trace.tokens[-back - 1], trace.tokens[-back]
-        G = tower.pull_back(read_outs, leaving.float().mean(1), exact).direction / leaving.shape[1]
+        mean = leaving.float().mean(1)
+        G = tower.pull_back(read_outs(tower.embed_cls(mean)), mean, exact).direction / leaving.shape[1]
         after = tower.attend(len(path) - back, entering)[0].flatten(0, 1)  # B * N tokens, D
         slopes = slope(layer, layer.mlp.fc1(layer.norm2(after)))
         v = by_head(trace.values[-back], tower.n_heads).transpose(1, 2).float()  # B H N Dh
         targets = []
-        for column in range(read_outs.shape[1]):  # one at a time: (B, N, 4 D) numbers each
+        for column in range(G.shape[1]):  # one at a time: (B, N, 4 D) numbers each
             own = G[:, None, column].expand(-1, leaving.shape[1], -1)
             flat = own.flatten(0, 1)[:, None]
             G_y = own + mlp_vjp(layer, after, slopes, flat).squeeze(1).unflatten(0, leaving.shape[:2])

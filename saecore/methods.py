@@ -4,14 +4,15 @@
     contrib        exact decomposition                   pre-activation    1.10
     contrib_grad   attention times its exact gradient    pre-activation    1.30 (1.75 on ViT-B/32)
     chefer         positive part of the same, one layer  none              1.10
-    legrad         positive part of the gradient         none              1.10; of the mean token: several forwards
+    legrad         positive part of the gradient         none              several forwards; of CLS: 1.10
     gradeclip      gradient with key-query weights       none              1.10
     rollout        gradients rolled through all layers   a share           one plain-attention forward, a backward per target
     dense          patch tokens read as if they were CLS pre-activation    1.05
     occlusion      what dropping a patch changes         pre-activation    a forward per patch or block, for all targets
     attention      CLS attention                         none              1.00
 
-What they did cost is in BENCHMARKS.md. Formulas are with the functions, in `saecore.relevance` and `saecore.reruns`.
+What bears a published name is computed as published unless an option says otherwise; `RECORDS` says which, and what each
+looks at. What they did cost is in BENCHMARKS.md. Formulas are with the functions, in `saecore.relevance` and `saecore.reruns`.
 """
 
 import dataclasses
@@ -20,13 +21,42 @@ from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
 
-METHODS = ("contrib", "contrib_grad", "chefer", "legrad", "gradeclip", "rollout", "dense", "occlusion", "attention")
+
+class Method(NamedTuple):
+    """What a method is. README's table says the same of each, and a test compares the two."""
+
+    norm: str
+    """Its own norm: `frozen` or `exact`, see `Options.norm`; `always exact`, or `none` where there is nothing to hold."""
+    layers: int | None
+    """How many last layers it looks at unless told otherwise, 0 for all; None if it looks at no layer's attention."""
+    target: str
+    """What its gradient or read-out begins at: `embedding`, `layer` (each layer's own), `patch` (each patch's) or `none`."""
+    units: str
+    """What its values are in; empty where they are in no units."""
+    published: str
+    """Who published it, where it is computed as published; empty for our own."""
+
+
+RECORDS = {
+    "contrib": Method("frozen", 0, "embedding", "pre-activation units", ""),
+    "contrib_grad": Method("frozen", 0, "embedding", "pre-activation units", ""),
+    "chefer": Method("exact", 1, "embedding", "", "Chefer et al. 2021"),
+    "legrad": Method("exact", 2, "layer", "", "Bousselham et al. 2024"),
+    "gradeclip": Method("exact", 1, "embedding", "", "Zhao et al. 2024"),
+    "rollout": Method("exact", 0, "embedding", "", "relevancy_map_SAE 2025"),
+    "dense": Method("frozen", None, "patch", "target at each patch", ""),
+    "occlusion": Method("always exact", None, "embedding", "pre-activation units", ""),
+    "attention": Method("none", 1, "none", "", ""),
+}
+"""Every method, by name."""
+
+METHODS = tuple(RECORDS)
 """How maps can be computed."""
 
 DECOMPOSE = ("contrib", "contrib_grad")
 """Methods whose maps add up to the pre-activation with their remainder."""
 
-UNITS = dict.fromkeys((*DECOMPOSE, "occlusion"), "pre-activation units") | {"dense": "target at each patch"}
+UNITS = {name: method.units for name, method in RECORDS.items() if method.units}
 """What methods are in; the others are in no units."""
 
 CAUSES = tuple(name for name in METHODS if name not in ("dense", "attention"))
@@ -36,7 +66,15 @@ PRECISE = ("occlusion",)
 """Methods that take the difference of two forwards, where what bfloat16 rounds off is as large as what a patch changes: on the
 embedded models their maps were 6 % off, the other methods' 1 %."""
 
-CHOICES = {"norm": ("frozen", "exact"), "legrad_target": ("cls", "mean"), "dense": ("token", "value")}
+CHOICES = {
+    "norm": ("auto", "frozen", "exact"),
+    "legrad_target": ("mean", "cls"),
+    "gradeclip_cosine": ("inside", "projected"),
+    "dense": ("token", "value"),
+}
+
+BLANK_TEXT = "a photo of a"
+"""What LeGrad's published code takes for a text that says nothing, to find patches that light for any text."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,14 +82,21 @@ class Options:
     """What the methods leave open; each field says whom it concerns."""
 
     layers: int = 0
-    """Last layers that contrib, contrib_grad, chefer and legrad look at; 0 is all for the first two and one for the others. Of
-    SigLIP there is only its pooling to look at, except for legrad's `mean`."""
-    norm: str = "frozen"
-    """The final LayerNorm, a text's division by |e| and an SAE's own normaliser: `frozen` at the image's values, or `exact`,
-    differentiated too. Not for attention; occlusion is always exact."""
-    legrad_target: str = "cls"
-    """What legrad reads: `cls`, the embedding itself, or `mean`, the published surrogate: each layer's mean token, or, of
-    SigLIP, each layer's tokens pooled."""
+    """Last layers that contrib, contrib_grad, chefer and legrad look at; 0 is the method's own number: all for the first two,
+    the last for chefer, the last two for legrad (as its code has it; its paper takes all). With more than the last, chefer
+    and legrad's `cls` follow the CLS path. Of SigLIP there is only its pooling to look at, except for legrad's `mean`."""
+    norm: str = "auto"
+    """The final LayerNorm, a text's division by |e| and an SAE's own normaliser: `frozen` at the image's values, `exact`, that
+    is differentiated too, or `auto`, the method's own: exact for chefer, legrad, gradeclip and rollout, which are published
+    so, frozen for the others. Not for attention; occlusion and dense's `token` are always exact."""
+    legrad_target: str = "mean"
+    """What legrad reads: `mean`, as published: each layer's mean token, or, of SigLIP, each layer's tokens pooled; or `cls`,
+    ours, which costs less: the embedding itself, along the CLS path."""
+    legrad_correction: bool = True
+    """Of SigLIP, zero the patches that legrad's `mean` also lights for a text that says nothing, as published."""
+    gradeclip_cosine: str = "inside"
+    """What gradeclip weights patches by: the cosine of query and keys `inside` the attention, as its notebook has it, or
+    `projected` by the attention's way out, as its scripts have it."""
     discard: float = 0.9
     """Share of each layer's smallest weights that rollout drops."""
     dense: str = "token"
@@ -72,6 +117,17 @@ class Options:
             raise ValueError(f"--discard {self.discard}: a share, from 0 to below 1")
         if self.block < 1:
             raise ValueError(f"--block {self.block}: must be at least 1")
+
+    def norm_of(self, method: str) -> str:
+        """The norm that a method is computed with: `frozen`, `exact`, or what its record says where there is no choice."""
+        own = RECORDS[method].norm
+        if method == "dense" and self.dense == "token":
+            return "always exact"
+        return self.norm if self.norm != "auto" and own in ("frozen", "exact") else own
+
+    def layers_of(self, method: str, available: int) -> int:
+        """How many last layers a method looks at, of so many that there are to look at."""
+        return self.layers or min(RECORDS[method].layers or available, available)
 
 
 DEFAULT_OPTIONS = Options()

@@ -8,7 +8,7 @@ after TopK, which is flat wherever a latent is off. With A the CLS attention row
     contrib        sum_lh A (v . W_O' u)         signed, exact: adds up to the pre-activation with its remainder
     contrib_grad   sum_lh A D                    signed, exact gradient: adds up likewise
     chefer         R_0 <- R_0 + c (R_0, R_i),  c = mean_h max(A D, 0)       of the last layer: mean_h max(A D, 0)
-    legrad         sum_l mean_h max(D, 0)
+    legrad         sum_l mean_h max(D, 0)        by default of each layer's own target, not of the embedding's
     gradeclip      max(lambda_i sum_h D, 0)      lambda: cosine of CLS's query and each key, from 0 to 1 over the patches
     dense          z of the patch's token in CLS's place, or v . W_O' u without attention: an activation, not a cause
     attention      mean_h A                      the same for every target: a control
@@ -26,11 +26,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from saecore.cls_path import attention_gradients, by_head
 from saecore.methods import DEFAULT_OPTIONS, Options
-from saecore.targets import Targets
+from saecore.targets import Targets, cosine_read_outs
 from saecore.tower import ImageTower, Trace
+
+LIT_FOR_ANY_TEXT = 0.8
+"""LeGrad's own threshold."""
 
 
 class Batch(NamedTuple):
@@ -43,8 +47,10 @@ class Batch(NamedTuple):
     """float32 (B, E)."""
     trace: Trace
     targets: Targets
+    exact: bool
+    """Whether norms are differentiated too, or frozen. Methods that differ in this have a batch each."""
     read_outs: Tensor
-    """float32 (B, k, E): w of the targets, with norms frozen or exact as the options say."""
+    """float32 (B, k, E): w of the targets."""
     offsets: Tensor
     """float32 (B, k): c."""
     options: Options
@@ -68,13 +74,13 @@ def batch_of(
     embedding: Tensor,
     trace: Trace,
     targets: Targets,
+    exact: bool = False,
     options: Options = DEFAULT_OPTIONS,
     heads: bool = False,
 ) -> Batch:
-    """A batch, with its targets' read-outs; ValueError for options that cannot be."""
-    options.check()
-    read_outs = targets.read_outs(embedding, options.norm == "exact")
-    return Batch(tower, pixels, embedding, trace, targets, *read_outs, options, heads)
+    """A batch, with its targets' read-outs."""
+    read_outs = targets.read_outs(embedding, exact)
+    return Batch(tower, pixels, embedding, trace, targets, exact, *read_outs, options, heads)
 
 
 def contrib(batch: Batch) -> Maps:
@@ -92,9 +98,9 @@ def contrib(batch: Batch) -> Maps:
     Cost: 2ND(1 + k) + 2kD^2 FLOP per layer and image, 1 to 6 % of a forward at k = 32.
     """
     tower, trace = batch.tower, batch.trace
-    direction, constant = tower.pull_back(batch.read_outs, trace.cls_final, batch.options.norm == "exact")
+    direction, constant = tower.pull_back(batch.read_outs, trace.cls_final, batch.exact)
     path = tower.path()
-    layers = batch.options.layers or len(path)
+    layers = batch.options.layers_of("contrib", len(path))
     own_path = trace.cls_before[-layers].float()  # with all that layers add that are not looked at
     tokens_BkHN = _no_tokens(batch)
     for index in range(-layers, 0):
@@ -123,7 +129,7 @@ def contrib_grad(batch: Batch) -> Maps:
     tower, trace = batch.tower, batch.trace
     pre = (batch.read_outs @ tower.embed_cls(trace.cls_final)[..., None]).squeeze(-1) + batch.offsets
     path, linear, tokens_BkHN = tower.path(), torch.zeros_like(pre), _no_tokens(batch)
-    for index, D, G_y in _gradients(batch, batch.options.layers or len(path)):
+    for index, D, G_y in _gradients(batch, batch.options.layers_of("contrib_grad", len(path))):
         product_BkHN = trace.cls_attention[index][:, None] * D
         tokens_BkHN = tokens_BkHN + (product_BkHN if batch.heads else product_BkHN.sum(2, keepdim=True))
         added = trace.cls_after[index].float() - trace.cls_before[index].float() - path[index].out_bias.float()
@@ -137,7 +143,8 @@ def chefer(batch: Batch) -> Maps:
     With more layers, their rule R <- R + c R along the CLS path: all rows of c but CLS's are left out, so that only the CLS
     row of R ever changes. Heads can be kept apart in one layer only (ValueError), since the rule mixes them.
     """
-    layers, tower = batch.options.layers or 1, batch.tower
+    tower = batch.tower
+    layers = batch.options.layers_of("chefer", len(tower.path()))
     if batch.heads and layers > 1:
         raise ValueError(f"chefer mixes the heads of {layers} layers: they can be kept apart in one layer only")
     found = list(_gradients(batch, layers))
@@ -151,27 +158,59 @@ def chefer(batch: Batch) -> Maps:
 def legrad(batch: Batch) -> Maps:
     """LeGrad (Bousselham et al. 2024, arXiv:2404.03214): positive part of the attention gradient, summed over layers.
 
-    `legrad_target="cls"`, our default, is the read-out of the embedding itself, and looks at CLS's attention row. `"mean"` is
-    the paper's, each layer's own target: read off its mean token, through all rows; of SigLIP, off the pooled layer.
+    `legrad_target="mean"`, the default, is as published: each layer's own target, the read-out of an embedding that is made of
+    this layer's mean token, through all rows of its attention; of SigLIP, of the pooled layer. The published code takes the
+    last two layers, the paper all. `"cls"`, ours, is the read-out of the embedding itself, and looks at CLS's attention row; it
+    follows the CLS path below the last layer.
     """
-    layers, n_own = batch.options.layers or 1, batch.tower.n_own
-    total = _no_tokens(batch)[..., n_own:]
-    if batch.options.legrad_target == "mean":
-        exact = batch.options.norm == "exact"
-        for D_BkHN in batch.tower.own_targets(batch.trace, batch.read_outs, layers, exact):
-            total = total + _mean_heads(D_BkHN, batch)[..., n_own:]
-    else:
-        for _, D, _ in _gradients(batch, layers):
-            total = total + _mean_heads(D.clamp(min=0), batch)[..., n_own:]
+    tower, options = batch.tower, batch.options
+    if options.legrad_target == "mean":
+        return _undivided(batch, _own_targets(batch, options.layers_of("legrad", tower.n_layers)))
+    total = _no_tokens(batch)[..., tower.n_own :]
+    for _, D, _ in _gradients(batch, options.layers_of("legrad", len(tower.path()))):
+        total = total + _mean_heads(D.clamp(min=0), batch)[..., tower.n_own :]
     return _undivided(batch, total)
 
 
+def _own_targets(batch: Batch, layers: int) -> Tensor:
+    """LeGrad as published: patches (B, k, H or 1, P).
+
+    For SigLIP the published code explains a text that says nothing as well, and zeroes the patches where that map, scaled from
+    0 to 1 over the patches, lies above 0.8: they light for any text.
+    """
+    blank = batch.targets.words.blank if corrects_legrad(batch.tower, batch.options) else None
+
+    def read(embedding: Tensor) -> Tensor:
+        w, _ = batch.targets.read_outs(embedding, batch.exact)
+        return w if blank is None else torch.cat([w, cosine_read_outs(blank, embedding, batch.exact)[0]], 1)
+
+    found = [_mean_heads(D, batch) for D in batch.tower.own_targets(batch.trace, read, layers, batch.exact)]
+    patches = torch.stack(found).sum(0)[..., batch.tower.n_own :]
+    if blank is None:
+        return patches
+    lit = patches[:, -1:].sum(2, keepdim=True)
+    low, high = lit.amin(-1, keepdim=True), lit.amax(-1, keepdim=True)
+    return patches[:, :-1].where(lit - low <= LIT_FOR_ANY_TEXT * (high - low), 0.0)
+
+
+def corrects_legrad(tower: ImageTower, options: Options) -> bool:
+    """Whether legrad needs `Words.blank`: for SigLIP, which has no token but the patches."""
+    return options.legrad_correction and options.legrad_target == "mean" and tower.n_own == 0
+
+
 def gradeclip(batch: Batch) -> Maps:
-    """Grad-ECLIP (Zhao et al. 2024, arXiv:2502.18816) with the model's own heads; the published code runs one head."""
+    """Grad-ECLIP (Zhao et al. 2024, arXiv:2502.18816) with the model's own heads; the published code runs one head.
+
+    Its notebook takes the cosine of q and k, our default; its scripts that of W_O q + b_O and W_O k + b_O
+    (`gradeclip_cosine="projected"`).
+    """
     trace, n_own = batch.trace, batch.tower.n_own
     _, D, _ = next(_gradients(batch, 1))
-    query, keys = trace.cls_query[-1].float(), trace.keys[-1][:, n_own:].float()
-    loose = torch.cosine_similarity(query[:, None], keys, dim=-1)
+    query, keys = trace.cls_query[-1][:, None], trace.keys[-1][:, n_own:]
+    if batch.options.gradeclip_cosine == "projected":
+        layer = batch.tower.path()[-1]
+        query, keys = (linear(x, layer.out, layer.out_bias) for x in (query, keys))
+    loose = torch.cosine_similarity(query.float(), keys.float(), dim=-1)
     low, high = loose.amin(-1, keepdim=True), loose.amax(-1, keepdim=True)
     loose = (loose - low) / (high - low).clamp(min=torch.finfo(loose.dtype).tiny)
     return _undivided(batch, (loose[:, None] * D.sum(2)[..., n_own:]).clamp(min=0)[:, :, None])
@@ -189,7 +228,7 @@ def dense(batch: Batch) -> Maps:
     if batch.options.dense == "token":
         values = batch.targets.values(tower.embed_alone(trace.tokens[-1][:, tower.n_own :]))
         return _undivided(batch, values.transpose(1, 2)[:, :, None])
-    direction, _ = tower.pull_back(batch.read_outs, trace.cls_final, batch.options.norm == "exact")
+    direction, _ = tower.pull_back(batch.read_outs, trace.cls_final, batch.exact)
     v = trace.values[-1]
     read = (direction.to(v.dtype) @ tower.path()[-1].out) @ v.transpose(1, 2)
     return _undivided(batch, read[:, :, None, tower.n_own :].float())
@@ -202,7 +241,7 @@ def attention(batch: Batch) -> Maps:
 
 
 def _gradients(batch: Batch, layers: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    return attention_gradients(batch.tower, batch.trace, batch.read_outs, layers, batch.options.norm == "exact")
+    return attention_gradients(batch.tower, batch.trace, batch.read_outs, layers, batch.exact)
 
 
 def _no_tokens(batch: Batch) -> Tensor:

@@ -68,17 +68,18 @@ def rollout(batch: Batch) -> Maps:
     Abnar and Zuidema 2020 (arXiv:2005.00928), weighted as those scripts do: head means of attention and of its gradient are
     taken apart and multiplied; the `discard` smallest of a layer's N x N products are dropped, and what is negative then; the
     identity is added, rows are normalised, layers multiplied. No units, never negative. On top of SigLIP's layers lies its
-    pooling's row, without the identity: the learned query is none of the tokens. Differs from theirs in explaining the
-    pre-activation, which has a gradient where a latent is off. Costs a forward with plain attention and, for each target, a
+    pooling's row, without the identity: the learned query is none of the tokens. Differs from theirs (relevancy_map_SAE's) in
+    explaining the pre-activation, which has a gradient where a latent is off, and in having a gradient at all: their hook sits
+    on a view of the attention that the output never passes, so that their map is the plain attention's, the same for every
+    latent. This is what it was meant to be. Costs a forward with plain attention and, for each target, a
     backward through all layers; the images of the batch share them.
     """
-    exact = batch.options.norm == "exact"
     with torch.inference_mode(False), torch.enable_grad():
         pixels, read_outs = batch.pixels.clone(), batch.read_outs.clone()
         with torch.no_grad():
             first = batch.tower.first_tokens(pixels)
         pooled, attention = batch.tower.attend_plainly(first)
-        direction = batch.tower.pull_back(read_outs, pooled.detach(), exact).direction
+        direction = batch.tower.pull_back(read_outs, pooled.detach(), batch.exact).direction
         z = (direction @ pooled.float()[..., None]).squeeze(
             -1
         )  # (B, k): the gradient is what its constant leaves alone

@@ -13,7 +13,7 @@ and lower edge that fill no whole patch are not seen: 6 of 384 with patches of 1
 Shapes as in `saecore.tower`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -73,15 +73,18 @@ class SiglipTower(ImageTower):
         """See `ImageTower.pull_back`: nothing lies between."""
         return ReadOut(read_outs.float(), torch.zeros_like(read_outs[..., 0]))
 
-    def own_targets(self, trace: Trace, read_outs: Tensor, layers: int, exact: bool = False) -> Iterator[Tensor]:
+    def own_targets(
+        self, trace: Trace, read_outs: Callable[[Tensor], Tensor], layers: int, exact: bool = False
+    ) -> Iterator[Tensor]:
         """See `ImageTower.own_targets`: what leaves the layer is pooled, and the pooling's attention differentiated by.
 
-        The published code pools tokens without LN, and zeroes patches that light up for an empty text; here neither.
+        As in the published code the pooling sees the tokens without LN, which is not how the model was trained.
         """
         for tokens in reversed(trace.tokens[-layers:]):
-            step = self._pool(tokens)
+            step = self._pool_normed(tokens, tokens)
             layer, after, inner = self.path()[0], step.after[:, 0], step.inner[:, 0]
-            yield within_layer(layer, self.n_heads, after, inner, step.v, read_outs).D.clamp(min=0)
+            w = read_outs(step.leaving[:, 0])
+            yield within_layer(layer, self.n_heads, after, inner, step.v, w).D.clamp(min=0)
 
     def _steps(self, hidden: Tensor, whole: bool = False, weights: "list[Tensor] | None" = None) -> Iterator[Step]:
         for step in super()._steps(hidden, whole, weights):
@@ -90,7 +93,10 @@ class SiglipTower(ImageTower):
 
     def _pool(self, hidden: Tensor, weights: "list[Tensor] | None" = None) -> Step:
         """Residual streams (B, N, D) -> the pooling, as a step with one query."""
-        normed = self.vision.post_layernorm(hidden)
+        return self._pool_normed(hidden, self.vision.post_layernorm(hidden), weights)
+
+    def _pool_normed(self, hidden: Tensor, normed: Tensor, weights: "list[Tensor] | None" = None) -> Step:
+        """The same, of tokens as the pooling sees them."""
         probe = self.vision.head.probe.to(normed.dtype).expand(len(hidden), -1, -1)
         q, k, v = (self._projected(part, x) for part, x in enumerate((probe, normed, normed)))
         after = self.vision.head.attention.out_proj(self._mixed(q, k, v, weights)).float()

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from saecore import images, schema
-from saecore.methods import DEFAULT_OPTIONS, KEPT, Options, Wanted
+from saecore.methods import BLANK_TEXT, DEFAULT_OPTIONS, KEPT, Options, Wanted
 
 if TYPE_CHECKING:
     from saecore.inference import Embedder, Inference
@@ -74,14 +74,31 @@ def load_models(clip: str, sae: str) -> "tuple[ImageTower, SAE]":
     return tower, autoencoder
 
 
-def load_words(config: ExplainConfig, sae: "SAE") -> "Words":
-    """The targets that are texts or concepts, from CLIP's text tower; ValueError if it cannot be had."""
+def load_words(config: ExplainConfig, tower: "ImageTower", sae: "SAE") -> "Words | None":
+    """What the model's text tower is needed for: targets that are texts or concepts, and the text that says nothing.
+
+    None if it is needed for nothing; ValueError if it is needed and cannot be had.
+    """
+    from saecore.inference import needs_blank
     from saecore.targets import words_of
+
+    wanted, blank = config.targets, needs_blank(tower, config.methods, config.options)
+    if not (wanted.words or blank):
+        return None
     from saecore.text import embed_texts, load_text_tower
 
-    wanted = config.targets
-    embeddings = embed_texts(load_text_tower(config.clip), wanted.words, config.batch_size)
-    return words_of(sae, embeddings, len(wanted.texts), config.concept_latents, config.concept_positive)
+    try:
+        text = load_text_tower(config.clip)
+    except ValueError as error:
+        if wanted.words:
+            raise
+        need = (
+            "legrad needs the text tower, to find patches that any text lights, unless --no-legrad-correction is given"
+        )
+        raise ValueError(f"{error}; {need}") from error
+    embeddings = embed_texts(text, [*wanted.words, *[BLANK_TEXT] * blank], config.batch_size)
+    n_words, of_concepts = len(wanted.words), (config.concept_latents, config.concept_positive)
+    return words_of(sae, embeddings[:n_words], len(wanted.texts), *of_concepts, embeddings[n_words:])
 
 
 class Decode:
@@ -149,7 +166,7 @@ class Explain:
         _use_threads(config.threads)
         self.config = config
         tower, sae = load_models(config.clip, config.sae)
-        words = load_words(config, sae) if config.targets.words else None
+        words = load_words(config, tower, sae)
         self.infer = Inference(
             tower, sae, config.k, config.methods, config.device, config.targets, words, config.options
         )

@@ -28,6 +28,8 @@ class Words(NamedTuple):
     """int64 (C, m)."""
     concept_weights: Tensor
     """float32 (C, m)."""
+    blank: Tensor
+    """float32 (1, E), of length 1: a text that says nothing, for a method that needs one; (0, E) without it. No target."""
 
     def to(self, device: torch.device) -> "Words":
         """The same on a device."""
@@ -38,21 +40,29 @@ def no_words(sae: SAE) -> Words:
     """No such targets."""
     width, device = sae.config.n_inputs, sae.encoder.device
     empty = torch.zeros((0, 1), dtype=torch.int64, device=device)
-    return Words(torch.zeros((0, width), device=device), empty, empty.float())
+    texts = torch.zeros((0, width), device=device)
+    return Words(texts, empty, empty.float(), blank=texts)
 
 
-def words_of(sae: SAE, embeddings: np.ndarray, n_texts: int, n_latents: int, positive: bool) -> Words:
+def words_of(
+    sae: SAE, embeddings: np.ndarray, n_texts: int, n_latents: int, positive: bool, blank: np.ndarray | None = None
+) -> Words:
     """Text embeddings, float32 (T + C, E), the first `n_texts` as texts, the others as concepts -> targets.
 
     A concept is the mean of `n_latents` latents at most, weighted by `concept_weights`, whose sum of |weights| is made 1.
+    blank: (1, E), or (0, E) or None where no method needs it.
     """
     found = torch.from_numpy(embeddings)
     n_latents = min(n_latents, sae.config.n_latents)
+    words = no_words(sae)._replace(texts=normalize(found[:n_texts], dim=-1))
+    if blank is not None:
+        words = words._replace(blank=normalize(torch.from_numpy(blank), dim=-1))
     concepts = [concept_weights(sae, one, n_latents, positive) for one in found[n_texts:]]
     if not concepts:
-        return no_words(sae)._replace(texts=normalize(found, dim=-1))
+        return words
     latents, weights = (torch.stack(column) for column in zip(*concepts, strict=True))
-    return Words(normalize(found[:n_texts], dim=-1), latents, weights / weights.abs().sum(-1, keepdim=True))
+    weights = weights / weights.abs().sum(-1, keepdim=True)
+    return words._replace(concept_latents=latents, concept_weights=weights)
 
 
 def concept_weights(sae: SAE, text: Tensor, n_latents: int, positive: bool = False) -> tuple[Tensor, Tensor]:
@@ -92,11 +102,7 @@ class Targets(NamedTuple):
         Norms are frozen at the image's values or, if `exact`, w is the true gradient.
         """
         w, c = self.sae.read_outs(self._all_latents(len(embedding)), embedding, exact)
-        length = torch.linalg.vector_norm(embedding, dim=-1)[:, None, None]
-        unit, texts = embedding[:, None] / length, self.words.texts.expand(len(embedding), -1, -1)
-        cosine = (texts * unit).sum(-1)
-        text_w = (texts - cosine[..., None] * unit) / length if exact else texts / length
-        text_c = cosine if exact else torch.zeros_like(cosine)
+        text_w, text_c = cosine_read_outs(self.words.texts, embedding, exact)
         k, shape, weights = self.latents.shape[1], self.words.concept_latents.shape, self.words.concept_weights
         concept_w = (w[:, k:].unflatten(1, shape) * weights[..., None]).sum(2)
         concept_c = (c[:, k:].unflatten(1, shape) * weights).sum(2)
@@ -105,3 +111,13 @@ class Targets(NamedTuple):
     def _all_latents(self, images: int) -> Tensor:
         """The latents themselves, then those of the concepts (B, k + C m)."""
         return torch.cat([self.latents, self.words.concept_latents.flatten().expand(images, -1)], dim=1)
+
+
+def cosine_read_outs(texts: Tensor, embedding: Tensor, exact: bool = False) -> tuple[Tensor, Tensor]:
+    """Texts of length 1 (T, E), embeddings (B, E) -> w (B, T, E) and c (B, T) of their cosines; `exact` as in `Targets`."""
+    length = torch.linalg.vector_norm(embedding, dim=-1)[:, None, None]
+    unit, texts = embedding[:, None] / length, texts.expand(len(embedding), -1, -1)
+    cosine = (texts * unit).sum(-1)
+    if not exact:
+        return texts / length, torch.zeros_like(cosine)
+    return (texts - cosine[..., None] * unit) / length, cosine

@@ -30,9 +30,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from saecore import naive_maps
 from saecore.clip import ClipTower
 from saecore.images import Preprocess
-from saecore.inference import METHODS, trace_needs
+from saecore.inference import maps_by, trace_needs
 from saecore.methods import DEFAULT_OPTIONS, Options, dtype_of
-from saecore.relevance import Maps, batch_of
+from saecore.relevance import Maps
 from saecore.sae import SAE, SAEConfig
 from saecore.targets import Targets, no_words
 
@@ -49,11 +49,11 @@ class Shape(NamedTuple):
     batch: int
     """Images at once, where nothing else is asked for."""
     bounds: Mapping[str, float]
-    """On the cost of a method's 32 maps over one forward."""
+    """On the cost of 32 maps, by method or variant, over one forward."""
 
 
 def _bounds(contrib_grad: float) -> dict[str, float]:
-    last_layer = {"chefer": 1.10, "legrad": 1.10, "gradeclip": 1.10}
+    last_layer = {"chefer": 1.10, "legrad cls": 1.10, "gradeclip": 1.10}
     return {"contrib": 1.10, "contrib_grad": contrib_grad, **last_layer, "dense": 1.05, "attention": 1.0}
 
 
@@ -187,7 +187,7 @@ def tower_in(dtype: str, model: Any, shape: Shape) -> ClipTower:
 def variants(method: str, tower: ClipTower) -> list[tuple[str, Options]]:
     """The ways of a method that cost differently: what they are called, and their options."""
     if method == "legrad":
-        return [("legrad", DEFAULT_OPTIONS), ("legrad mean", Options(legrad_target="mean"))]
+        return [("legrad", DEFAULT_OPTIONS), ("legrad cls", Options(legrad_target="cls"))]
     if method == "occlusion":  # per patch it would be 196 forwards on B/16
         side = max(1, tower.grid[0] // 7)
         across = -(-tower.grid[0] // side)
@@ -199,8 +199,8 @@ def maps_of(tower: ClipTower, sae: SAE, pixels: Tensor, k: int, method: str, opt
     """Pixels to maps of the k strongest latents."""
     embedding, trace = tower(pixels, **trace_needs((method,), options, len(tower.path())))
     latents = sae.encode_sparse(embedding, at_least=k).latents[:, :k]
-    batch = batch_of(tower, pixels, embedding, trace, Targets(sae, latents, no_words(sae)), options)
-    return METHODS[method](batch)
+    targets = Targets(sae, latents, no_words(sae))
+    return maps_by((method,), tower, pixels, embedding, trace, targets, options)[method]
 
 
 def time_in_turn(

@@ -14,7 +14,7 @@ Shapes: B images, L layers, N tokens, P patches, H heads, Dh head width, D = H D
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -169,11 +169,14 @@ class ImageTower(nn.Module):
         """
         raise NotImplementedError
 
-    def own_targets(self, trace: Trace, read_outs: Tensor, layers: int, exact: bool = False) -> Iterator[Tensor]:
+    def own_targets(
+        self, trace: Trace, read_outs: Callable[[Tensor], Tensor], layers: int, exact: bool = False
+    ) -> Iterator[Tensor]:
         """LeGrad as published: each layer's own target z^l, a stand-in for the embedding's that sees this layer and no later.
 
-        Of the last `layers` layers, last first: max(dz^l/dA^l, 0), A the attention that the target sees through, averaged over
-        query rows, float32 (B, k, H, N). The trace must hold the last `layers` + 1 residual streams.
+        read_outs: of an embedding (B, E), here the layer's own, to w (B, k, E), since norms are that embedding's. Of the last
+        `layers` layers, last first: max(dz^l/dA^l, 0), A the attention that the target sees through, averaged over query rows,
+        float32 (B, k, H, N). The trace must hold the last `layers` + 1 residual streams.
         """
         raise NotImplementedError
 

@@ -9,7 +9,6 @@ import torch
 from jobs import benchmark
 from saecore import naive_maps, timing
 from saecore.inference import explain
-from saecore.methods import Options
 from tests.towers import SHAPES, random_pixels, random_sae, random_tower
 
 
@@ -22,7 +21,7 @@ def test_naive_ways_give_our_maps(shape: dict[str, Any]) -> None:
     plain = naive_maps.with_plain_attention(model)
     assert model.config._attn_implementation == "sdpa"
     with torch.inference_mode():
-        ours = explain(tower, sae, pixels, latents, ("chefer",), Options(norm="exact"))["chefer"].relevance
+        ours = explain(tower, sae, pixels, latents, ("chefer",))["chefer"].relevance
     for way in (naive_maps.once, naive_maps.repeated, naive_maps.each):
         maps = way(plain, sae, tower.normalise(pixels), latents)
         assert (maps - ours).abs().max() / ours.abs().max() < 1e-5, way
@@ -108,7 +107,7 @@ def test_a_table_of_every_way(capsys: pytest.CaptureFixture[str]) -> None:
     assert table == {"shape": "demo", "batch_size": 2, "device": "cpu", "threads": 1}
     assert list(rows)[:2] == ["forward", "transformers"]
     assert {*benchmark.METHODS} - {*rows} == {"occlusion"}
-    assert {*rows} - {*benchmark.METHODS} == {"forward", "transformers", "legrad mean", "occlusion 8x8", *timing.NAIVE}
+    assert {*rows} - {*benchmark.METHODS} == {"forward", "transformers", "legrad cls", "occlusion 8x8", *timing.NAIVE}
     assert all(row[name] > 0 for row in rows.values() for name in ("seconds", "forwards", "transformers", "cheaper"))
     assert rows["forward"]["forwards"] == rows["transformers"]["transformers"] == rows["naive each"]["cheaper"] == 1
     assert {row["bound"] for row in rows.values()} == {None}  # bounds are on 32 latents of the large shapes

@@ -33,7 +33,7 @@ from saecore.methods import DECOMPOSE, METHODS, Options
 from saecore.relevance import completeness_error
 from saecore.sae import SAE
 from saecore.siglip import SiglipTower
-from saecore.targets import Targets, words_of
+from saecore.targets import Targets, Words, words_of
 from saecore.text import TextTower, embed_texts, load_text_tower
 from tests.test_methods import Layer, assert_close, fused, ours, plain_layers, read, some_latents
 from tests.towers import SIGLIP_SHAPES, fill, random_pixels, random_sae, random_siglip
@@ -80,7 +80,13 @@ class Case(NamedTuple):
         return [torch.autograd.grad(z[:, j].sum(), by, retain_graph=True) for j in range(z.shape[1])]
 
     def maps(self, method: str, **options: Any) -> Tensor:
-        return ours(self.tower, self.sae, self.pixels, self.latents, method, **options)
+        return ours(self.tower, self.sae, self.pixels, self.latents, method, blank(self.sae), **options)
+
+
+def blank(sae: SAE) -> Words:
+    """A text that says nothing, and no target; random, since so are the weights."""
+    texts = np.random.default_rng(4).standard_normal((1, sae.config.n_inputs)).astype(np.float32)
+    return words_of(sae, texts[:0], 0, 0, False, texts)
 
 
 @pytest.fixture(params=SIGLIP_SHAPES, ids=lambda shape: f"{shape['layers']} layers", scope="module")
@@ -120,22 +126,12 @@ def test_methods_through_the_pooling_equal_autograd(case: Case, norm: str) -> No
         "attention": A.mean(2).expand(-1, D.shape[1], -1),
     }
     for name, wanted in expected.items():
-        assert_close(case.maps(name, norm=norm), wanted)
-        assert_close(case.maps(name, norm=norm, layers=1), wanted)
+        assert_close(case.maps(name, norm=norm, legrad_target="cls"), wanted)
+        assert_close(case.maps(name, norm=norm, legrad_target="cls", layers=1), wanted)
     cosine = torch.cosine_similarity(pool.q.expand_as(pool.k), pool.k, dim=-1)
     low, high = cosine.amin(1, keepdim=True), cosine.amax(1, keepdim=True)
     loose = ((cosine - low) / (high - low))[:, None]
     assert_close(case.maps("gradeclip", norm=norm), (loose * D.sum(2)).clamp(min=0).detach())
-
-
-def test_legrad_as_published_pools_each_layer(case: Case) -> None:
-    for wanted in {1, len(case.layers)}:
-        expected = torch.zeros_like(case.maps("legrad"))
-        for layer in case.layers[-wanted:]:
-            pool = pooled(case.vision, layer.leaving.detach())
-            D = torch.stack([found[0] for found in case.gradients(pool.e, pool.A)], 1)
-            expected = expected + D.clamp(min=0).mean(2)
-        assert_close(case.maps("legrad", legrad_target="mean", layers=wanted), expected)
 
 
 def test_rollout_equals_whole_matrices(case: Case) -> None:
@@ -208,9 +204,9 @@ def test_a_map_depends_on_its_image_and_its_read_out_only(name: str) -> None:
     _, tower = random_siglip(**SIGLIP_SHAPES[0])
     sae, pixels = random_sae(n_inputs=32), random_pixels(tower, 4)
     latents = torch.stack([torch.randperm(96, generator=torch.Generator().manual_seed(i))[:40] for i in range(4)])
-    together = ours(tower, sae, pixels, latents, name)
+    together = ours(tower, sae, pixels, latents, name, blank(sae))
     for image in range(4):
-        alone = ours(tower, sae, pixels[image : image + 1], latents[image : image + 1, 9:10], name)
+        alone = ours(tower, sae, pixels[image : image + 1], latents[image : image + 1, 9:10], name, blank(sae))
         torch.testing.assert_close(alone[0, 0], together[image, 9], rtol=1e-4, atol=1e-5)
 
 
@@ -225,7 +221,7 @@ def test_layers_in_bfloat16_give_nearly_the_same() -> None:
         embedding = tower.embed(pixels)
         assert embedding.dtype == torch.float32
         assert torch.cosine_similarity(embedding, exact).min() > 0.999
-        found = inference.explain(tower, sae, pixels, latents, METHODS)
+        found = inference.explain(tower, sae, pixels, latents, METHODS, words=blank(sae))
         pre = sae.pre_activations(embedding).gather(1, latents)
     assert {maps.relevance.dtype for maps in found.values()} == {torch.float32}
     for maps in (found[name] for name in DECOMPOSE):
@@ -293,7 +289,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_explain_on_a_saved_model(folder: Path, shards: Path, tmp_path: Path) -> None:
+def test_explain_on_a_saved_model(
+    folder: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Embeddings are those of transformers' model behind its own image processor; all methods, all kinds of targets."""
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -313,11 +311,18 @@ def test_explain_on_a_saved_model(folder: Path, shards: Path, tmp_path: Path) ->
     assert record["status"] == "complete"
     assert record["worst_completeness_error"] < 1e-5
     assert record["grid"] == [4, 4]
+    norms = record["parts"]["norms"]
+    assert (norms["contrib"], norms["chefer"], norms["legrad"]) == ("frozen", "exact", "exact")
+    said = runs.dataset(str(tmp_path / "run"), "maps").schema.metadata[b"norms"].decode()
+    assert said.startswith("contrib frozen, contrib_grad frozen, chefer exact, ")
     rows = runs.dataset(str(tmp_path / "run"), "images").to_table().sort_by("image_id").to_pylist()
     maps = runs.dataset(str(tmp_path / "run"), "maps").to_table().to_pylist()
     assert len(rows) == 6
     assert len(maps) == 6 * len(METHODS) * (8 + 2)
     assert {row["target"] for row in maps} == {None, "text: a Red circle", "concept: blue"}
+
+    assert explain.main([*given, "--norm", "frozen", "--embeddings", "--limit", "6", "--local"]) == 2
+    assert "norms was {" in capsys.readouterr().err
 
     model, processor = SiglipModel.from_pretrained(folder).eval(), SiglipImageProcessorPil.from_pretrained(folder)
     for row in rows:
@@ -369,11 +374,15 @@ def test_a_tower_that_is_not_supported_is_refused_by_name(
         tmp_path / "headless"
     )
     (tmp_path / "headless" / "preprocessor_config.json").write_text((folder / "preprocessor_config.json").read_text())
+    blind = tmp_path / "blind"  # without a text tower
+    SiglipVisionModel(SiglipVisionConfig(**small, image_size=64, patch_size=16)).save_pretrained(blind)
+    (blind / "preprocessor_config.json").write_text((folder / "preprocessor_config.json").read_text())
     given = ["--images", str(shards), "--sae", str(folder / "sae"), "--local", "--out", str(tmp_path / "run")]
     for more, complaint in (
         (["--clip", str(tmp_path / "naflex")], "'siglip2' model"),
         (["--clip", str(tmp_path / "headless")], "without its pooling head"),
         (["--clip", str(folder), "--layers", "2"], "--layers 2: contrib has 1"),
+        (["--clip", str(blind), "--method", "legrad"], "unless --no-legrad-correction"),
     ):
         assert explain.main([*given, *more]) == 2
         said = capsys.readouterr().err

@@ -18,7 +18,7 @@ METHODS = ("contrib", "contrib_grad", "chefer", "legrad", "gradeclip", "dense", 
 @pytest.fixture(scope="module")
 def found() -> truth.Found:
     """All methods that need one forward."""
-    return truth.measure(*load_models("demo", "demo"), N_SCENES, METHODS)
+    return truth.measure(*load_models("demo", "demo"), N_SCENES, truth.rows(METHODS))
 
 
 def test_every_colour_has_one_latent_that_follows_it(found: truth.Found) -> None:

@@ -10,6 +10,7 @@ High scores here promise little for other models: this CLIP was also taught to t
 (`saecore.demo.build`), which keeps tokens about their own places more than captions alone would.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -39,6 +40,8 @@ REFERENCE = "occlusion"
 """The method that the others are asked to agree with: it asks the model itself, patch by patch."""
 
 BATCH = 32
+
+OTHER_NORM = {"frozen": "exact", "exact": "frozen"}
 
 
 class Sample(NamedTuple):
@@ -112,6 +115,35 @@ class Found(NamedTuple):
         }
 
 
+class Row(NamedTuple):
+    """A line of the tables: a method, and options for it."""
+
+    title: str
+    method: str
+    options: Options
+
+
+def rows(methods: Sequence[str], options: Options = DEFAULT_OPTIONS) -> list[Row]:
+    """The methods as the options have them, then the variants of each that have scores of their own, under their titles.
+
+    With the norms given (`frozen` or `exact`), no variants by norm.
+    """
+    found = [Row(method, method, options) for method in methods]
+    if "legrad" in methods and options.legrad_target == "mean":
+        found.append(Row("legrad of the embedding", "legrad", dataclasses.replace(options, legrad_target="cls")))
+    if "gradeclip" in methods and options.gradeclip_cosine == "inside":
+        found.append(
+            Row("gradeclip, projected", "gradeclip", dataclasses.replace(options, gradeclip_cosine="projected"))
+        )
+    if options.norm == "auto":
+        for row in list(found):
+            if (norm := OTHER_NORM.get(options.norm_of(row.method))) is not None:
+                title = f"{row.title}, {norm} norm"
+                found.append(Row(title, row.method, dataclasses.replace(row.options, norm=norm)))
+    place = {method: number for number, method in enumerate(methods)}
+    return sorted(found, key=lambda row: place[row.method])
+
+
 def nothing(count: int) -> None:
     """What `measure` tells by default."""
 
@@ -121,28 +153,29 @@ def measure(
     tower: ImageTower,
     sae: SAE,
     n_scenes: int,
-    methods: Sequence[str] = METHODS,
-    options: Options = DEFAULT_OPTIONS,
+    asked: Sequence[Row] = tuple(rows(METHODS)),
     tell: Callable[[int], object] = nothing,
 ) -> Found:
     """Maps of every latent that follows a word, and of every colour and shape as a text, in `n_scenes` scenes.
 
-    As many others choose the latents. tower, sae: the demo's. methods, options: such as `saecore.inference.check_fits` lets
-    pass. tell: told how many scenes went by, batch by batch.
+    As many others choose the latents. tower, sae: the demo's. asked: such as `saecore.inference.check_fits` lets pass. tell:
+    told how many scenes went by, batch by batch.
     """
     following = followers(tower, sae, sample(n_scenes, FIRST_CHOSEN))
     latents, texts = torch.tensor(list(following)), [*FACETS["colour"], *FACETS["shape"]]
     words = words_of(sae, embed_texts(load_text_tower("demo"), texts, BATCH), len(texts), 0, False)
     seen = sample(n_scenes, FIRST_MEASURED)
     fires: list[np.ndarray] = []
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in methods}
+    parts: dict[str, list[np.ndarray]] = {row.title: [] for row in asked}
     for at in range(0, n_scenes, BATCH):
         pixels = torch.from_numpy(seen.pixels[at : at + BATCH])
         code = sae.encode_sparse(tower.embed(pixels))
         fires.append(((code.latents == latents[:, None, None]) & (code.activations > 0)).any(-1).T.numpy())
-        found = explain(tower, sae, pixels, latents.expand(len(pixels), -1), methods, options, words)
-        for name, maps in found.items():
-            parts[name].append(maps.relevance.numpy())
+        for options in {row.options: None for row in asked}:  # one forward for all that share them
+            some = {row.method: row.title for row in asked if row.options == options}
+            maps = explain(tower, sae, pixels, latents.expand(len(pixels), -1), tuple(some), options, words)
+            for method, title in some.items():
+                parts[title].append(maps[method].relevance.numpy())
         tell(len(pixels))
     shown = covered(seen.scenes, [*following.values(), *texts], tower.grid)
     known = np.any(shown >= localisation.ON, axis=-1)
