@@ -18,7 +18,7 @@ ORDER = [
     ["checkpoints", "mean_token", "siglip", "trainer", "naive", "naive_maps", "results", "indexing"],
     ["clip"],
     ["text"],
-    ["relevance", "training", "statistics", "pictures", "overview"],
+    ["relevance", "training", "statistics", "pictures", "overview", "holdings"],
     ["reruns", "query_speed", "views"],
     ["inference", "training_speed", "captions"],
     ["stages", "timing", "pages"],
