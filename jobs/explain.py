@@ -44,7 +44,8 @@ class Arguments(pipeline.Arguments):
     """How maps are computed, one or several joined by commas: contrib (exact), contrib_grad (exact gradient), chefer, legrad,
     gradeclip, rollout, dense, occlusion, attention."""
     targets: tuple[str, ...] = ("kept",)
-    """What they explain: kept, latents:NUMBER[,NUMBER], text:A PHRASE, concept:A WORD; several in one run."""
+    """What they explain: kept, the latents kept of each image; text:A PHRASE and concept:A WORD, which add to these;
+    latents:NUMBER[,NUMBER] instead of these; no-kept leaves them away. Several in one run."""
     concept_latents: int = 8
     """Latents that make up a concept."""
     concept_positive: bool = False
@@ -128,7 +129,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
         "sae": sae.sha256()[:16],
         "k": k,
         "method": ",".join(methods),
-        "targets": list(arguments.targets),
+        "targets": targets.specs(),
         "concepts": [arguments.concept_latents, arguments.concept_positive] if targets.concepts else [],
         "norms": norms,
         "options": {name: value for name, value in dataclasses.asdict(arguments.options).items() if name != "norm"},
@@ -149,7 +150,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
     if arguments.dry_run:
         how = [
             f"with CLIP {clip} and SAE {sae_address}",
-            f"{k} latents per image, maps of {', '.join(arguments.targets)} by {', '.join(methods)}",
+            f"{k} latents per image, maps of {', '.join(targets.specs())} by {', '.join(methods)}",
         ]
         print(report.outline(pipeline.plan(arguments, shards), "explain", arguments.out, how))
         return None

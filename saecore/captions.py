@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from saecore.histograms import Bins, alike
 from saecore.methods import CAUSES, DECOMPOSE, UNITS
-from saecore.overview import Bins
 from saecore.views import Map, Tile
 
 METHODS = {
@@ -117,22 +117,31 @@ class Chart(NamedTuple):
     most: str
 
 
-def chart(title: str, of: str, unit: str, bins: Bins, write: Callable[[float], str] = number, ticks: int = 2) -> Chart:
-    """A histogram of `of`, counted in `unit`; `write` makes words of an edge. Below it `ticks` steps are marked."""
-    most, n = max([*bins.counts, 1]), len(bins.counts)
-    step = 480 / max(n, 1)
+def chart(
+    title: str, of: str, unit: str, bins: Bins, write: Callable[[float], str] = number, ticks: int = 2
+) -> Chart | None:
+    """A histogram of `of`, counted in `unit`; `write` makes words of an edge. Below it `ticks` steps are marked.
+
+    None where there is nothing to count.
+    """
+    if not bins.counts:
+        return None
+    total, most = _count(sum(bins.counts), unit), max([*bins.counts, 1])
+    lengths = [round(112 * count / most, 1) for count in bins.counts]
+    if alike(bins.edges[0], bins.edges[-1]):
+        value, among = write(bins.edges[0]), "all " if sum(bins.counts) > 1 else ""
+        bar = Bar(230, round(130 - lengths[0], 1), 20, lengths[0], value, f"{bins.counts[0]:,}", f"{value}: {total}")
+        summary = f"Histogram of {of}: {total}, {among}at {value}"
+        return Chart(title, of, unit, summary, [bar], [(240, value, "middle")], _count(most, unit))
+    step = 480 / len(bins.counts)
     bars = []
-    for place, count in enumerate(bins.counts):
-        height = round(112 * count / most, 1)
+    for place, (count, length) in enumerate(zip(bins.counts, lengths, strict=True)):
         between = f"{write(bins.edges[place])} to {write(bins.edges[place + 1])}"
-        box = (round(place * step + 1, 1), round(130 - height, 1), round(step - 2, 1), height)
+        box = (round(place * step + 1, 1), round(130 - length, 1), round(step - 2, 1), length)
         bars.append(Bar(*box, between, f"{count:,}", f"{between}: {_count(count, unit)}"))
-    peak = int(np.argmax(bins.counts))
-    summary = (
-        f"Histogram of {of}: {sum(bins.counts):,} {unit} from {write(bins.edges[0])} to {write(bins.edges[-1])}, "
-        f"most of them from {bars[peak].between}"
-    )
     low, high = bins.edges[0], bins.edges[-1]
+    peak = int(np.argmax(bins.counts))
+    summary = f"Histogram of {of}: {total} from {write(low)} to {write(high)}, most of them from {bars[peak].between}"
     marks = [
         (
             round(480 * mark / ticks, 1),

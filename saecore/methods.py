@@ -167,27 +167,43 @@ class Wanted(NamedTuple):
         """How targets that are no latent are called in the column `target` of MAPS."""
         return [f"text: {text}" for text in self.texts] + [f"concept: {word}" for word in self.concepts]
 
+    def specs(self) -> list[str]:
+        """As `parse_targets` takes them: one spelling for all that ask for the same, which a fingerprint is made of."""
+        numbers = ",".join(map(str, self.latents))
+        own = ["kept"] * self.kept + [f"latents:{numbers}"] * bool(numbers)
+        words = [f"text:{text}" for text in self.texts] + [f"concept:{word}" for word in self.concepts]
+        return own + words if own else ["no-kept", *words]
+
 
 KEPT = Wanted(True, (), (), ())
 
 
 def parse_targets(specs: Sequence[str]) -> Wanted:
-    """`kept`, `latents:3,17`, `text:a red square`, `concept:red`, any of them several times; ValueError for anything else."""
-    kept, latents, texts, concepts = False, list[int](), list[str](), list[str]()
+    """`kept`, `no-kept`, `latents:3,17`, `text:a red square`, `concept:red`, any of them several times -> what is explained.
+
+    Texts and concepts add to the kept latents; latents by number stand in for them, unless `kept` is there too; `no-kept`
+    leaves them away. ValueError for anything else, for a contradiction, and where nothing is left.
+    """
+    alone, latents, texts, concepts = set[str](), list[int](), list[str](), list[str]()
     for spec in specs:
         kind, _, rest = (part.strip() for part in spec.partition(":"))
-        if kind == "kept" and not rest:
-            kept = True
+        if kind in ("kept", "no-kept") and not rest:
+            alone.add(kind)
         elif kind == "latents" and all(number.strip().isdecimal() for number in rest.split(",")):
             latents += [int(number) for number in rest.split(",")]
         elif kind in ("text", "concept") and rest:
             (texts if kind == "text" else concepts).append(rest)
         else:
             raise ValueError(
-                f"--targets {spec!r}: must be kept, latents:NUMBER[,NUMBER], text:A PHRASE or concept:A WORD"
+                f"--targets {spec!r}: must be kept, no-kept, latents:NUMBER[,NUMBER], text:A PHRASE or concept:A WORD"
             )
-    if not (kept or latents or texts or concepts):
+    if not specs:
         raise ValueError("--targets: give at least one, kept for example")
+    if len(alone) > 1:
+        raise ValueError("--targets kept no-kept: one asks for what the other leaves away; give one of them")
+    if "no-kept" in alone and not (latents or texts or concepts):
+        raise ValueError("--targets no-kept leaves nothing to explain; name a text:A PHRASE beside it, for example")
+    kept = "kept" in alone or not (alone or latents)
     return Wanted(kept, _once(latents), _once(texts), _once(concepts))
 
 

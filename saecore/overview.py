@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
+from saecore.histograms import Bins, alike
 from saecore.results import Results
 from saecore.storage import filesystem_of, join_uri
 
@@ -18,13 +19,6 @@ BINS = 24
 
 REFUSED_LISTED = 50
 """Refused images that are named."""
-
-
-class Bins(NamedTuple):
-    """A histogram."""
-
-    edges: list[float]
-    counts: list[int]
 
 
 class Overview(NamedTuple):
@@ -45,7 +39,8 @@ class Overview(NamedTuple):
 def overview(run: Results, firing_rates: Sequence[float]) -> Overview:
     """Of a run with these firing rates, none of them 0; reads three columns of all images."""
     rates = [math.log10(rate) for rate in firing_rates]
-    counts, edges = np.histogram(rates, BINS, (math.floor(min(rates, default=-1.0)), 0))
+    # A decade at least: of one image, every latent that fires does for all.
+    counts, edges = np.histogram(rates, BINS, (min(math.floor(min(rates, default=0.0)), -1), 0))
     figures, histograms = {}, {}
     for name in ("l0", "cosine", "fvu"):
         query = f"""SELECT avg({name}), min({name}), max({name}), quantile_cont({name}, [0.05, 0.5, 0.95])
@@ -54,7 +49,7 @@ def overview(run: Results, firing_rates: Sequence[float]) -> Overview:
         if mean is None:  # all images were refused
             continue
         figures[name] = {"mean": mean, **dict(zip(("low", "median", "high"), quantiles, strict=True))}
-        if least < most:
+        if not alike(least, most):
             histograms[name] = histogram(run, name, least, most)
     refused = """SELECT image_id, uri, key, error, error_detail FROM images
         WHERE error IS NOT NULL ORDER BY image_id LIMIT ?"""

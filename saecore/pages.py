@@ -15,6 +15,7 @@ import jinja2
 
 from saecore import captions
 from saecore.captions import number, percent
+from saecore.holdings import holdings, maps_in_words
 from saecore.methods import DECOMPOSE
 from saecore.pictures import Pictures
 from saecore.storage import split_settings
@@ -86,6 +87,10 @@ class Site:
         self.n_latents = f"{run.n_latents:,}"
         self.targets = run.targets
         """Each has a page by its place here."""
+        self.no_map = (
+            f"no map: this run holds maps of {maps_in_words(run)} only" if run.methods else "no map: this run has none"
+        )
+        """What stands where a map would."""
         self._strongest = strongest
         self._latents = None if latents is None else frozenset(latents)
         self._images = images
@@ -135,6 +140,7 @@ class Site:
             methods=captions.METHODS,
             decompose=DECOMPOSE,
             refused=record["refused"],
+            holdings=holdings(self.run),
             made=self._made(),
         )
 
@@ -260,6 +266,8 @@ class Site:
             for section in sections
         ]
         with_signs = [method for method in self.methods if captions.has_signs(method)]
+        if not any(group.has_maps for group in groups):
+            maps = []  # and no script to draw them
         data = {"grid": self.grid, "methods": self.methods, "signed": with_signs, "sections": held, "maps": maps}
         return groups, data
 

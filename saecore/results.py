@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from saecore import by_latent
+from saecore import by_latent, histograms
 from saecore.by_latent import MAP, SHOWN
 from saecore.contrast import contrast
 from saecore.latents import lookup
@@ -47,7 +47,9 @@ class Maps(NamedTuple):
 
     def table(self) -> pa.Table:
         """A row a map: its target, the place and value of its strongest patch, its sum, and its remainder."""
-        flat = self.maps.reshape(len(self.maps), -1)
+        flat = self.maps.reshape(
+            len(self.maps), self.maps.shape[1] * self.maps.shape[2]
+        )  # -1 cannot be told of no maps
         row, column = np.unravel_index(flat.argmax(1), self.maps.shape[1:])
         return pa.table(
             {
@@ -155,9 +157,15 @@ class Results:
         return pa.concat_tables([none, *(part.cast(none.schema) for part in found)])
 
     def histogram(self, latent: int, bins: int = 20) -> pa.Table:
-        """How strongly it fires, in bins of one width: low, high, images."""
-        images, edges = np.histogram(self._fired(latent)["activation"].to_numpy(), bins)
-        return pa.table({"low": edges[:-1], "high": edges[1:], "images": images})
+        """How strongly it fires, in bins of one width: low, high, images; of equal activations one, of none no row."""
+        edges, images = histograms.count(self._fired(latent)["activation"].to_numpy(), bins)
+        columns = {"low": edges[:-1], "high": edges[1:]}
+        return pa.table(
+            {
+                **{name: pa.array(ends, pa.float64()) for name, ends in columns.items()},
+                "images": pa.array(images, pa.int64()),
+            }
+        )
 
     def co_firing(self, latent: int, n: int = 20) -> pa.Table:
         """The latents that fire for the same images: latent, images (of both), share, lift, jaccard, names; by jaccard.

@@ -13,10 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from saecore import runs
+from saecore import histograms, runs
 from saecore.by_latent import MAP
+from saecore.histograms import Bins
 from saecore.latents import lookup
-from saecore.overview import BINS, Bins, Overview, overview
+from saecore.overview import BINS, Overview, overview
 from saecore.pictures import CROP
 from saecore.results import STRENGTH, Results
 from saecore.schema import INDEX_BITS
@@ -207,7 +208,7 @@ class Views:
     def target(self, target: str, strongest: int, spread: int) -> TargetView:
         """With the images where its value is largest, and others spread evenly over the ranks of the rest."""
         values = self.run.values_of(target)
-        counts, edges = np.histogram(values["pre_activation"].to_numpy(), BINS)
+        bins = histograms.count(values["pre_activation"].to_numpy(), BINS)
         places = [*range(min(strongest, values.num_rows)), *_spread(strongest, values.num_rows, spread)]
         shown = values.take(pa.array(places, pa.int64()))
         by_image = self._by_image([self.run.tables.rows("maps", shown["image_id"], MAP, pc.field("target") == target)])
@@ -225,7 +226,7 @@ class Views:
             for place, found in zip(places, shown.to_pylist(), strict=True)
         ]
         sections = _in_two(tiles, strongest, target.partition(":")[0])
-        return TargetView(target, Bins(edges.tolist(), counts.tolist()), sections)
+        return TargetView(target, bins, sections)
 
     # ---- Images.
 

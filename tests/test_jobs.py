@@ -236,12 +236,16 @@ def test_maps_of_a_text_alone_point_at_it(shards: Path, tmp_path: Path) -> None:
     """No latents at all: the word itself, as a direction, found where its true mask is."""
     out = tmp_path / "out"
     assert (
-        explain.main([*command(shards, out, "--local"), "--targets", *(f"text:{word}" for word in scenes.COLOURS)]) == 0
+        explain.main(
+            [*command(shards, out, "--local"), "--targets", "no-kept", *(f"text:{word}" for word in scenes.COLOURS)]
+        )
+        == 0
     )
     keys = {key[0]: row["key"] for key, row in rows(out, "images").items()}
     hits = []
     for row in runs.dataset(str(out), "maps").to_table().to_pylist():
         scene = scenes.scene_at(scenes.SEED_DEMO, int(Path(keys[row["image_id"]]).stem))
+        assert row["latent"] is None
         wanted = [row["target"] == f"text: {thing.colour}" for thing in scene.things]
         if any(wanted):
             best = int(np.frombuffer(row["map"], np.int8).argmax())

@@ -11,14 +11,14 @@ ROOT = Path(__file__).parent.parent
 
 # A module imports from the lines above its own only.
 ORDER = [
-    ["storage", "schema", "spec", "methods", "kernels", "display", "localisation", "effort", "demo.scenes"],
+    ["storage", "schema", "spec", "methods", "kernels", "effort", "histograms", "display", "localisation", "demo.scenes"],
     ["listing", "images", "isolation", "runs", "recipe"],
     ["shards", "tower", "sae", "memmaps", "embeddings", "latents", "contrast", "by_latent"],
     ["formats", "cls_path", "targets", "quality", "objectives", "naming", "tables", "synthetic"],
     ["checkpoints", "mean_token", "siglip", "trainer", "naive", "naive_maps", "results", "indexing"],
     ["clip"],
     ["text"],
-    ["relevance", "training", "statistics", "pictures", "overview"],
+    ["relevance", "training", "statistics", "pictures", "overview", "holdings"],
     ["reruns", "query_speed", "views"],
     ["inference", "training_speed", "captions"],
     ["stages", "timing", "pages"],

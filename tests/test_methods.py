@@ -380,6 +380,27 @@ def test_methods_in_bfloat16_are_nearly_the_same() -> None:
     assert dtype_of("cpu") == "float32"
 
 
+@pytest.mark.parametrize(
+    ("given", "specs"),
+    [
+        (["kept"], ["kept"]),
+        (["text: a red square", "concept:red"], ["kept", "text:a red square", "concept:red"]),
+        (["concept:red", "kept", "text:a red square"], ["kept", "text:a red square", "concept:red"]),
+        (["latents:3", "latents: 17,3"], ["latents:3,17"]),
+        (["latents:3", "no-kept"], ["latents:3"]),
+        (["latents:3", "kept"], ["kept", "latents:3"]),
+        (["latents:3", "text:x"], ["latents:3", "text:x"]),
+        (["text:x", "no-kept", "text: x"], ["no-kept", "text:x"]),
+    ],
+)
+def test_targets_have_one_spelling(given: list[str], specs: list[str]) -> None:
+    """Texts and concepts add to the kept latents, and what asks for the same makes the same fingerprint."""
+    wanted = parse_targets(given)
+    assert wanted.specs() == specs
+    assert parse_targets(specs) == wanted
+    assert wanted.kept == ("kept" in specs)
+
+
 def test_what_is_asked_for_is_read_as_written() -> None:
     assert parse_methods("chefer, contrib,chefer") == ("chefer", "contrib")
     wanted = parse_targets(["kept", "latents:3,17", "text: a red: square ", "concept:red", "latents:3"])
@@ -388,11 +409,15 @@ def test_what_is_asked_for_is_read_as_written() -> None:
     for wrong in ("contrib,lrp", "", "contrib,,chefer"):
         with pytest.raises(ValueError, match=r"--method .*: must be"):
             parse_methods(wrong)
-    for targets in (["latents:"], ["latents:3,x"], ["text:"], ["words:red"], ["kept:3"], [""]):
+    for targets in (["latents:"], ["latents:3,x"], ["text:"], ["words:red"], ["kept:3"], ["no-kept:3"], [""]):
         with pytest.raises(ValueError, match=r"--targets '.*': must be"):
             parse_targets(targets)
     with pytest.raises(ValueError, match="at least one"):
         parse_targets([])
+    with pytest.raises(ValueError, match="--targets kept no-kept: one asks for what the other leaves away"):
+        parse_targets(["no-kept", "text:x", "kept"])
+    with pytest.raises(ValueError, match="--targets no-kept leaves nothing to explain"):
+        parse_targets(["no-kept"])
     for options, said in (
         ({"norm": "loose"}, "--norm 'loose' is not one of auto, frozen, exact"),
         ({"layers": -1}, "--layers -1"),

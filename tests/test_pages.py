@@ -1,15 +1,12 @@
 """A report as files: the numbers of the tables, names as text, links that lead somewhere, and clear mistakes."""
 
 import base64
-import html.parser
 import json
 import re
 import shutil
 import tarfile
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import duckdb
 import numpy as np
@@ -19,44 +16,10 @@ import pytest
 
 from jobs import report
 from saecore import captions
-from saecore.overview import Bins
+from saecore.histograms import Bins
 from saecore.views import Map
 from tests import album, planted
-
-
-class Page(html.parser.HTMLParser):
-    """What a browser would find in a file."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.path = path
-        self.elements: dict[str, list[dict[str, str]]] = defaultdict(list)
-        self.words: list[str] = []
-        self.data: Any = None
-        self._inside: list[str] = []
-        self.feed(path.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.elements[tag].append({name: value or "" for name, value in attributes})
-        self._inside.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        while self._inside and self._inside.pop() != tag:
-            pass
-
-    def handle_data(self, data: str) -> None:
-        if self._inside[-1:] == ["script"]:
-            self.data = json.loads(data)
-        else:
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
-
-
-def pages(folder: Path) -> list[Page]:
-    return [Page(path) for path in sorted(folder.rglob("*.html"))]
+from tests.reading import Page, check_links, pages
 
 
 @pytest.fixture(scope="module")
@@ -97,17 +60,7 @@ def test_a_text_has_a_page(album_run: Path, written: Path) -> None:
 
 
 def test_links_lead_to_files_of_the_report(written: Path) -> None:
-    for page in pages(written):
-        held = [element for elements in page.elements.values() for element in elements]
-        links = [element[name] for element in held for name in ("href", "src", "action") if name in element]
-        assert len(links) > 8
-        for link in links:
-            parts = urlsplit(link)
-            assert not parts.scheme, link
-            assert not parts.netloc, link
-            target = (page.path.parent / unquote(parts.path)).resolve() if parts.path else page.path
-            assert target.is_file(), f"{page.path}: {link}"
-            assert target.is_relative_to(written)
+    check_links(written)
 
 
 def test_names_are_text(written: Path) -> None:
@@ -220,7 +173,7 @@ def test_a_smaller_report_replaces_it(album_run: Path, tmp_path: Path) -> None:
     assert len(list((out / "latents").iterdir())) == 3
     assert len(list((out / "images").iterdir())) == 4  # first and last image among them, which is the refused one
     assert [path.name for path in tmp_path.iterdir()] == ["report"]
-    test_links_lead_to_files_of_the_report(out)
+    check_links(out)
 
 
 def test_a_run_is_reported_inside_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,7 +196,7 @@ def test_a_run_with_little_to_show(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     run = planted.write(tmp_path / "run", methods=planted.METHODS if case == "refused images alone" else ())
     assert report.main(["--run", run]) == 0
     out = tmp_path / "run" / "report"
-    test_links_lead_to_files_of_the_report(out)
+    check_links(out)
     assert len(list((out / "images").iterdir())) == 6
     expected = "truncated 6" if case == "refused images alone" else "this run was made without maps"
     assert expected in Page(out / "index.html").text
@@ -276,7 +229,7 @@ def test_inputs_that_are_gone(album_run: Path, tmp_path: Path, capsys: pytest.Ca
         assert 10 < int(missing[1]) < album.N_IMAGES - 1
     else:
         assert int(missing[1]) == (2 if change == "two others" else album.N_IMAGES - 1)
-    test_links_lead_to_files_of_the_report(tmp_path / "run" / "report")
+    check_links(tmp_path / "run" / "report")
 
 
 @pytest.mark.parametrize(
@@ -327,7 +280,20 @@ def test_a_map_of_nothing_is_said_to_be_one() -> None:
 def test_a_histogram_by_hand() -> None:
     """Two bins of 1 and 4: the second is four times as high, 112 of 150; the SVG's 480 are cut in half, less a gap of 2."""
     drawn = captions.chart("Strength", "activation", "images", Bins([0.0, 1.0, 2.0], [1, 4]))
+    assert drawn is not None
     assert [bar[:4] for bar in drawn.bars] == [(1.0, 102.0, 238.0, 28.0), (241.0, 18.0, 238.0, 112.0)]
     assert [bar.text for bar in drawn.bars] == ["0 to 1.00: 1 image", "1.00 to 2.00: 4 images"]
     assert drawn.summary == "Histogram of activation: 5 images from 0 to 2.00, most of them from 1.00 to 2.00"
     assert drawn.ticks == [(0.0, "0", "start"), (240.0, "1.00", "middle"), (480.0, "2.00", "end")]
+
+
+def test_a_histogram_of_equal_numbers_is_one_bar() -> None:
+    drawn = captions.chart("Strength", "activation", "images", Bins([2.5, 2.5000002], [17]))
+    assert drawn is not None
+    assert [bar[:4] for bar in drawn.bars] == [(230, 18.0, 20, 112.0)]
+    assert drawn.summary == "Histogram of activation: 17 images, all at 2.50"
+    assert drawn.ticks == [(240, "2.50", "middle")]
+    alone = captions.chart("Strength", "activation", "images", Bins([2.5, 2.5], [1]))
+    assert alone is not None
+    assert alone.summary == "Histogram of activation: 1 image, at 2.50"
+    assert captions.chart("Strength", "activation", "images", Bins([], [])) is None

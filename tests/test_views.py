@@ -10,7 +10,8 @@ import pytest
 
 from jobs import index
 from saecore import results
-from saecore.overview import Bins, histogram
+from saecore.histograms import Bins
+from saecore.overview import histogram
 from saecore.views import Views
 from tests import planted
 from tests.planted import IDS
