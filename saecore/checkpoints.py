@@ -18,12 +18,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
 
 from saecore import formats
-from saecore.sae import CONFIG_FILE, SAE, WEIGHTS_FILE, SAEConfig, from_tensors, load_folder
+from saecore.hub import snapshot
+from saecore.sae import CONFIG_FILE, SAE, WEIGHTS_FILE, from_tensors, load_folder
+from saecore.spec import SAEConfig, from_fields
+from saecore.untrusted import about, mapping, number, read_json_file, read_torch
 
 DEMO = Path(__file__).parent / "demo" / "sae"
 
@@ -40,20 +42,26 @@ _SINGLE = (".pth", ".pt")
 
 def load_sae(address: str) -> SAE:
     """The SAE at `address` (forms above), in float32 on the CPU; ValueError in one sentence if it cannot be had."""
+    with about(f"--sae {address}"):
+        try:
+            return _load(address)
+        except OSError as error:  # of a file that may not be read, or is a folder
+            raise ValueError(f"cannot be read: {error}") from error
+
+
+def _load(address: str) -> SAE:
     if address == "demo":
         return load_folder(DEMO)
     remote = address.startswith("hf://")
     if (address.partition("@")[0] if remote else address).endswith(".safetensors"):
-        raise ValueError(f"--sae {address}: a safetensors file does not say what its tensors are; give its folder")
+        raise ValueError("a safetensors file does not say what its tensors are; give its folder")
     path = _download(address) if remote else Path(address)
     if path.is_dir():
         return _read_folder(path)
     if not path.is_file():
-        raise ValueError(
-            f"--sae {address}: no such file or folder; an SAE on the Hugging Face Hub is hf://OWNER/REPOSITORY"
-        )
+        raise ValueError("no such file or folder; an SAE on the Hugging Face Hub is hf://OWNER/REPOSITORY")
     if path.suffix not in _SINGLE:
-        raise ValueError(f"--sae {address}: expected a folder with {CONFIG_FILE}, or a .pth or .pt file")
+        raise ValueError(f"expected a folder with {CONFIG_FILE}, or a .pth or .pt file")
     return _read_file(path)
 
 
@@ -75,7 +83,7 @@ def _read_file(path: Path) -> SAE:
         first = file.read(1)
     if first == b"{":
         return from_tensors(*formats.read_saev(path), path.name)
-    content = formats.read_torch(path)
+    content = read_torch(path)
     if "model_state_dict" in content:
         return from_tensors(*formats.read_clipscope(path, content), path.name)
     return read_msae(path, content)
@@ -86,21 +94,17 @@ def _download(address: str) -> Path:
     location, _, revision = address.removeprefix("hf://").partition("@")
     parts = location.strip("/").split("/")
     if len(parts) < 2:
-        raise ValueError(f"--sae {address}: expected hf://OWNER/REPOSITORY, optionally followed by /PATH and @REVISION")
+        raise ValueError("expected hf://OWNER/REPOSITORY, optionally followed by /PATH and @REVISION")
     repository, inside = "/".join(parts[:2]), "/".join(parts[2:])
     if inside.endswith(_SINGLE):
         wanted = [inside, f"{inside}.json"]
     else:
         files = {CONFIG_FILE, WEIGHTS_FILE, "activation_scaler.json"}.union(*(f for f, _ in formats.FOLDERS.values()))
         wanted = [f"{inside}/{file}".lstrip("/") for file in sorted(files)]
-    try:
-        # Not file by file: the listing tells which of them exist, and without a network the cache does.
-        folder = huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=wanted)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise ValueError(f"--sae {address}: {' '.join(str(error).split())}") from error
-    path = Path(folder, inside)
+    # Not file by file: the listing tells which of them exist, and without a network the cache does.
+    path = snapshot(repository, revision or None, lambda files: wanted) / inside
     if not path.exists():
-        raise ValueError(f"--sae {address}: no {inside} with an SAE in {repository}")
+        raise ValueError(f"no {inside} with an SAE in {repository}")
     return path
 
 
@@ -114,10 +118,13 @@ def read_msae(path: Path, content: dict[str, Any]) -> SAE:
         )
     spec = Path(f"{path}.json")
     config = _spec(spec) if spec.is_file() else _named(path)
-    tensors = {key: value for key, value in content["model"].items() if key != "latents_activation_frequency"}
+    model = mapping(content["model"], f"model in {path.name}")
+    tensors = {key: value for key, value in model.items() if key != "latents_activation_frequency"}
     log_threshold = tensors.pop("activation.log_threshold", None)
     again = tensors.pop("dead_activations.log_threshold", log_threshold)  # one parameter, registered twice
     if log_threshold is not None:
+        if not (isinstance(log_threshold, Tensor) and isinstance(again, Tensor)):
+            raise ValueError(f"{path.name}: expected log_threshold to be a tensor")
         if not torch.equal(log_threshold, again):
             raise ValueError(f"{path.name}: expected two equal copies of log_threshold, found two that differ")
         tensors["threshold"] = log_threshold.exp()
@@ -125,7 +132,7 @@ def read_msae(path: Path, content: dict[str, Any]) -> SAE:
         tensors["threshold"] = torch.full((), torch.nan)  # MSAE stores none
     tensors["mean"] = content["mean_center"]
     # Stored number, never recomputed: two definitions of it are in circulation, with and without a square root.
-    tensors["scale"] = torch.tensor(float(content["scaling_factor"]))
+    tensors["scale"] = torch.tensor(number(content["scaling_factor"], f"scaling_factor in {path.name}"))
     return from_tensors(config, tensors, path.name)
 
 
@@ -163,8 +170,4 @@ def _named(path: Path) -> SAEConfig:
 
 
 def _spec(path: Path) -> SAEConfig:
-    fields = formats.read_json(path.read_bytes(), path.name)
-    try:
-        return SAEConfig(**{"source": f"MSAE checkpoint {path.stem}", **fields})
-    except TypeError as error:  # Python's own sentence names the field
-        raise ValueError(f"{path.name} does not hold the fields of an SAEConfig: {error}") from error
+    return from_fields({"source": f"MSAE checkpoint {path.stem}", **read_json_file(path)}, path.name)

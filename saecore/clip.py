@@ -9,21 +9,23 @@ Shapes as in `saecore.tower`.
 """
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, CLIPVisionModelWithProjection, PreTrainedModel, SiglipVisionModel
+from transformers import CLIPVisionModelWithProjection, PreTrainedModel, SiglipVisionModel
 
+from saecore import hub, model_files
 from saecore.images import Preprocess, load_preprocess
 from saecore.mean_token import mean_token_gradients
 from saecore.siglip import SiglipTower
+from saecore.soundness import check_images
 from saecore.tower import Entry, ImageTower, PathLayer, ReadOut, Trace
+from saecore.untrusted import about
 
 Half = TypeVar("Half")
 
-DEMO = Path(__file__).parent / "demo" / "clip"
+DEMO = hub.DEMO_CLIP
 
 
 class ClipTower(ImageTower):
@@ -109,31 +111,31 @@ def load_tower(model_id: str, revision: str | None = None) -> ImageTower:
         "clip": (CLIPVisionModelWithProjection, ClipTower),
         "siglip": (SiglipVisionModel, SiglipTower),
     }
-    return load_half(halves, load_preprocess, model_id, revision)
+    return load_half(halves, load_preprocess, check_images, model_id, revision)
 
 
 def load_half(
-    halves: Halves[Half], load_input: Callable[[str, str | None], Any], model_id: str, revision: str | None
+    halves: Halves[Half],
+    load_input: Callable[[str], Any],
+    check: Callable[[Half, str], None],
+    model_id: str,
+    revision: str | None,
 ) -> Half:
-    """One tower of a model, with its projection, over what prepares its input; errors as `load_tower` says."""
-    source = str(DEMO) if model_id == "demo" else model_id
-    try:
-        kind = AutoConfig.from_pretrained(source, revision=revision).model_type
+    """One tower of a model, with its projection, over what prepares its input, checked; errors as `load_tower` says."""
+    with about(f"--clip {model_id}"):
+        folder = hub.model_folder(model_id, revision)
+        fields = model_files.read_fields(folder)
+        kind = fields["model_type"]
         found = [pair for name, pair in halves.items() if kind in (name, pair[0].config_class.model_type)]
         if not found:
             raise ValueError(
-                f"--clip {model_id} is a {kind!r} model; supported are CLIP with a CLS token (type 'clip') and SigLIP or "
-                "SigLIP 2 at a fixed resolution (type 'siglip')"
+                f"{model_files.CONFIG_FILE} describes a {kind!r} model; supported are CLIP with a CLS token (type 'clip') and "
+                "SigLIP or SigLIP 2 at a fixed resolution (type 'siglip')"
             )
         half, tower = found[0]
-        model, report = half.from_pretrained(
-            source, revision=revision, attn_implementation="sdpa", dtype=torch.float32, output_loading_info=True
-        )
-        prepares = load_input(source, revision)
-    except OSError as error:
-        raise ValueError(f"--clip {model_id}: {' '.join(str(error).split())}") from error
-    if report["missing_keys"]:
-        raise ValueError(
-            f"--clip {model_id} lacks the weights {', '.join(sorted(report['missing_keys']))}, of which its embedding is made"
-        )
-    return tower(model.eval().requires_grad_(False), prepares)
+        config = model_files.read_config(half, fields)
+        prepares = load_input(str(folder))
+        weights = model_files.check_weights(folder, half, config)
+        loaded = tower(model_files.load(half, folder, config).eval().requires_grad_(False), prepares)
+        check(loaded, weights)
+    return loaded

@@ -20,67 +20,19 @@ Left out, and refused by name: gated, temporal, transcoders, group-max; pickled 
 patchSAE, overcomplete); DN-CBM. MSAE is in `saecore.checkpoints`.
 """
 
-import io
-import json
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from saecore.sae import SAEConfig
+from saecore.spec import SAEConfig
+from saecore.untrusted import mapping, number, read_json, read_safetensors, read_torch, scalar, shape_of, shown, whole
 
 Converted = tuple[SAEConfig, dict[str, Tensor]]
 """What `saecore.sae.from_tensors` takes."""
-
-# ---- Reading without running code.
-
-
-def read_torch(path: Path, skip: int = 0) -> dict[str, Any]:
-    """`torch.load`, `skip` bytes into a file, that can build nothing but tensors and NumPy float64 scalars."""
-    scalar = np.float64(0).__reduce__()[0]  # the constructor, wherever this NumPy keeps it
-    allowed: list[Any] = [
-        (scalar, "numpy.core.multiarray.scalar"),
-        (scalar, "numpy._core.multiarray.scalar"),
-        np.dtype,
-        type(np.dtype("float64")),
-    ]
-    with torch.serialization.safe_globals(allowed):
-        try:
-            source = io.BytesIO(path.read_bytes()[skip:]) if skip else path
-            content = torch.load(source, map_location="cpu", weights_only=True)
-        # torch raises pickle, zip and runtime errors alike for a file it cannot or will not read.
-        except Exception as error:
-            raise ValueError(
-                f"{path.name} cannot be read as a plain checkpoint: {str(error).splitlines()[0]}"
-            ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} holds a {type(content).__name__}, expected a dictionary")
-    return content
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Named tensors; ValueError if the file is none of safetensors."""
-    try:
-        return safetensors.torch.load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path.name} cannot be read as safetensors: {error}") from error
-
-
-def read_json(text: bytes, where: str) -> dict[str, Any]:
-    """A JSON object; ValueError if `text` is none."""
-    try:
-        content = json.loads(text)
-    except ValueError as error:  # of JSON or of UTF-8
-        raise ValueError(f"{where} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{where} holds a JSON {type(content).__name__}, expected an object")
-    return content
-
 
 # ---- Checking and converting.
 
@@ -101,11 +53,13 @@ def choose(what: str, value: Any, supported: Mapping[Any, str], where: str) -> s
 
 def take(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: str) -> list[Tensor]:
     """The tensors of exactly these names and shapes, in this order, in float64; ValueError names the first that differs."""
-    found = {name: tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for name, t in state.items()}
+    found = {name: shape_of(t, f"{where}: tensor {name!r}", weights=False) for name, t in mapping(state, where).items()}
     for name in sorted(shapes.keys() | found.keys()):
         if shapes.get(name) != found.get(name):
             wanted = f"shape {shapes[name]}" if name in shapes else "no such tensor"
             raise ValueError(f"{where}: tensor {name!r}: expected {wanted}, found {found.get(name, 'none')}")
+    for name in shapes:
+        shape_of(state[name], f"{where}: tensor {name!r}")
     return [state[name].double() for name in shapes]
 
 
@@ -148,9 +102,28 @@ def w_shapes(d: int, n: int) -> dict[str, tuple[int, ...]]:
     return {"W_enc": (d, n), "b_enc": (n,), "W_dec": (n, d), "b_dec": (d,)}
 
 
-def calibrated(threshold: Tensor, least: float = 0.0) -> Tensor:
+def calibrated(threshold: Any, where: str, least: float = 0.0) -> Tensor:
     """A stored BatchTopK threshold, or NaN where training never set it."""
-    return threshold if float(threshold) >= least else torch.full_like(threshold, torch.nan)
+    if isinstance(threshold, Tensor) and bool(threshold.isnan().all()):
+        return torch.tensor(torch.nan)
+    value = number(threshold, f"{where}: threshold")
+    return torch.tensor(value if value >= least else torch.nan)
+
+
+def group_ends(sizes: Any, what: str) -> tuple[int, ...]:
+    """Where groups of these sizes end."""
+    if not isinstance(sizes, Tensor) or sizes.ndim != 1 or not 0 < sizes.numel() <= MOST_GROUPS:
+        raise ValueError(f"{what} is {shown(sizes)}, expected a list of whole numbers")
+    return tuple(itertools.accumulate(whole(size, what) for size in sizes.tolist()))
+
+
+MOST_GROUPS = 4096
+"""Of a Matryoshka dictionary; published ones have up to ten."""
+
+
+def _times(d: Any, factor: Any, what: str) -> int:
+    """Latents as so many times the width; '12' * 4 is a text in Python."""
+    return whole(d, "the width of the SAE") * whole(factor, what)
 
 
 # ---- One reader a format: path -> what `from_tensors` takes.
@@ -169,7 +142,7 @@ def read_saev(path: Path) -> Converted:
         raise ValueError(f"{path.name}: saev schema {schema!r} is not supported; supported: none, 2, 3, 4, 5")
     config = header if schema is None else ask(header, "cfg", where)
     d = ask(config, "d_model" if "d_model" in config else "d_vit", where)
-    n = config["d_sae"] if "d_sae" in config else d * ask(config, "exp_factor", where)
+    n = config["d_sae"] if "d_sae" in config else _times(d, ask(config, "exp_factor", where), f"exp_factor in {where}")
     activation = {"cls": "Relu"} if schema is None else ask(config, "activation", where)
     supported = {"Relu": "relu", "TopK": "topk", "BatchTopK": "batchtopk"}
     architecture = choose("saev activation", ask(activation, "cls", where), supported, path.name)
@@ -178,7 +151,9 @@ def read_saev(path: Path) -> Converted:
     threshold = None
     if architecture == "batchtopk":
         stored = state.pop("activation.threshold", torch.zeros(()))
-        threshold = calibrated(stored, least=torch.finfo(torch.float32).tiny)  # it starts at 0, which is no threshold
+        threshold = calibrated(
+            stored, path.name, torch.finfo(torch.float32).tiny
+        )  # it starts at 0, which is no threshold
     tensors = convert(*take(state, w_shapes(d, n), path.name), threshold=threshold, subtracts=schema is None)
     output = "signed" if architecture == "topk" else "relu"  # its TopK knows no ReLU
     return SAEConfig(d, n, k, architecture, output, source=f"saev {path.name}"), tensors
@@ -235,15 +210,15 @@ def read_dictionary_learning(folder: Path) -> Converted:
     file = f"{folder.name}/ae.pt"
     k, stored, nested = 0, torch.tensor(-1.0), tuple[int, ...]()
     if architecture in ("topk", "batchtopk"):
-        k = int(ask(state, "k", file))
+        k = whole(scalar(ask(state, "k", file)), f"{file}: k")
         if k != trainer.get("k", k):
             raise ValueError(f"{where} says k = {trainer['k']}, {file} says {k}")
         state.pop("k")
         stored = state.pop("threshold", stored)
     if name == "MatryoshkaBatchTopKSAE":
-        nested = tuple(ask(state, "group_sizes", file).cumsum(0).tolist())
-        if nested[-1] != n:
-            raise ValueError(f"{file}: expected group sizes that sum to {n} latents, found {nested[-1]}")
+        nested = group_ends(ask(state, "group_sizes", file), f"{file}: group_sizes")
+        if nested[-1:] != (n,):
+            raise ValueError(f"{file}: expected group sizes that sum to {n} latents, found {sum(nested[-1:])}")
         state.pop("group_sizes")
     if architecture == "jumprelu":
         *weights, threshold = take(state, w_shapes(d, n) | {"threshold": (n,)}, file)
@@ -255,12 +230,14 @@ def read_dictionary_learning(folder: Path) -> Converted:
             )
         tensors = convert(*weights, threshold=threshold, subtracts=False)
     elif name == "MatryoshkaBatchTopKSAE":
-        tensors = convert(*take(state, w_shapes(d, n), file), threshold=calibrated(stored))
+        tensors = convert(*take(state, w_shapes(d, n), file), threshold=calibrated(stored, file))
     else:  # two nn.Linear: both weights are transposed
         shapes = {"encoder.weight": (n, d), "encoder.bias": (n,), "decoder.weight": (d, n)}
         shapes |= {"bias" if name == "AutoEncoder" else "b_dec": (d,)}
         encoder, latent_bias, decoder, bias = take(state, shapes, file)
-        kept = calibrated(stored) if architecture == "batchtopk" else None  # AutoEncoderTopK stores one, but keeps k
+        kept = (
+            calibrated(stored, file) if architecture == "batchtopk" else None
+        )  # AutoEncoderTopK stores one, but keeps k
         tensors = convert(encoder.T, latent_bias, decoder.T, bias, threshold=kept)
     nesting, source = "prefixes" if nested else "none", f"dictionary_learning {folder.name}"
     return SAEConfig(d, n, k, architecture, nesting=nesting, nested=nested, source=source), tensors
@@ -278,7 +255,7 @@ def read_saelens(folder: Path) -> Converted:
     k = 0
     if architecture == "topk":
         k = ask(config if "k" in config else config.get("activation_fn_kwargs") or {}, "k", where)
-    metadata = {**config, **(config.get("metadata") or {})}
+    metadata = {**config, **mapping(config.get("metadata") or {}, f"metadata in {where}")}
     hook, hook_out = metadata.get("hook_name"), metadata.get("hook_name_out")
     if hook_out not in (None, hook):
         raise ValueError(f"{where}: expected an autoencoder, found one from {hook} to {hook_out}")
@@ -310,7 +287,7 @@ def _saelens_scale(folder: Path, where: str) -> float:
             f"{where}: normalize_activations is expected_average_only_in, so expected the scaling factor of its training "
             f"data in {file.name}, found none"
         )
-    return float(factor)
+    return number(factor, f"scaling_factor in {file.name}")
 
 
 def read_sparsify(folder: Path) -> Converted:
@@ -321,7 +298,8 @@ def read_sparsify(folder: Path) -> Converted:
     if config.get("transcode") or config.get("signed"):
         raise ValueError(f"{where}: expected an unsigned autoencoder, found transcode or signed set")
     d, k = ask(config, "d_in", where), ask(config, "k", where)
-    n = config.get("num_latents") or d * ask(config, "expansion_factor", where)
+    factor = f"expansion_factor in {where}"
+    n = config.get("num_latents") or _times(d, ask(config, "expansion_factor", where), factor)
     state = read_safetensors(folder / "sae.safetensors")
     if bool(state.pop("W_skip", torch.zeros(())).any()):
         raise ValueError(f"{folder}: expected an autoencoder, found a skip connection (W_skip)")
@@ -336,7 +314,7 @@ def read_clipscope(path: Path, content: Mapping[str, Any]) -> Converted:
     d, n, k = (ask(content, key, path.name) for key in ("d_in", "n_features", "k"))
     shapes = {"enc": (d, n), "dec": (n, d), "pre_b": (d,)}
     encoder, decoder, bias = take(ask(content, "model_state_dict", path.name), shapes, path.name)
-    tensors = convert(encoder, torch.zeros(n), decoder, bias)
+    tensors = convert(encoder, torch.zeros(encoder.shape[1]), decoder, bias)
     return SAEConfig(d, n, k, "topk", "signed", source=f"clipscope {path.name}"), tensors
 
 

@@ -40,7 +40,9 @@ import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
 from torch import Tensor, nn
 
-from saecore.spec import SAEConfig
+from saecore.soundness import check_sae
+from saecore.spec import SAEConfig, from_fields
+from saecore.untrusted import read_json_file, read_safetensors, shape_of
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "sae.safetensors"
@@ -335,7 +337,7 @@ def load_folder(folder: str | Path) -> SAE:
     folder = Path(folder)
     if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
         raise ValueError(f"no SAE in {folder}: expected {CONFIG_FILE} and {WEIGHTS_FILE} there")
-    config = json.loads((folder / CONFIG_FILE).read_text())
+    config = read_json_file(folder / CONFIG_FILE)
     if config.pop("format", None) != "relevance-map-sae" or config.pop("version", None) != 1:
         raise ValueError(
             f"{folder / CONFIG_FILE} does not describe an SAE of this project (format relevance-map-sae, version 1)"
@@ -345,21 +347,25 @@ def load_folder(folder: str | Path) -> SAE:
         raise ValueError(
             f"{folder / CONFIG_FILE} has unknown fields {sorted(set(config) - known)}; a newer version wrote it"
         )
-    return from_tensors(SAEConfig(**config), safetensors.torch.load_file(folder / WEIGHTS_FILE), str(folder))
+    return from_tensors(
+        from_fields(config, str(folder / CONFIG_FILE)), read_safetensors(folder / WEIGHTS_FILE), str(folder)
+    )
 
 
 def from_tensors(config: SAEConfig, tensors: dict[str, Tensor], where: str) -> SAE:
     """Fill an SAE from named tensors of the shapes that `config` asks for; ValueError names the first that differs."""
-    sae = SAE(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    for name in sorted(expected.keys() | found.keys()):
+    with torch.device(
+        "meta"
+    ):  # shapes alone: what a config claims is not allocated before its file is known to hold it
+        expected = {name: tuple(tensor.shape) for name, tensor in SAE(config).state_dict().items()}
+    found = {name: shape_of(tensor, f"SAE tensor {name!r} in {where}") for name, tensor in tensors.items()}
+    for name in sorted(expected.keys() | found.keys(), key=str):
         if expected.get(name) != found.get(name):
             raise ValueError(
                 f"SAE tensor {name!r} in {where}: expected shape {expected.get(name)}, found {found.get(name)}"
             )
-    broken = [name for name, tensor in tensors.items() if name != "threshold" and not torch.isfinite(tensor).all()]
-    if broken:
-        raise ValueError(f"SAE tensor {broken[0]!r} in {where} holds values that are not finite")
+    sae = SAE(config)
     sae.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    return sae.eval().requires_grad_(False)
+    sae = sae.eval().requires_grad_(False)
+    check_sae(sae, where)
+    return sae

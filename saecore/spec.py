@@ -1,6 +1,10 @@
 """What an SAE is beside its tensors: the form to which every foreign format is converted, and which config.json holds."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from saecore.untrusted import about, number, shown, whole
 
 CHOICES = {
     "architecture": ("relu", "topk", "batchtopk", "jumprelu"),
@@ -8,6 +12,12 @@ CHOICES = {
     "normalise": ("none", "layer_norm", "constant_norm"),
     "nesting": ("none", "levels", "prefixes"),
 }
+
+KINDS = {str: "a text", bool: "true or false", tuple: "a list"}
+"""Types as sentences call them."""
+
+MOST_INPUTS = 2**20
+"""No embedding is wider. With 32-bit ids of latents, no size of a tensor overflows before it is compared with a file's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,16 +50,48 @@ class SAEConfig:
     """Where the weights come from: a training command, or a foreign file and its format."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "nested", tuple(self.nested))  # JSON knows lists only
+        nested: Any = self.nested
+        if isinstance(nested, list):  # JSON knows lists only
+            object.__setattr__(self, "nested", tuple(nested))
+        self._check_types()
         for field, choices in CHOICES.items():
             if getattr(self, field) not in choices:
                 raise ValueError(
                     f"SAE {field} {getattr(self, field)!r} is not supported; supported: {', '.join(choices)}"
                 )
         least = 1 if self.architecture == "topk" else 0
+        whole(self.n_inputs, "SAE n_inputs", most=MOST_INPUTS)
+        whole(self.n_latents, "SAE n_latents")
+        whole(self.k, "SAE k", least=0)
         if not least <= self.k <= self.n_latents:
             raise ValueError(f"an SAE of {self.n_latents} latents cannot let k = {self.k} of them fire")
+        if number(self.soft_cap, "SAE soft_cap") < 0:
+            raise ValueError(f"SAE soft_cap is {self.soft_cap}, expected a positive number, or 0 for none")
+        for level in self.nested:
+            whole(level, "a level of SAE nested", most=self.n_latents)
+        if sorted(set(self.nested)) != list(self.nested):
+            raise ValueError(f"SAE nested {self.nested} does not ascend")
         if self.by_magnitude and self.output == "relu" and self.architecture in ("relu", "topk"):
             raise ValueError(
                 f"a {self.architecture} SAE that selects by magnitude gives signed or absolute activations"
             )
+
+    def _check_types(self) -> None:
+        """To Python a file's `nested: "abc"` is three levels, and its `tied: "no"` is true."""
+        for kind, fields in (
+            (str, (*CHOICES, "source")),
+            (bool, ("by_magnitude", "tied")),
+            (tuple, ("nested",)),
+        ):
+            for field in fields:
+                if not isinstance(getattr(self, field), kind):
+                    raise ValueError(f"SAE {field} is {shown(getattr(self, field))}, expected {KINDS[kind]}")
+
+
+def from_fields(fields: Mapping[str, Any], where: str) -> SAEConfig:
+    """A config from what a file says; ValueError, which names the file, for a field too many, one too few, or a wrong value."""
+    with about(where):
+        try:
+            return SAEConfig(**fields)
+        except TypeError as error:  # Python's own sentence names the field
+            raise ValueError(f"does not hold the fields of an SAEConfig: {error}") from error

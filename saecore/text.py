@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.fs
 import pyarrow.parquet as pq
 import torch
@@ -21,9 +22,11 @@ from torch.nn.functional import normalize
 from transformers import AutoTokenizer, CLIPTextModelWithProjection, SiglipTextModel
 
 from saecore.clip import Halves, load_half
-from saecore.schema import TEXTS_FILE
+from saecore.schema import TEXTS, TEXTS_FILE
+from saecore.soundness import check_texts
 from saecore.storage import filesystem_of, join_uri
 from saecore.tower import hash_of
+from saecore.untrusted import read_json_file
 
 DEMO_VOCABULARY = Path(__file__).parent / "demo" / "vocabulary.txt"
 """The words of the drawn world: colours, shapes, textures, sizes, backgrounds."""
@@ -82,8 +85,15 @@ def read_texts(folder: str) -> Texts:
     filesystem, path = filesystem_of(join_uri(folder, TEXTS_FILE))
     if filesystem.get_file_info(path).type != pyarrow.fs.FileType.File:
         raise ValueError(f"--texts {folder}: no {TEXTS_FILE} there, as jobs.embed --text writes it")
-    table = pq.read_table(path, filesystem=filesystem)
+    try:
+        table = pq.read_table(path, filesystem=filesystem, columns=TEXTS.names)
+        table = table.cast(TEXTS.with_metadata(table.schema.metadata))
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise ValueError(f"--texts {folder}: {TEXTS_FILE} cannot be read: {' '.join(str(error).split())}") from error
+    widths = pc.list_value_length(table["embedding"]).unique().to_pylist()
     embeddings = table["embedding"].combine_chunks().flatten().to_numpy().copy()  # PyTorch wants it writable
+    if len(widths) != 1 or not widths[0] or not np.isfinite(embeddings).all():
+        raise ValueError(f"--texts {folder}: {TEXTS_FILE} holds no vectors, of unequal widths, or not finite ones")
     digest = (table.schema.metadata or {}).get(b"clip_sha256", b"").decode()
     return Texts(table["word"].to_pylist(), embeddings.reshape(table.num_rows, -1), digest)
 
@@ -103,7 +113,7 @@ class TextTower(torch.nn.Module):
 
     def forward(self, texts: Sequence[str]) -> torch.Tensor:
         """Texts -> float32 (N, E), not L2-normalised. What is longer than the tower is cut by the tokenizer."""
-        tokens = self._tokens(
+        tokens = self.tokens(
             texts,
             padding="max_length" if self.siglip else True,
             truncation=True,
@@ -119,9 +129,10 @@ class TextTower(torch.nn.Module):
 
     def too_long(self, texts: Sequence[str]) -> int:
         """How many texts are cut."""
-        return sum(len(ids) > self.n_tokens for ids in self._tokens(texts, verbose=False)["input_ids"])
+        return sum(len(ids) > self.n_tokens for ids in self.tokens(texts, verbose=False)["input_ids"])
 
-    def _tokens(self, texts: Sequence[str], **how: Any) -> Any:
+    def tokens(self, texts: Sequence[str], **how: Any) -> Any:
+        """What the tokenizer makes of texts, with `input_ids` in it; `how` are its own options."""
         return self.tokenizer([text.lower() if self.siglip else text for text in texts], **how)
 
     def sha256(self) -> str:
@@ -144,14 +155,17 @@ def load_text_tower(model_id: str, revision: str | None = None) -> TextTower:
         "clip": (CLIPTextModelWithProjection, TextTower),
         "siglip": (SiglipTextModel, TextTower),
     }
-    return load_half(halves, _load_tokenizer, model_id, revision)
+    return load_half(halves, _load_tokenizer, check_texts, model_id, revision)
 
 
-def _load_tokenizer(source: str, revision: str | None) -> Any:
+def _load_tokenizer(folder: str) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(source, revision=revision)
-    except (ValueError, TypeError, KeyError) as error:  # which one differs with what is missing
-        raise OSError(f"its tokenizer cannot be loaded ({' '.join(str(error).split())})") from error
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of transformers, of JSON, and of a library that raises Exception itself
+        for name in ("tokenizer_config.json", "tokenizer.json"):
+            if Path(folder, name).is_file():
+                read_json_file(Path(folder, name))  # which one it is, where one is not JSON
+        raise ValueError(f"its tokenizer cannot be loaded ({type(error).__name__}: {error})") from error
 
 
 def embed_texts(tower: TextTower, texts: Sequence[str], batch_size: int = 64, device: str = "cpu") -> np.ndarray:

@@ -125,7 +125,7 @@ def test_configs_old_and_new(tmp_path: Path) -> None:
         ({"do_resize": False}, "resize"),
         ({"do_center_crop": False}, "no fixed size"),
         ({"resample": 17}, "17"),
-        ({"size": 0}, "no pixels"),
+        ({"size": 0}, "size of an image processor is 0"),
     ],
 )
 def test_configs_that_are_refused(config: dict[str, Any], message: str) -> None:

@@ -188,7 +188,7 @@ def test_saved_and_loaded_is_the_same(choices: dict[str, Any], tmp_path: Path) -
 
 
 def test_a_card_is_written_and_the_hub_mixin_reads_the_folder(tmp_path: Path) -> None:
-    sae = SAE(SAEConfig(n_inputs=12, n_latents=40, k=6, nesting="levels", nested=(6, 12), source="a test"))
+    sae = variant({"k": 6, "nesting": "levels", "nested": (6, 12), "source": "a test"})
     sae.save(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "40 latents on embeddings of width 12" in card
