@@ -3,7 +3,7 @@
     python -m jobs.query top runs/photos 53                         the images for which latent 53 fires most strongly
     python -m jobs.query image runs/photos 000036.jpg               the latents that fire for an image
     python -m jobs.query maps runs/photos 000036.jpg                where in the image they come from
-    python -m jobs.query target runs/photos "text: a red square"    the images that a text, or a concept, fits best
+    python -m jobs.query target runs/photos "text:a red square"     the images that a text, or a concept, fits best
     python -m jobs.query find runs/photos red                       latents by name
     python -m jobs.query cofiring runs/photos 53                    which others fire for its images
     python -m jobs.query histogram runs/photos 53                   how strongly it fires
@@ -22,7 +22,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import tyro
@@ -37,6 +36,11 @@ from saecore.results import Results
 
 WIDEST = 28
 """Characters of a column: what is longer is cut."""
+
+MOST = {"n": results.LARGEST, "bins": 10_000}
+"""Of what is counted in numbers: more bins than that are a table that nobody reads."""
+
+UNSURE = "names with ? did not pass the thresholds of jobs.name"
 
 Latent = Annotated[int, tyro.conf.Positional, tyro.conf.arg(metavar="LATENT")]
 Image = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
@@ -57,6 +61,10 @@ class Question:
     def ask(self, run: Results) -> pa.Table:
         """The answer; ValueError for a question that has none."""
         raise NotImplementedError
+
+    def drawn(self, answer: pa.Table) -> pa.Table:
+        """The answer as the terminal has it."""
+        return answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +88,11 @@ class OfTarget(Question):
     """The images for which a text or concept of --targets has its largest values."""
 
     target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
-    """As the tables have it: "text: a red square", "concept: red"."""
+    """As --targets took it: "text:a red square", "concept:red"."""
     n: int = 20
     """Images, at most."""
 
-    columns = ("image_id", "pre_activation", "key", "uri")
+    columns = ("image_id", *results.VALUES.values(), "key", "uri")
 
     def ask(self, run: Results) -> pa.Table:
         """See `Question.ask`."""
@@ -102,12 +110,16 @@ class OfImage(Question):
 
     def ask(self, run: Results) -> pa.Table:
         """See `Question.ask`."""
-        return run.latents_of(number_or_key(self.image))
+        return run.latents_of(id_or_key(self.image))
 
 
 @dataclasses.dataclass(frozen=True)
 class OfMaps(Question):
-    """The relevance maps of an image: where the strongest patch is, and what they add up to."""
+    """The relevance maps of an image: where each one's strongest patch is, and what the map adds up to.
+
+    The strongest patch is that of the largest value; where a patch weighs more against the target, that one is named too.
+    Rows and columns count from 1, from the top left.
+    """
 
     image: Image
     """Its key, or its image_id."""
@@ -116,28 +128,41 @@ class OfMaps(Question):
     npy: str = ""
     """File to write the maps to, for np.load: float32 (maps, H, W), in the order of the table."""
 
-    columns = ("latent", "target", "row", "column", "strongest", "sum", "remainder", "method")
+    columns = ("latent", "target", "row", "column", "strongest", "against", "sum", "remainder", "method")
 
     def ask(self, run: Results) -> pa.Table:
         """See `Question.ask`."""
-        found = run.maps(number_or_key(self.image), self.method or None)
+        found = run.maps(id_or_key(self.image), self.method or None)
         if self.npy:
             np.save(self.npy, found.maps)
         return found.table()
+
+    def drawn(self, answer: pa.Table) -> pa.Table:
+        """With the place of what is against beside its value: most maps have none, and three columns would not fit."""
+        against = (answer[name].to_pylist() for name in ("against", "against_row", "against_column"))
+        text = [
+            None if value is None else f"{value:.4g} at {row}, {column}"
+            for value, row, column in zip(*against, strict=True)
+        ]
+        answer = answer.drop_columns(["against_row", "against_column", "against"])
+        return answer.append_column("against", pa.array(text, pa.string()))
 
 
 @dataclasses.dataclass(frozen=True)
 class Find(Question):
     """Latents by what they are called."""
 
-    word: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WORD")]
-    """Or a part of one, in upper or lower case."""
+    words: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WORDS")]
+    """One or several, of which all must occur: "purple star". Whole words come first, then beginnings; parts where there is no
+    other."""
 
     columns = ("latent", "name", "score", "runner_up", "margin", "images", "rate")
 
     def ask(self, run: Results) -> pa.Table:
         """See `Question.ask`."""
-        return run.find(self.word)
+        if not self.words.split():
+            raise ValueError("WORDS is empty: give a word to look for")
+        return run.find(self.words)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +196,12 @@ class Histogram(Question):
         """See `Question.ask`."""
         return run.histogram(self.latent, self.bins)
 
+    def drawn(self, answer: pa.Table) -> pa.Table:
+        """With bars."""
+        images = answer["images"].to_pylist()
+        most = max(images, default=0) or 1
+        return answer.append_column("bar", [["#" * round(24 * n / most) for n in images]])
+
 
 @dataclasses.dataclass(frozen=True)
 class Compare(Question):
@@ -187,6 +218,8 @@ class Compare(Question):
 
     def ask(self, run: Results) -> pa.Table:
         """See `Question.ask`."""
+        if not self.a.strip():
+            raise ValueError('CONDITION is empty: give SQL on the columns of images, such as "width > height"')
         found = run.compare(self.a, self.b)
         typical = np.arange(found.num_rows)
         return found.take(typical[(typical < self.n) | (typical >= found.num_rows - self.n)])
@@ -217,17 +250,14 @@ class OfLatents(Question):
 
 @dataclasses.dataclass(frozen=True)
 class Sql(Question):
-    """DuckDB's answer about the tables images, activations, maps, by_latent, top_images and latents."""
+    """DuckDB's answer about the tables images, activations, maps, by_latent, top_images and latents, and no other file."""
 
     query: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="QUERY")]
-    """One SELECT."""
+    """One SELECT (FROM, WITH, VALUES, DESCRIBE, SUMMARIZE and SHOW are some too)."""
 
     def ask(self, run: Results) -> pa.Table:
         """See `Question.ask`."""
-        try:
-            return run.sql(self.query)
-        except duckdb.Error as error:
-            raise ValueError(str(error).splitlines()[0]) from error
+        return run.sql(self.query)
 
 
 QUESTIONS: dict[str, Callable[..., Question]] = {
@@ -255,20 +285,39 @@ def query(argv: list[str]) -> int:
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
     with session.mistakes():
         question = parse(QUESTIONS, args=argv, prog="python -m jobs.query", config=config)
-        for name in ("n", "bins"):
-            if getattr(question, name, 1) < 1:
-                raise ValueError(f"--{name} {getattr(question, name)}: must be at least 1")
-        answer = question.ask(results.open(question.run))
+        answer = asked(question)
     if question.json:
         print(json.dumps(plain(answer.to_pylist()), indent=1))
     else:
-        show(answer, question.columns)
+        show(question.drawn(answer), question.columns)
     return 0
 
 
-def number_or_key(image: str) -> int | str:
+def asked(question: Question) -> pa.Table:
+    """The answer; ValueError, in one line that steers no terminal, if there is none, or the run cannot be read."""
+    try:
+        for name, most in MOST.items():
+            if not 1 <= (given := getattr(question, name, 1)) <= most:
+                raise ValueError(f"--{name} {given}: must be {'at least 1' if given < 1 else f'at most {most:,}'}")
+        for given in dataclasses.astuple(question):
+            if isinstance(given, str) and not _is_unicode(given):
+                raise ValueError(f"{given}: not UTF-8, and nothing in a run is called so")
+        return question.ask(results.open(question.run))
+    except OSError as error:
+        raise ValueError(printable(f"{question.run} cannot be read: {error}")) from error
+    except ValueError as error:
+        raise ValueError(printable(str(error))) from error
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it can be asked for: bytes of a command line that are no UTF-8 reach Python as surrogates."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def id_or_key(image: str) -> int | str:
     """As `Results` takes it: digits alone are an image_id."""
-    return int(image) if image.isdigit() else image
+    number = results.number(image)
+    return image if number is None else number
 
 
 def plain(value: Any) -> Any:
@@ -287,12 +336,14 @@ def plain(value: Any) -> Any:
 def show(answer: pa.Table, columns: Sequence[str]) -> None:
     """Print a table that fits: the first columns whole, and which there are beside them."""
     console = Console(highlight=False)
-    if "bar" in columns:
-        most = max(answer["images"].to_pylist(), default=0) or 1
-        answer = answer.append_column("bar", [["#" * round(24 * n / most) for n in answer["images"].to_pylist()]])
     empty = [name for name in answer.column_names if columns and 0 < answer.num_rows == answer[name].null_count]
     wanted = [name for name in columns or answer.column_names if name in answer.column_names and name not in empty]
     cells = {name: [cell(value, name) for value in answer[name].to_pylist()] for name in wanted}
+    unsure = answer["valid"].to_pylist() if "name" in columns and "valid" in answer.column_names else []
+    if True in (
+        marked := [sure is False and bool(name) for name, sure in zip(cells.get("name", []), unsure, strict=True)]
+    ):
+        cells["name"] = [f"{name} ?" if mark else name for name, mark in zip(cells["name"], marked, strict=True)]
     table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, padding=(0, 2, 0, 0), show_edge=False)
     room = console.width
     shown: list[str] = []
@@ -306,8 +357,15 @@ def show(answer: pa.Table, columns: Sequence[str]) -> None:
     for row in zip(*(cells[name] for name in shown), strict=True):
         table.add_row(*map(Text, row))
     console.print(table)
+    if "name" in shown and True in marked:
+        console.print(Text(UNSURE))
     if hidden := [name for name in answer.column_names if name not in shown and name not in empty]:
         console.print(Text(f"{answer.num_rows:,} rows; not shown: {', '.join(hidden)} (--json has them)"))
+
+
+def printable(text: str) -> str:
+    """One line, in which nothing steers a terminal."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def cell(value: Any, column: str) -> str:
@@ -316,7 +374,7 @@ def cell(value: Any, column: str) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.4g}"
-    text = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in str(value))
+    text = printable(str(value))
     if len(text) <= WIDEST:
         return text
     # Of an address the end tells most.

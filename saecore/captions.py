@@ -51,20 +51,28 @@ def percent(share: float) -> str:
 
 def label(tile: Tile, one: Map) -> str:
     """What a map shows, in words: it stands for the map where that cannot be seen."""
-    what = f"map of {tile.target} on {tile.image['key']}"
-    if one.strongest == 0:
-        return f"{what}: nothing anywhere"
-    effect = "strongest" if one.strongest > 0 else "takes away most"
-    return f"{what}: {effect} at row {one.row}, column {one.column}"
+    return f"map of {tile.target} on {tile.image['key']}: {_places(one, lambda value: '')}"
 
 
 def caption(one: Map, method: str) -> str:
     """The map's numbers."""
-    where = f"strongest {signed(one.strongest)} at row {one.row}, column {one.column}"
-    strongest = where if one.strongest else "nothing anywhere"
+    places = _places(one, lambda value: f" {signed(value)}")
     if method not in DECOMPOSE:
-        return strongest
-    return f"patches {signed(one.total)}, remainder {signed(one.remainder)}; {strongest}"
+        return places
+    return f"patches {signed(one.total)}, remainder {signed(one.remainder)}; {places}"
+
+
+def _places(one: Map, write: Callable[[float], str]) -> str:
+    """Where it is strongest, and where it is strongest against the target if that outweighs the first or nothing is for it."""
+    said = [
+        f"{word}{write(patch.value)} at row {patch.row}, column {patch.column}"
+        for word, patch in (
+            ("strongest", one.strongest if one.strongest.value > 0 else None),
+            ("strongest against", one.against),
+        )
+        if patch is not None
+    ]
+    return "; ".join(said) or "nothing anywhere"
 
 
 def meaning(method: str, kind: str) -> str:

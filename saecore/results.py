@@ -13,7 +13,7 @@ A latent *fires* for an image where it is kept with an activation other than zer
 
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -24,45 +24,26 @@ from saecore import by_latent, histograms
 from saecore.by_latent import MAP, SHOWN
 from saecore.contrast import contrast
 from saecore.latents import lookup
+from saecore.maps import Maps
+from saecore.search import matching
 from saecore.tables import Tables, read_record
 
-NAMES = ("name", "score")
-"""Columns of `latents` that say what a latent is called, where jobs.name wrote them."""
+NAMES = ("name", "score", "valid")
+"""Columns of `latents` that say what a latent is called and how surely, where jobs.name wrote them."""
 
 STRENGTH = ("activation", "pre_activation")
 
+VALUES = {"text": "cosine", "concept": "weighted_mean"}
+"""What a target's `pre_activation` is, by its kind: a concept's is the weighted mean of its latents' pre-activations."""
 
-class Maps(NamedTuple):
-    """The relevance maps of one image by one method, those of kept latents first, strongest first."""
+LARGEST = 2**63 - 1
+"""The largest number that an image can have."""
 
-    maps: np.ndarray
-    """float32 (k, H, W), pre-activation units."""
-    latents: list[int | None]
-    """None where the target is not a latent."""
-    targets: list[str | None]
-    """None where it is one."""
-    methods: list[str]
-    remainders: np.ndarray
-    """float32 (k): what of each pre-activation no patch accounts for; NaN where the method is no decomposition."""
 
-    def table(self) -> pa.Table:
-        """A row a map: its target, the place and value of its strongest patch, its sum, and its remainder."""
-        flat = self.maps.reshape(
-            len(self.maps), self.maps.shape[1] * self.maps.shape[2]
-        )  # -1 cannot be told of no maps
-        row, column = np.unravel_index(flat.argmax(1), self.maps.shape[1:])
-        return pa.table(
-            {
-                "latent": pa.array(self.latents, pa.int32()),
-                "target": pa.array(self.targets, pa.string()),
-                "method": pa.array(self.methods, pa.string()),
-                "row": row,
-                "column": column,
-                "strongest": flat.max(1),
-                "sum": flat.sum(1),
-                "remainder": self.remainders,
-            }
-        )
+def number(text: str) -> int | None:
+    """The number that digits alone write; None for any other text, and above what a column of numbers can hold."""
+    found = int(text) if text.isascii() and text.isdigit() and len(text) <= len(str(LARGEST)) else None
+    return found if found is None or found <= LARGEST else None
 
 
 def open(uri: str) -> "Results":  # noqa: A001 - `results.open` is what it is
@@ -114,8 +95,16 @@ class Results:
         """DuckDB's answer about `images`, `activations`, `by_latent`, `latents`, `maps` and `top_images`; `?` is a parameter.
 
         by_latent has all rows of activations, sorted or not. Joins are made as they are written: put the small side right.
+        One SELECT about these tables alone: nothing is written, and no file is read by its name. ValueError for anything
+        else, and for a mistake in the SQL. To join files of your own, open the run's Parquet with DuckDB itself.
         """
-        return self.tables.sql(query, parameters)
+        try:
+            return self.tables.sql(query, parameters)
+        except duckdb.Error as error:
+            told = str(error).splitlines()[0]
+            if isinstance(error, duckdb.PermissionException):
+                told += "; a question is about the tables of the run alone"
+            raise ValueError(told) from error
 
     # ---- One latent.
 
@@ -124,7 +113,7 @@ class Results:
 
         With `maps`, the columns of `MAP` too, by one method: `decode(table, run.grid)` makes arrays of them.
         """
-        found = self._fired(latent, n).sort_by([("activation", "descending"), ("image_id", "ascending")])[:n]
+        found = self._fired(latent, n).sort_by([("activation", "descending"), ("image_id", "ascending")])[: _count(n)]
         by_method = pc.field("method") == self._method(method) if maps else None
         columns = (*SHOWN, *MAP) if maps else SHOWN
         copied = [] if self.tables.reader is None else self.tables.reader.top_images(latent)
@@ -149,7 +138,7 @@ class Results:
         found = [] if self.tables.reader is None else self.tables.reader.first_rows(latent, n)
         found = [part.select(columns) for part in found]
         if len(self.tables.not_indexed):
-            best = "" if n is None else f"ORDER BY activation DESC, image_id LIMIT {n}"
+            best = "" if n is None else f"ORDER BY activation DESC, image_id LIMIT {_count(n)}"
             query = f"SELECT {', '.join(columns)} FROM waiting WHERE latent = ? AND activation <> 0 {best}"
             waiting = self.tables.files("activations", self.tables.not_indexed)
             found.append(self.tables.sql(query, (latent,), waiting=waiting))
@@ -180,20 +169,30 @@ class Results:
             FROM (SELECT latent, count(own.image_id) AS images, count(*) AS alone
                 FROM activations LEFT JOIN own USING (image_id) WHERE activation <> 0 GROUP BY latent)
             WHERE latent <> $3 AND images > 0 ORDER BY jaccard DESC, latent LIMIT $4""",
-            (own.num_rows, self.n_images, latent, n),
+            (own.num_rows, self.n_images, latent, _count(n)),
             own=own,
         )
         return self._named(found.drop_columns("alone"))
 
     # ---- One text or concept.
 
+    def label(self, target: str) -> str:
+        """A text or concept as MAPS has it, from any spelling that --targets takes; ValueError if it is not the run's."""
+        labels = {_spelling(label): label for label in reversed(self.targets)}
+        if target in self.targets:
+            return target
+        if _spelling(target) not in labels:
+            known = "; ".join(self.targets) or "none: jobs.explain --targets kept 'text:A PHRASE' makes maps of one"
+            raise ValueError(f"target {target}: this run's, beside latents, are {known}")
+        return labels[_spelling(target)]
+
     def values_of(self, target: str, n: int | None = None) -> pa.Table:
-        """The target's n largest values, or all: image_id, pre_activation (the cosine of a text), largest first."""
-        if target not in self.targets:
-            raise ValueError(f"target {target}: this run's, beside latents, are {'; '.join(self.targets) or 'none'}")
-        query = f"""SELECT image_id, pre_activation FROM maps WHERE target = ? AND method = ?
-            ORDER BY pre_activation DESC, image_id {"" if n is None else f"LIMIT {n}"}"""
-        return self.sql(query, target, self._method(None))
+        """The target's n largest values, or all: image_id, and what `VALUES` calls them, largest first."""
+        label = self.label(target)
+        value = VALUES[label.partition(":")[0]]
+        query = f"""SELECT image_id, pre_activation AS {value} FROM maps WHERE target = ? AND method = ?
+            ORDER BY pre_activation DESC, image_id {"" if n is None else f"LIMIT {_count(n)}"}"""
+        return self.sql(query, label, self._method(None))
 
     def top_images_of(self, target: str, n: int = 20, method: str | None = None, maps: bool = False) -> pa.Table:
         """The images for which it has its largest values: as `top_images`, without an activation. Reads its maps through."""
@@ -201,16 +200,16 @@ class Results:
         found = lookup(found, self.tables.rows("images", found["image_id"], SHOWN), "image_id")
         if not maps:
             return found
-        condition = (pc.field("target") == target) & (pc.field("method") == self._method(method))
+        condition = (pc.field("target") == self.label(target)) & (pc.field("method") == self._method(method))
         return lookup(found, self.tables.rows("maps", found["image_id"], MAP, condition), "image_id")
 
     # ---- One image.
 
     def image_id(self, image: int | str) -> int:
         """An image's number, from its number or its key; ValueError for what no image has, or a key that several have."""
-        if isinstance(image, int):
-            if self.tables.rows("images", [image], ()).num_rows:
-                return image
+        if isinstance(image, int | np.integer):
+            if 0 <= image <= LARGEST and self.tables.rows("images", [int(image)], ()).num_rows:
+                return int(image)
             raise ValueError(f"image {image}: this run has none of that number")
         found = self.sql("SELECT image_id, uri FROM images WHERE key = ? ORDER BY image_id LIMIT 3", image).to_pylist()
         if not found:
@@ -244,23 +243,18 @@ class Results:
 
     # ---- All latents.
 
-    def find(self, word: str) -> pa.Table:
-        """The latents with `word` in one of their names, in any case: those named just so first, then by place, then by score.
+    def find(self, words: str) -> pa.Table:
+        """The latents that are called so: by the rule of `saecore.search`, then by score, margin and number, the best first.
 
-        Names are of all columns of text, whose order is that of their weight: a name before a runner-up, before words listed.
+        Names are `name`, and the others of `words`. ValueError where no latent has a name.
         """
-        text = [field.name for field in self.latents.schema if field.type in (pa.string(), pa.list_(pa.string()))]
-        if not text:
+        if "name" not in self.latents.column_names:
             raise ValueError(f"{self.uri}: its latents have no names yet; jobs.name gives them some")
-        wanted, found = word.casefold(), []
-        scores = self.latents["score"].to_pylist() if "score" in self.latents.column_names else [0] * self.n_latents
-        for row, (names, score) in enumerate(zip(self.latents.select(text).to_pylist(), scores, strict=True)):
-            lists = [value if isinstance(value, list) else [value] for value in names.values()]
-            lowered = [name.casefold() for listed in lists for name in listed if name is not None]
-            if any(wanted in name for name in lowered):
-                place = lowered.index(wanted) if wanted in lowered else [wanted in name for name in lowered].index(True)
-                found.append((wanted not in lowered, place, -(score or 0), row))
-        return self.latents.take(pa.array([row for *_, row in sorted(found)], pa.int64()))
+        held = [name for name in ("name", "words", "score", "margin") if name in self.latents.column_names]
+        rows = self.latents.select(held).to_pylist()
+        found = matching(words, ((row["name"], (row.get("words") or [])[1:]) for row in rows))
+        order = [(rank, -(rows[row].get("score") or 0), -(rows[row].get("margin") or 0), row) for rank, row in found]
+        return self.latents.take(pa.array([row for *_, row in sorted(order)], pa.int64()))
 
     def compare(self, filter_a: str, filter_b: str = "") -> pa.Table:
         """Which latents fire more on one set of images than on another: SQL conditions on the columns of `images`.
@@ -268,16 +262,23 @@ class Results:
         Without `filter_b`, than on all other images. Columns, test and correction: `saecore.contrast.contrast`; those most
         typical of the first set come first. ValueError for what is no condition, an empty set, or an image in both.
         """
-        other = filter_b or f"({filter_a}) IS NOT TRUE"
-        sides = f"""SELECT image_id, ({filter_a}) IS TRUE AS a, ({other}) IS TRUE AS b
+        other = filter_b or f"({filter_a}\n) IS NOT TRUE"
+        # A condition ends its own line: it may end in a comment.
+        sides = f"""SELECT image_id, ({filter_a}\n) IS TRUE AS a, ({other}\n) IS TRUE AS b
             FROM images WHERE error IS NULL"""
         sizes = "SELECT count(*) FILTER (a), count(*) FILTER (b), count(*) FILTER (a AND b)"
         try:
-            n_a, n_b, n_both = self.sql(f"{sizes} FROM ({sides})").to_pylist()[0].values()
+            for condition in (filter_a, other):
+                duckdb.SQLExpression(
+                    condition
+                )  # one expression, that closes no bracket of ours and begins no statement
+            n_a, n_b, n_both = self.tables.sql(f"{sizes} FROM ({sides})").to_pylist()[0].values()
         except duckdb.Error as error:
             raise ValueError(f"no condition on images: {str(error).splitlines()[0]}") from error
         if not n_a or not n_b:
-            raise ValueError(f"no image meets the condition {other if n_a else filter_a}")
+            raise ValueError(
+                f"no image meets the condition {filter_b or f'({filter_a}) IS NOT TRUE' if n_a else filter_a}"
+            )
         if n_both:
             raise ValueError(f"{n_both:,} images are in both sets, and the test is of two different ones")
         counts = self.sql(
@@ -299,3 +300,16 @@ class Results:
         if method is not None and method not in self.methods:
             raise ValueError(f"method {method}: this run has maps by {', '.join(self.methods)}")
         return method or self.methods[0]
+
+
+def _count(n: int) -> int:
+    """Rows, at most: as DuckDB takes it."""
+    if n < 1:
+        raise ValueError(f"n {n}: must be at least 1")
+    return min(n, LARGEST)
+
+
+def _spelling(target: str) -> str:
+    """Of a text or concept, whatever whitespace is in it."""
+    kind, _, words = target.partition(":")
+    return f"{kind.strip()}:{' '.join(words.split())}"

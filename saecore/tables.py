@@ -24,11 +24,22 @@ from saecore.storage import filesystem_of, join_uri
 
 def read_record(uri: str) -> dict[str, Any]:
     """run.json of a complete run of jobs.explain; ValueError if there is none at `uri`."""
+    if not uri:
+        raise ValueError("the run's folder has no name: give that of a run of jobs.explain")
     filesystem, path = filesystem_of(join_uri(uri, "run.json"))
-    if filesystem.get_file_info(path).type != pyarrow.fs.FileType.File:
-        raise ValueError(f"{uri} holds no run: there is no run.json")
-    with filesystem.open_input_stream(path) as stream:
-        record: dict[str, Any] = json.loads(stream.read())
+    try:
+        if filesystem.get_file_info(path).type != pyarrow.fs.FileType.File:
+            raise ValueError(f"{uri} holds no run: there is no run.json")
+        with filesystem.open_input_stream(path) as stream:
+            said = stream.read()
+    except OSError as error:
+        raise ValueError(f"{uri} cannot be read: {error}") from error
+    try:
+        record: dict[str, Any] = json.loads(said)
+    except ValueError as error:
+        raise ValueError(f"{join_uri(uri, 'run.json')} is damaged: {error}") from error
+    if not isinstance(record, dict) or not record.keys() >= {"parts", "status"}:
+        raise ValueError(f"{join_uri(uri, 'run.json')} is not what a run writes: {uri} holds no run")
     if record["parts"].get("kind", "explain") != "explain":
         raise ValueError(f"{uri} is a run of another job and holds no latents: jobs.explain makes those")
     if (version := record["parts"]["schema"]) != VERSION:
@@ -104,17 +115,26 @@ class Tables:
 
     @functools.cached_property
     def _database(self) -> duckdb.DuckDBPyConnection:
-        database = connect()
+        # What is asked comes from people: it reads what is registered here, no files, no addresses, no variables of Python's.
+        database = connect(enable_external_access=False, python_enable_replacements=False)
+        database.execute("SET lock_configuration = true")
         for name, dataset in self.datasets.items():
             database.register(name, dataset)
         database.register("latents", self.latents)
         return database
 
     def sql(self, query: str, parameters: Sequence[Any] = (), **more: pa.Table | pyarrow.dataset.Dataset) -> pa.Table:
-        """DuckDB's answer about `datasets`, `latents`, and `more` by name."""
+        """DuckDB's answer about `datasets`, `latents`, and `more` by name; ValueError for what is not one SELECT."""
         for name, table in more.items():
             self._database.register(name, table)
-        found = self._database.sql(query, params=list(parameters)).to_arrow_table()
+        statements = self._database.extract_statements(query)
+        if [statement.type for statement in statements] != [duckdb.StatementType.SELECT]:
+            kinds = ", ".join(statement.type.name for statement in statements)
+            raise ValueError(
+                "a question is one SELECT (FROM, WITH, VALUES, DESCRIBE, SUMMARIZE and SHOW are some too): "
+                f"this is {len(statements)} statements{kinds and f', {kinds}'}"
+            )
+        found = self._database.sql(statements[0], params=list(parameters)).to_arrow_table()
         for name in more:
             self._database.unregister(name)
         return found

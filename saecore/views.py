@@ -17,6 +17,7 @@ from saecore import histograms, runs
 from saecore.by_latent import MAP
 from saecore.histograms import Bins
 from saecore.latents import lookup
+from saecore.maps import Patch, peaks
 from saecore.overview import BINS, Overview, overview
 from saecore.pictures import CROP
 from saecore.results import STRENGTH, Results
@@ -53,11 +54,10 @@ class Map(NamedTuple):
     """int8 of each patch, row-major."""
     scale: float
     """Value of a patch = int8 x `scale`."""
-    strongest: float
-    """The value of the patch with the largest |value|."""
-    row: int
-    """Of that patch."""
-    column: int
+    strongest: Patch
+    """The patch of the largest value."""
+    against: Patch | None
+    """The patch of the least value, where that outweighs the strongest."""
     total: float
     """Sum of all patches."""
     remainder: float
@@ -208,7 +208,8 @@ class Views:
     def target(self, target: str, strongest: int, spread: int) -> TargetView:
         """With the images where its value is largest, and others spread evenly over the ranks of the rest."""
         values = self.run.values_of(target)
-        bins = histograms.count(values["pre_activation"].to_numpy(), BINS)
+        values = values.rename_columns(["image_id", "value"])
+        bins = histograms.count(values["value"].to_numpy(), BINS)
         places = [*range(min(strongest, values.num_rows)), *_spread(strongest, values.num_rows, spread)]
         shown = values.take(pa.array(places, pa.int64()))
         by_image = self._by_image([self.run.tables.rows("maps", shown["image_id"], MAP, pc.field("target") == target)])
@@ -219,7 +220,7 @@ class Views:
                 None,
                 target,
                 None,
-                found["pre_activation"],
+                found["value"],
                 _place(place, values.num_rows),
                 by_image[found["image_id"]],
             )
@@ -316,15 +317,14 @@ class Views:
         return found
 
     def _map(self, row: Mapping[str, Any]) -> Map:
-        values = np.frombuffer(row["map"], np.int8).astype(int)
-        place = int(np.abs(values).argmax())
+        steps = np.frombuffer(row["map"], np.int8).astype(int)
+        most_for, against = peaks((steps * row["scale"]).reshape(self.run.grid))
         return Map(
             values=row["map"],
             scale=row["scale"],
-            strongest=float(values[place]) * row["scale"],
-            row=place // self.run.grid[1] + 1,
-            column=place % self.run.grid[1] + 1,
-            total=float(values.sum()) * row["scale"],
+            strongest=most_for,
+            against=against,
+            total=float(steps.sum()) * row["scale"],
             remainder=row["remainder"],
             sink_share=row["sink_share"],
         )
@@ -350,5 +350,7 @@ def shared_limits(tiles: Sequence[Tile]) -> dict[str, float]:
     """By method: the largest |value| of any patch of these tiles' maps."""
     limits: dict[str, float] = {}
     for method, one in (found for tile in tiles for found in tile.maps.items()):
-        limits[method] = max(limits.get(method, 0.0), abs(one.strongest))
+        limits[method] = max(
+            limits.get(method, 0.0), *(abs(patch.value) for patch in (one.strongest, one.against) if patch)
+        )
     return limits

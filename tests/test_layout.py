@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent
 # A module imports from the lines above its own only.
 ORDER = [
     ["untrusted", "hub"],
-    ["storage", "schema", "spec", "methods", "kernels", "effort", "histograms", "display", "localisation", "demo.scenes"],
+    ["storage", "schema", "spec", "methods", "kernels", "effort", "histograms", "display", "localisation"],
+    ["maps", "search", "demo.scenes"],
     ["listing", "images", "isolation", "runs", "recipe", "soundness", "model_files"],
     ["shards", "tower", "sae", "memmaps", "embeddings", "latents", "contrast", "by_latent"],
     ["formats", "cls_path", "targets", "quality", "objectives", "naming", "tables", "synthetic"],

@@ -17,7 +17,8 @@ import pytest
 from jobs import report
 from saecore import captions
 from saecore.histograms import Bins
-from saecore.views import Map
+from saecore.maps import Patch
+from saecore.views import Map, Tile
 from tests import album, planted
 from tests.reading import Page, check_links, pages
 
@@ -269,12 +270,21 @@ def test_numbers_in_words() -> None:
 
 
 def test_a_map_of_nothing_is_said_to_be_one() -> None:
-    nothing = Map(bytes(4), 0.0, 0.0, 1, 1, 0.0, float("nan"), 0.0)
+    nothing = Map(bytes(4), 0.0, Patch(0.0, 1, 1), None, 0.0, float("nan"), 0.0)
     assert captions.caption(nothing, "gradeclip") == "nothing anywhere"
     whole = nothing._replace(remainder=1.5)
     assert captions.caption(whole, "contrib") == "patches 0, remainder +1.50; nothing anywhere"
-    one = Map(bytes([0, 127, 0, 0]), 0.01, 1.27, 1, 2, 1.27, float("nan"), 0.0)
+    one = Map(bytes([0, 127, 0, 0]), 0.01, Patch(1.27, 1, 2), None, 1.27, float("nan"), 0.0)
     assert captions.caption(one, "gradeclip") == "strongest +1.27 at row 1, column 2"
+    outweighed = one._replace(against=Patch(-2.0, 2, 1))
+    against = "strongest against \N{MINUS SIGN}2.00 at row 2, column 1"
+    assert captions.caption(outweighed, "gradeclip") == f"strongest +1.27 at row 1, column 2; {against}"
+    nothing_for = outweighed._replace(strongest=Patch(0.0, 1, 1))
+    assert captions.caption(nothing_for, "gradeclip") == against
+    tile = Tile({"key": "a.jpg"}, 5, "latent 5", 1.0, 1.0, "", {})
+    assert captions.label(tile, nothing) == "map of latent 5 on a.jpg: nothing anywhere"
+    said = "strongest at row 1, column 2; strongest against at row 2, column 1"
+    assert captions.label(tile, outweighed) == f"map of latent 5 on a.jpg: {said}"
 
 
 def test_a_histogram_by_hand() -> None:

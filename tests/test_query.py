@@ -17,7 +17,7 @@ import pyarrow as pa
 import pytest
 
 from jobs import index, query
-from saecore import latents, results, runs
+from saecore import latents, results, runs, schema
 from tests import planted
 from tests.planted import IDS
 
@@ -32,13 +32,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> str:
     assert index.main(["--run", uri]) == 0
     names = ["a name that is as long as the vocabulary allows it to be", "\x1b[31mred[/red]", "sea"]
     named = {"latent": pa.array([0, 1, 3], pa.int32()), "name": names, "score": [0.5, 0.25, 0.125]}
-    latents.merge(uri, pa.table({**named, "runner_up": ["b", "c", "d"], "margin": [0.1, 0.2, 0.3]}))
+    sure = {"runner_up": ["b", "c", "d"], "margin": [0.1, 0.2, 0.3], "valid": [False, True, False]}
+    latents.merge(uri, pa.table({**named, **sure}))
     return uri
 
 
 QUESTIONS = {
     "top": ["{run}", "0"],
-    "target": ["{run}", "text: x"],
+    "target": ["{run}", "text:x"],
     "image": ["{run}", "a.jpg"],
     "maps": ["{run}", str(IDS["b.jpg"]), "--method", "chefer"],
     "find": ["{run}", "E"],
@@ -67,6 +68,10 @@ def test_every_answer_fits_the_terminal(
     assert "\x1b" not in "".join(said)
     header = re.split(r"\s+", said[0].strip())
     assert header[0] in {"latent", "image_id", "rank", "low"}
+    marked = [line for line in said if re.search(r"(allows|sea|a name that.*…) \?( |$)", line)]
+    assert not marked or "".join(said).replace("\n", " ").count("did not pass the thresholds") == 1
+    if width == 200:
+        assert len(marked) == {"find": 2, "image": 1, "cofiring": 1, "compare": 2, "latents": 2}.get(name, 0)
     if width == 200 and name == "find":
         assert "\N{REPLACEMENT CHARACTER}[31mred[/red]" in "".join(said)  # what looks like markup is text
 
@@ -93,6 +98,115 @@ def test_json_has_all_that_python_has(name: str, run: str, capsys: pytest.Captur
     for row, wanted in zip(found, expected, strict=True):
         for column, value in wanted.items():
             assert row[column] == (value.hex() if isinstance(value, bytes) else value)
+
+
+@pytest.mark.parametrize("name", ["image", "find", "cofiring", "compare", "latents"])
+def test_json_says_of_every_name_whether_it_is_valid(name: str, run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert query.main(asked(run, name, "--json")) == 0
+    valid = {row["latent"]: row["valid"] for row in json.loads(capsys.readouterr().out) if row["name"]}
+    assert valid
+    assert valid.items() <= {0: False, 1: True, 3: False}.items()
+
+
+def test_what_is_against_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a map of 1, 1, -1 half units by contrib, chefer has 2 against; one of 5, -1, 1 has none."""
+    explained = planted.explained
+
+    def turned(chunk: int, methods: tuple[str, ...]) -> pa.Table:
+        rows = explained(chunk, methods).to_pylist()
+        for one in (one for row in rows for one in row["maps"] or [] if one["latent"] == 0):
+            one["map"] = bytes([1, 1, 253])
+        return pa.Table.from_pylist(rows, schema=schema.explained_schema(3))
+
+    monkeypatch.setattr(planted, "explained", turned)
+    uri = planted.write(tmp_path / "run")
+    monkeypatch.setenv("COLUMNS", "80")
+    assert query.main(["maps", uri, "b.jpg"]) == 0
+    header, *rows, _ = capsys.readouterr().out.splitlines()
+    assert header.split()[:6] == ["latent", "target", "row", "column", "strongest", "against"]
+    assert rows[0].split()[:4] == ["1", "1", "1", "1"]  # latent, row, column, strongest
+    assert rows[1].split()[:7] == ["0", "1", "1", "0.5", "-1.5", "at", "1,"]
+    assert query.main(["maps", uri, "b.jpg", "--json"]) == 0
+    found = {row["latent"]: row for row in json.loads(capsys.readouterr().out)}
+    assert [found[0][name] for name in ("against", "against_row", "against_column")] == [-1.5, 1, 3]
+    assert [found[1][name] for name in ("against", "against_row", "against_column")] == [None] * 3
+
+
+def test_a_target_is_what_was_typed(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = []
+    for spelling in ("text:x", "text: x", " text :  x"):
+        assert query.main(["target", run, spelling]) == 0
+        said.append(capsys.readouterr().out)
+    assert len(set(said)) == 1
+    assert said[0].split()[:2] == ["image_id", "cosine"]
+    assert "pre_activation" not in said[0]
+
+
+WRONG = [
+    " ",
+    "abc",
+    "-1",
+    "6",
+    "1.5",
+    "1e30",
+    "9" * 23,
+    "9" * 6000,
+    str(2**63),
+    "²",
+    "٣",
+    "a'b",
+    'a"b',
+    "a\nb",
+    "\x1b[31m",
+]
+WRONG += ["", "\udcff", "%", "--", "';--", "[red]x[/red]", "a" * 5000]
+
+
+@pytest.mark.parametrize("name", query.QUESTIONS)
+def test_no_wrong_argument_ends_in_a_traceback(
+    name: str, run: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In the place of each argument: an answer, or one printable line and exit code 2, or tyro's own usage and SystemExit 2."""
+    monkeypatch.chdir(tmp_path)
+    given = asked(run, name)
+    options = {"n", "bins", "by", "b", "method"} & set(vars(query.QUESTIONS[name]))
+    commands = [[*given[:place], word, *given[place + 1 :]] for place in range(1, len(given)) for word in WRONG]
+    commands += [[*given, f"--{flag}", word] for flag in options for word in WRONG]
+    commands += [given[:length] for length in range(1, len(given))]
+    ended = {outcome(command, capsys) for command in commands}
+    assert 2 in ended
+    assert ended <= {0, 2, "usage"}
+    assert list(tmp_path.iterdir()) == []
+
+
+def outcome(command: list[str], capsys: pytest.CaptureFixture[str]) -> int | str:
+    try:
+        code = query.main(command)
+    except SystemExit as usage:
+        capsys.readouterr()
+        return "usage" if usage.code == 2 else f"{command} exits with {usage.code}"
+    said = capsys.readouterr().err
+    if code:
+        assert said.startswith("error: "), command
+        assert said.endswith("\n"), command
+        assert said[:-1].isprintable(), command
+    return code
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+@pytest.mark.parametrize("file", ["run.json", "manifest.parquet", "plan.parquet", "maps/chunk-00000000.parquet"])
+def test_a_damaged_run_is_told_by_the_name_of_its_file(
+    file: str, damage: str, run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    place = tmp_path / "run" / file
+    place.unlink() if damage == "gone" else place.write_bytes(place.read_bytes()[:40])
+    assert query.main(["maps", str(tmp_path / "run"), "a.jpg"]) == 2
+    said = capsys.readouterr().err
+    assert file in said
+    assert said.count("\n") == 1
 
 
 def test_json_of_what_json_does_not_know(run: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,6 +236,17 @@ def test_compare_shows_both_ends(run: str, capsys: pytest.CaptureFixture[str]) -
         (["query", "top", "{run}", "0", "--n", "0"], "--n 0: must be at least 1"),
         (["query", "histogram", "{run}", "0", "--bins", "-1"], "--bins -1"),
         (["query", "image", "{run}", "z.jpg"], "image z.jpg"),
+        (["query", "image", "{run}", "9" * 23], "image 99999999999999999999999: this run has none of that key"),
+        (["query", "image", "{run}", "7"], "image 7: this run has none of that number"),
+        (["query", "target", "{run}", "text:y"], "target text:y: this run's, beside latents, are text: x"),
+        (["query", "histogram", "{run}", "0", "--bins", "10001"], "--bins 10001: must be at most 10,000"),
+        (["query", "find", "{run}", " "], "WORDS is empty"),
+        (["query", "compare", "{run}", ""], "CONDITION is empty"),
+        (["query", "sql", "{run}", "SELECT 1; SELECT 2"], "this is 2 statements, SELECT, SELECT"),
+        (
+            ["query", "sql", "{run}", "FROM read_text('/etc/hostname')"],
+            "a question is about the tables of the run alone",
+        ),
         (["query", "maps", "{run}", "a.jpg", "--method", "tea"], "method tea"),
         (["query", "compare", "{run}", "wdith > 1"], "wdith"),
         (["query", "latents", "{run}", "--by", "beauty"], "--by beauty"),

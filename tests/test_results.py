@@ -56,13 +56,16 @@ def test_top_images_of_a_text(run: Results) -> None:
     assert run.targets == ["text: x"]
     found = run.top_images_of("text: x", 3, method="chefer", maps=True)
     assert found["key"].to_pylist() == ["e.jpg", "d.jpg", "c.jpg"]
-    assert found["pre_activation"].to_pylist() == pytest.approx([0.5, 0.4, 0.3])
+    assert found["cosine"].to_pylist() == pytest.approx([0.5, 0.4, 0.3])
     assert found["method"].to_pylist() == ["chefer"] * 3
     np.testing.assert_array_equal(results.decode(found, run.grid), [[[4.5, -0.5, 1.0]]] * 3)
     assert run.top_images_of("text: x").num_rows == 5
     assert "map" not in run.top_images_of("text: x").column_names
-    with pytest.raises(ValueError, match="target red: this run's, beside latents, are text: x"):
-        run.top_images_of("red")
+    for spelling in ("text:x", "text:  x", " text : x ", "text:\tx\n"):
+        assert run.top_images_of(spelling, 3, method="chefer", maps=True).equals(found)
+    for unknown in ("red", "x", "concept: x", "text: y", "text:", ""):
+        with pytest.raises(ValueError, match=f"target {unknown}: this run's, beside latents, are text: x"):
+            run.top_images_of(unknown)
     with pytest.raises(ValueError, match="method legrad: this run has maps by contrib, chefer"):
         run.top_images_of("text: x", method="legrad", maps=True)
 
@@ -79,7 +82,10 @@ def test_latents_and_maps_of_an_image(run: Results) -> None:
     assert maps.methods == ["chefer"] * 3
     np.testing.assert_array_equal(maps.maps, [[[1.0, -0.5, 1.0]], [[0.5, -0.5, 1.0]], [[4.5, -0.5, 1.0]]])
     assert maps.remainders.tolist() == [0.25] * 3
-    assert maps.table()["column"].to_pylist() == [0, 2, 0]
+    assert maps.table()["row"].to_pylist() == [1, 1, 1]  # from 1, as pages count
+    assert maps.table()["column"].to_pylist() == [1, 3, 1]
+    assert maps.table()["strongest"].to_pylist() == [1.0, 1.0, 4.5]
+    assert maps.table()["against"].null_count == 3
     assert maps.table()["sum"].to_pylist() == [1.5, 1.0, 5.0]
     assert run.image("bad.jpg")["error"] == "truncated"
     assert run.latents_of("bad.jpg").num_rows == 0
@@ -130,6 +136,96 @@ def test_sql(run: Results) -> None:
     assert run.sql("SELECT count(*) AS n FROM images WHERE error IS NOT NULL")["n"].to_pylist() == [1]
 
 
+@pytest.mark.parametrize(
+    "query",
+    [
+        "SELECT 1; SELECT 2",
+        "SELECT 1; COPY (SELECT 1) TO '{folder}/x.csv'",
+        "COPY (SELECT 1) TO '{folder}/x.csv'",
+        "ATTACH '{folder}/x.db'",
+        "EXPORT DATABASE '{folder}/x'",
+        "CREATE TABLE x AS SELECT 1",
+        "CREATE OR REPLACE VIEW images AS SELECT 1",
+        "INSERT INTO latents VALUES (1)",
+        "INSTALL httpfs",
+        "LOAD httpfs",
+        "SET threads = 1",
+        "SET enable_external_access = true",
+        "PRAGMA version",
+        "CALL pragma_version()",
+        "EXPLAIN ANALYZE SELECT 1",
+        "",
+        "-- nothing",
+    ],
+)
+def test_sql_is_one_select(run: Results, query: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a question is one SELECT"):
+        run.sql(query.format(folder=tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    assert run.sql("SELECT count(*) AS n FROM images")["n"].to_pylist() == [6]
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "FROM read_csv('{file}')",
+        "FROM read_text('{file}')",
+        "FROM read_blob('{file}')",
+        "FROM read_parquet('{file}')",
+        "FROM '{file}'",
+        "FROM glob('{folder}/*')",
+        "FROM images WHERE key IN (SELECT content FROM read_text('{file}'))",
+        "FROM query('FROM read_text(''{file}'')')",
+    ],
+)
+def test_sql_reads_the_run_alone(run: Results, query: str, tmp_path: Path) -> None:
+    file = tmp_path / "secret.csv"
+    file.write_text("a\nsecret\n")
+    with pytest.raises(ValueError, match=r"Permission Error|Catalog Error"):
+        run.sql(query.format(file=file, folder=tmp_path))
+
+
+def test_sql_sees_no_variables_of_python(run: Results) -> None:
+    mine = pa.table({"a": [1]})
+    with pytest.raises(ValueError, match="mine does not exist"):
+        run.sql("FROM mine")
+    assert mine.num_rows == 1
+
+
+@pytest.mark.parametrize(
+    "query", ["FROM latents", "WITH a AS (SELECT 1) FROM a", "VALUES (1)", "DESCRIBE images", "SUMMARIZE maps"]
+)
+def test_sql_that_is_a_select_by_another_name(run: Results, query: str) -> None:
+    assert run.sql(query).num_rows >= 1
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        "1 = 1) IS TRUE AS a, false AS b FROM images); COPY (SELECT 2) TO '{file}'; SELECT 1 FROM (SELECT (1 = 1",
+        "1 = 1) IS TRUE AS a, image_id > 0 AS b FROM images --",
+        "width > 30; COPY (SELECT 1) TO '{file}'",
+        "width > 30, COPY (SELECT 1) TO '{file}'",
+        "width IN (SELECT a FROM read_csv('{file}'))",
+        "width, height",
+        "",
+    ],
+)
+def test_a_condition_is_one_expression(run: Results, condition: str, tmp_path: Path) -> None:
+    given = condition.format(file=tmp_path / "x.csv")
+    for sides in ((given, ""), ("width > 30", given or " ")):
+        with pytest.raises(ValueError, match="no condition on images"):
+            run.compare(*sides)
+    assert list(tmp_path.iterdir()) == []
+    assert run.compare("width > 30 -- in pixels").equals(run.compare("width > 30"))
+    assert run.compare("image_id IN (SELECT image_id FROM activations WHERE latent = 3)")["latent"].to_pylist() == [
+        3,
+        2,
+        0,
+        1,
+    ]
+
+
 def test_find_and_names(tmp_path: Path) -> None:
     uri = planted.write(tmp_path / "run")
     with pytest.raises(ValueError, match=r"its latents have no names yet; jobs\.name gives them some"):
@@ -139,22 +235,27 @@ def test_find_and_names(tmp_path: Path) -> None:
             "latent": pa.array([1, 3, 0, 4], pa.int32()),
             "name": ["dark red", "Red", "sea", None],
             "score": [0.9, 0.3, 0.8, 0.1],
-            "runner_up": ["wine", "blood", "red", "100%"],
+            "valid": [True, False, True, None],
+            "words": [["dark red", "wine"], ["Red", "blood"], ["sea", "red"], [None, "100%"]],
         }
     )
     latents.merge(uri, named)
     for indexed in (False, True):
         run = results.open(uri)
-        # Called just so; next to it; then partly. Latents 2 and 5 have no row, or no name.
-        assert run.find("red")["latent"].to_pylist() == [3, 0, 1]
+        # By name, the surest first; then by another of its words. Latents 2 and 5 have no row, or no name.
+        assert run.find("red")["latent"].to_pylist() == [1, 3, 0]
+        assert run.find("RED sea")["latent"].to_pylist() == [0]
+        assert run.find(" ").num_rows == 0
         assert run.find("100%")["latent"].to_pylist() == [4]
         assert run.find("%").num_rows == 1
         assert run.find("green").num_rows == 0
-        assert run.latents_of("c.jpg").select(["latent", "name"]).to_pylist() == [
-            {"latent": 0, "name": "sea"},
-            {"latent": 2, "name": None},
+        assert run.latents_of("c.jpg").select(["latent", "name", "valid"]).to_pylist() == [
+            {"latent": 0, "name": "sea", "valid": True},
+            {"latent": 2, "name": None, "valid": None},
         ]
         assert run.co_firing(0)["name"].to_pylist() == ["dark red", None, "Red"]
+        assert run.co_firing(0)["valid"].to_pylist() == [True, None, False]
+        assert run.compare("width > 30")["valid"].to_pylist() == [False, None, True, True]
         assert indexed or index.main(["--run", uri]) == 0
     assert run.latents["images"].to_pylist() == [4, 2, 1, 2, 0, 0]
 
@@ -203,6 +304,11 @@ def test_images_beyond_the_copied_ones_are_looked_up(tmp_path: Path, monkeypatch
         (lambda run: run.co_firing(-1), "latent -1: this run's are 0 to 5"),
         (lambda run: run.image_id(77), "image 77: this run has none of that number"),
         (lambda run: run.image_id(-1), "image -1: this run has none of that number"),
+        (lambda run: run.image_id(10**23), "image 1000.*: this run has none of that number"),
+        (lambda run: run.top_images(0, -1), "n -1: must be at least 1"),
+        (lambda run: run.co_firing(0, 0), "n 0: must be at least 1"),
+        (lambda run: run.values_of("text: x", 0), "n 0: must be at least 1"),
+        (lambda run: run.find("red"), "its latents have no names yet"),
         (lambda run: run.maps("z.jpg"), "image z.jpg: this run has none of that key"),
         (lambda run: run.maps("a.jpg", "tea"), "method tea: this run has maps by contrib, chefer"),
         (lambda run: run.compare("wdith > 3"), "no condition on images: .*wdith"),

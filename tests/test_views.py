@@ -47,8 +47,15 @@ def test_one_latent(views: Views) -> None:
         assert list(tile.maps) == ["contrib", "chefer"]
         contrib, chefer = tile.maps.values()
         assert contrib.values == bytes([1, 255, 1])
-        assert contrib[1:] == (0.5, 0.5, 1, 1, 0.5, 0.25, 0.0)  # step, strongest, row, column, sum, remainder, sinks
-        assert chefer[2:6] == (1.0, 1, 3, 1.0)
+        assert contrib[1:] == (
+            0.5,
+            (0.5, 1, 1),
+            None,
+            0.5,
+            0.25,
+            0.0,
+        )  # step, strongest, against, sum, remainder, sinks
+        assert chefer[2:5] == ((1.0, 1, 3), None, 1.0)
         assert tile.image["sinks"] == [2]
     assert [section.limits for section in view.sections] == [{"contrib": 0.5, "chefer": 1.0}] * 2
     assert sum(view.activations.counts) == 4

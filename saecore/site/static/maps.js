@@ -188,8 +188,9 @@ function enlarge(button) {
   const marker = Object.assign(document.createElement("canvas"), { width: 384, height: 384 });
   large.append(picture.cloneNode(), canvas, marker);
   dialog.querySelector(".pair").append(picture.cloneNode(), large);
-  const strongest = values.reduce((best, value, place) => (Math.abs(value) > Math.abs(values[best]) ? place : best), 0);
-  let place = strongest;
+  // The strongest patch, that of the largest value, as saecore/maps.py has it; where none is for the target, the strongest against.
+  const most = Math.max(...values);
+  let place = values.indexOf(most > 0 ? most : Math.min(...values));
   const read = () => {
     const [row, column] = [Math.floor(place / COLUMNS), place % COLUMNS];
     const sink = one.sinks.includes(place) ? ", a sink" : "";
