@@ -21,6 +21,7 @@ import functools
 import gzip
 import io
 import itertools
+import json
 import posixpath
 import tarfile
 import zlib
@@ -57,6 +58,9 @@ PARQUET_ROWS = 16
 # What bytes that are no tar, or no gzip, end in: found by flipping bits. Other OSErrors come from the storage.
 _BROKEN_TAR = (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error, ValueError, OverflowError)
 
+_EMPTY = b"empty_shards"
+"""Where a plan's metadata notes the shards without images."""
+
 _IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "bytes", "data", "content")
 _KEY_COLUMNS = ("key", "__key__", "id", "image_id", "url", "file_name", "path")
 
@@ -83,7 +87,7 @@ def plan_chunks(
     their footers. `limit` stops after so many images; `column` is the Parquet column that holds them. ValueError if that
     column is not there or, unnamed, not plain.
     """
-    tables = [schema.PLAN.empty_table()]
+    tables, empty = [schema.PLAN.empty_table()], list[str]()
     chunk_id, left = 0, limit
     with ThreadPoolExecutor(SCANNERS) as pool:
         scan = functools.partial(_scan, chunk_size=chunk_size, column=column)
@@ -116,10 +120,16 @@ def plan_chunks(
                 pa.Table.from_pylist(rows, schema=schema.PLAN)
             )  # Arrow at once: Python objects take 20 times more
             chunk_id += len(rows)
+            empty += [] if total else [shard.uri]
             left = None if left is None else left - wanted
             if left == 0:
                 break
-    return pa.concat_tables(tables).combine_chunks()
+    return pa.concat_tables(tables).combine_chunks().replace_schema_metadata({_EMPTY: json.dumps(empty)})
+
+
+def empty_shards(plan: pa.Table) -> list[str]:
+    """Shards in which a plan found no image, so that they have no chunk; of a plan before these were noted, none."""
+    return json.loads((plan.schema.metadata or {}).get(_EMPTY, b"[]"))
 
 
 def _scan(shard: Shard, chunk_size: int, column: str | None) -> _Cut:
