@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 # A module imports from the lines above its own only.
 ORDER = [
-    ["storage", "schema", "spec", "methods", "kernels", "display", "localisation", "effort", "demo.scenes"],
+    ["storage", "schema", "spec", "methods", "kernels", "display", "localisation", "effort", "columns", "demo.scenes"],
     ["listing", "images", "isolation", "runs", "recipe"],
     ["shards", "tower", "sae", "memmaps", "embeddings", "latents", "contrast", "by_latent"],
     ["changes", "formats", "cls_path", "targets", "quality", "objectives", "naming", "tables", "synthetic"],
