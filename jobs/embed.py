@@ -29,10 +29,9 @@ import pyarrow.parquet as pq
 
 from jobs import pipeline, session
 from saecore import memmaps, report, runs, schema
-from saecore.listing import list_shards
 from saecore.schema import TEXTS_FILE
 from saecore.stages import Decode, Embed, EmbedConfig
-from saecore.storage import filesystem_of, join_uri, resolved, write_atomic
+from saecore.storage import filesystem_of, join_uri, write_atomic
 
 if TYPE_CHECKING:
     from saecore.text import TextTower
@@ -101,7 +100,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
 
     clip = pipeline.address(arguments.clip)
     tower = load_tower(clip)
-    shards = list_shards(arguments.images, say=print)
+    shards = pipeline.listed(arguments, arguments.images)
     pool = session.make_pool(arguments.replicas, arguments.gpus_per_replica, arguments.local or arguments.dry_run)
     config = EmbedConfig(clip=clip, batch_size=arguments.batch_size, device=pool.device, threads=pool.threads)
     parts = {"kind": "embed"} | pipeline.parts(arguments, shards, pool) | {"clip": tower.sha256()[:16]}
@@ -111,8 +110,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
         print(report.outline(pipeline.plan(arguments, shards), "embed", arguments.out, how))
         return None
     made_by = pipeline.made_by("jobs.embed", argv, config, arguments.images, pool) | {"n_outputs": tower.n_outputs}
-    make_plan = functools.partial(pipeline.plan, arguments, shards)
-    run = runs.open_run(resolved(arguments.out), parts, made_by, make_plan)
+    run = pipeline.open_run(arguments, parts, made_by, shards)
     decode = Decode(tower.preprocess, arguments.max_pixels)
     return pipeline.Job(run, decode, functools.partial(Embed, config), tags, pool)
 

@@ -20,12 +20,10 @@ from pathlib import Path
 import tyro
 
 from jobs import pipeline, session
-from saecore import report, runs
+from saecore import report
 from saecore.demo import scenes
-from saecore.listing import list_shards
 from saecore.methods import DEFAULT_OPTIONS, Options, dtype_of, parse_methods, parse_targets
 from saecore.stages import Decode, Explain, ExplainConfig, load_models, load_words
-from saecore.storage import resolved
 
 DEFAULT_K = 32
 
@@ -105,7 +103,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
         raise ValueError(f"--targets latents:{wrong[0]}: this SAE has {sae.config.n_latents} latents, the first is 0")
     check_fits(tower, methods, arguments.options)
     k = arguments.k or min(DEFAULT_K, most)
-    shards = list_shards(images, say=print)
+    shards = pipeline.listed(arguments, images)
     pool = session.make_pool(arguments.replicas, arguments.gpus_per_replica, arguments.local or arguments.dry_run)
     config = ExplainConfig(
         clip=clip,
@@ -159,8 +157,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
         "n_latents": sae.config.n_latents,
         "sae": sae.describe(),
     }
-    make_plan = functools.partial(pipeline.plan, arguments, shards)
-    run = runs.open_run(resolved(arguments.out), parts, made_by, make_plan)
+    run = pipeline.open_run(arguments, parts, made_by, shards)
     decode = Decode(tower.preprocess, arguments.max_pixels)
     return pipeline.Job(run, decode, functools.partial(Explain, config), tags, pool)
 

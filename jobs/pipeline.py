@@ -22,9 +22,10 @@ import pyarrow.compute as pc
 
 from jobs import session
 from saecore import runs, schema
+from saecore.changes import since
 from saecore.images import MAX_PIXELS, blank
 from saecore.isolation import Suspects, Witness, pieces, refuse, survive
-from saecore.listing import Shard
+from saecore.listing import Shard, list_shards
 from saecore.methods import dtype_of
 from saecore.shards import plan_chunks, read_chunk
 from saecore.stages import Decode
@@ -233,6 +234,13 @@ def address(name: str) -> str:
     return resolved(name) if Path(name).exists() else name
 
 
+def listed(arguments: Arguments, images: Sequence[str]) -> list[Shard]:
+    """The shards of --images. Where a run was made of the same, what is missing now is for `open_run` to judge."""
+    run = runs.run_at(resolved(arguments.out))
+    is_known = run is not None and run.record().get("config", {}).get("images") == list(images)
+    return list_shards(images, say=print, may_lack=is_known)
+
+
 def plan(arguments: Arguments, shards: Sequence[Shard]) -> pa.Table:
     """The chunks of a new run."""
     return plan_chunks(shards, arguments.chunk_size, arguments.limit or None, arguments.image_column or None)
@@ -248,6 +256,31 @@ def parts(arguments: Arguments, shards: Sequence[Shard], pool: session.Pool) -> 
         "limit": arguments.limit,
         "inputs": f"{len(shards)} shards, {sum(shard.bytes for shard in shards):,} bytes, {runs.listing_hash(shards)[:16]}",
     }
+
+
+def open_run(arguments: Arguments, parts: dict[str, Any], made_by: dict[str, Any], shards: Sequence[Shard]) -> runs.Run:
+    """The run at --out, new or taken up; of a complete one it is said what has changed in its inputs since.
+
+    ValueError if it was made otherwise, if inputs are new, or if they have changed before it was complete.
+    """
+    out = resolved(arguments.out)
+    run = runs.run_at(out)
+    if run is None or {**run.parts, "inputs": parts["inputs"]} != parts or run.parts == parts:
+        return runs.open_run(out, parts, made_by, functools.partial(plan, arguments, shards))
+    changes = since(run.plan(), shards, is_limited=arguments.limit > 0)
+    what = str(changes) or f"inputs beyond --limit {arguments.limit} are others"
+    if run.pending().num_rows:
+        raise ValueError(
+            f"--out {arguments.out} is not complete, and its inputs have changed since it began: {what}; the same command "
+            "resumes once they are as they were, or name another folder for a new run"
+        )
+    if changes.new:
+        raise ValueError(
+            f"--out {arguments.out} is complete, and its inputs have changed since: {what}; what is new needs a folder of its "
+            "own for now: name another --out, and the new inputs alone in --images"
+        )
+    print(f"inputs have changed since the run was made: {what}")
+    return run
 
 
 def made_by(module: str, argv: Sequence[str], config: Any, images: Sequence[str], pool: session.Pool) -> dict[str, Any]:

@@ -61,13 +61,16 @@ class _Top(NamedTuple):
 
 
 def list_shards(
-    paths: Sequence[str], files_per_shard: int = FILES_PER_SHARD, say: Callable[[str], object] = lambda _: None
+    paths: Sequence[str],
+    files_per_shard: int = FILES_PER_SHARD,
+    say: Callable[[str], object] = lambda _: None,
+    may_lack: bool = False,
 ) -> list[Shard]:
     """The shards under files, folders, globs and addresses, each once, in an order that depends on their names alone.
 
     A folder gives the tar and Parquet files of its tree and, in groups, its image files. A shard's place in the list is
     its id. `say` is called with a sentence for a person about links that were not followed. ValueError names the path under
-    which there is nothing.
+    which there is nothing, unless some `may_lack` what was there.
     """
     shards: dict[str, Shard] = {}
     loose: dict[str, _Loose] = {}
@@ -85,7 +88,7 @@ def list_shards(
             continue
         found.add(path)
     for path in paths:
-        if path not in found and not (found and path in folders.passed):
+        if path not in found and not may_lack and not (found and path in folders.passed):
             raise ValueError(
                 f"--images {path}: no such file, or no images in it; looked for {', '.join((*KINDS, *EXTENSIONS))}"
             )
@@ -136,9 +139,9 @@ def _files(paths: Sequence[str], folders: "_Folders") -> Iterator[tuple[str, str
                     yield path, posixpath.dirname(address) + settings, top.base_name, top
                 elif top.is_file:
                     yield path, base, _below(root, top.path), top
-                elif is_local:
+                elif is_local and top.type == pyarrow.fs.FileType.Directory:
                     tops.append(_Top(top.path, base, path))
-                else:
+                elif not is_local:
                     tree = pyarrow.fs.FileSelector(top.path, recursive=True, allow_not_found=True)
                     for info in filesystem.get_file_info(tree):
                         if info.is_file and not is_hidden(_below(top.path, info.path)):

@@ -114,7 +114,26 @@ def summary(uri: str, record: Mapping[str, Any]) -> str:
     if "worst_completeness_error" in record:
         worst = record["worst_completeness_error"]
         lines.append(f"exactness     {worst:.1e} worst error of map + remainder = pre-activation")
+    lines += [f"warning       {said}" for said in _missing(record)]
     return "\n".join([*lines, f"on disk       {sizes} in {uri}"])
+
+
+def _missing(record: Mapping[str, Any]) -> Iterator[str]:
+    """What of the inputs could not be read: see `runs.missing`."""
+    if lost := record.get("lost"):
+        images = _count(lost["images"], "image")
+        yield f"{images} of {_named_shards(lost)} could not be read: damaged or gone after the run was planned"
+    if damaged := record.get("damaged"):
+        yield f"{_named_shards(damaged)} ended in damage when the run was planned: what lay behind it is not known"
+
+
+def _named_shards(found: Mapping[str, Any]) -> str:
+    more = ", .." if found["shards"] > len(found["first"]) else ""
+    return f"{_count(found['shards'], 'shard')} ({', '.join(found['first'])}{more})"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 QUERY = """SELECT latent, count(*) AS images, round(avg(activation), 2) AS mean, round(max(activation), 2) AS strongest,

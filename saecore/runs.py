@@ -185,7 +185,7 @@ class Run:
         manifest = pa.Table.from_pylist(rows, schema=MANIFEST)
         write_atomic(join_uri(self.uri, "manifest.parquet"), parquet_bytes(manifest, 65_536))
         session = {"session_images": images, "session_seconds": round(wall_seconds, 3)}
-        self.update(status="complete", **session, **summarise(commits))
+        self.update(status="complete", **session, **summarise(commits), **missing(plan, commits))
         return self.record()
 
 
@@ -211,6 +211,25 @@ def summarise(commits: Iterable[Commit]) -> dict[str, Any]:
     }
 
 
+def missing(plan: pa.Table, commits: Iterable[Commit]) -> dict[str, dict[str, Any]]:
+    """What of the inputs could not be read, for run.json: `lost` after the plan, `damaged` when it was made; each only where
+    there is some, with the number of shards, the first of them and, where it is known, the number of images."""
+    chunks = {row["chunk_id"]: row for row in plan.select(["chunk_id", "uri", "damage"]).to_pylist()}
+    damaged = [row["uri"] for row in chunks.values() if row["damage"] is not None]
+    lost = Counter[str]()
+    for commit in commits:
+        chunk = chunks[commit.chunk_id]
+        # One row of a shard that the plan found damaged stands for what lies behind the damage.
+        gone = commit.refused.get("damaged-shard", 0) - (chunk["damage"] is not None)
+        gone += commit.refused.get("missing-file", 0)
+        lost.update({chunk["uri"]: gone} if gone > 0 else {})
+    return {
+        name: {"shards": len(uris), "first": list(uris)[:3], **more}
+        for name, uris, more in (("lost", lost, {"images": lost.total()}), ("damaged", damaged, {}))
+        if uris
+    }
+
+
 def open_run(uri: str, parts: dict[str, Any], made_by: dict[str, Any], make_plan: Callable[[], pa.Table]) -> Run:
     """Start a run in an empty or new folder, or take up the one that is there.
 
@@ -229,6 +248,14 @@ def open_run(uri: str, parts: dict[str, Any], made_by: dict[str, Any], make_plan
         return run
     refuse_other(uri, run.record()["parts"], parts)
     return run
+
+
+def run_at(uri: str) -> Run | None:
+    """The run that a folder holds, as it was made; None if there is none."""
+    if not any(info.base_name == "run.json" for info in _listing(uri)):
+        return None
+    parts = json.loads(_read_bytes(join_uri(uri, "run.json")))["parts"]
+    return Run(uri, parts, fingerprint(parts))
 
 
 def refuse_other(uri: str, before: Mapping[str, Any], parts: Mapping[str, Any]) -> None:

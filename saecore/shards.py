@@ -21,6 +21,7 @@ import functools
 import gzip
 import io
 import itertools
+import json
 import posixpath
 import tarfile
 import zlib
@@ -33,6 +34,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from saecore import schema
+from saecore.columns import image_column, key_column
 from saecore.listing import EXTENSIONS, Shard, extension, is_hidden
 from saecore.storage import filesystem_of
 
@@ -57,8 +59,8 @@ PARQUET_ROWS = 16
 # What bytes that are no tar, or no gzip, end in: found by flipping bits. Other OSErrors come from the storage.
 _BROKEN_TAR = (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error, ValueError, OverflowError)
 
-_IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "bytes", "data", "content")
-_KEY_COLUMNS = ("key", "__key__", "id", "image_id", "url", "file_name", "path")
+_EMPTY = b"empty_shards"
+"""Where a plan's metadata notes the shards without images."""
 
 
 class _Cut(NamedTuple):
@@ -83,7 +85,7 @@ def plan_chunks(
     their footers. `limit` stops after so many images; `column` is the Parquet column that holds them. ValueError if that
     column is not there or, unnamed, not plain.
     """
-    tables = [schema.PLAN.empty_table()]
+    tables, empty = [schema.PLAN.empty_table()], list[str]()
     chunk_id, left = 0, limit
     with ThreadPoolExecutor(SCANNERS) as pool:
         scan = functools.partial(_scan, chunk_size=chunk_size, column=column)
@@ -116,10 +118,16 @@ def plan_chunks(
                 pa.Table.from_pylist(rows, schema=schema.PLAN)
             )  # Arrow at once: Python objects take 20 times more
             chunk_id += len(rows)
+            empty += [] if total else [shard.uri]
             left = None if left is None else left - wanted
             if left == 0:
                 break
-    return pa.concat_tables(tables).combine_chunks()
+    return pa.concat_tables(tables).combine_chunks().replace_schema_metadata({_EMPTY: json.dumps(empty)})
+
+
+def empty_shards(plan: pa.Table) -> list[str]:
+    """Shards in which a plan found no image, so that they have no chunk; of a plan before these were noted, none."""
+    return json.loads((plan.schema.metadata or {}).get(_EMPTY, b"[]"))
 
 
 def _scan(shard: Shard, chunk_size: int, column: str | None) -> _Cut:
@@ -172,7 +180,7 @@ def _scan_parquet(uri: str, file: pa.NativeFile, column: str | None) -> _Cut:
         if watched.failed:
             raise
         return _Cut(0, [], None, f"not a Parquet file: {' '.join(str(error).split())}")
-    return _Cut(parquet.metadata.num_rows, [], _image_column(uri, parquet.schema_arrow, column), None)
+    return _Cut(parquet.metadata.num_rows, [], image_column(uri, parquet.schema_arrow, column), None)
 
 
 class _Watched:
@@ -198,40 +206,6 @@ class _Watched:
 
     def close(self) -> None:
         self.closed = True
-
-
-def _image_column(uri: str, columns: pa.Schema, asked: str | None) -> str:
-    """The column of encoded images: binary, or Hugging Face's struct of bytes and path."""
-    able = [field.name for field in columns if _holds_images(field.type)]
-    if asked is not None:
-        # Of one length for all: not what encoded images are, so taken if it is asked for and never guessed.
-        if asked in able or (asked in columns.names and pa.types.is_fixed_size_binary(columns.field(asked).type)):
-            return asked
-        raise ValueError(f"--image-column {asked}: {uri} has no such column of encoded images; {_described(columns)}")
-    preferred = [name for name in _IMAGE_COLUMNS if name in able]
-    if not able:
-        raise ValueError(f"{uri}: no column of it holds encoded images; {_described(columns)}")
-    if not preferred and len(able) > 1:
-        raise ValueError(f"{uri}: which column holds the images? Name one of {', '.join(able)} with --image-column")
-    return (preferred or able)[0]
-
-
-def _described(columns: pa.Schema) -> str:
-    held = [f"{field.name} ({str(field.type)[:60]})" for field in columns]
-    named = ", ".join(held[:20]) + (f" and {len(held) - 20} more" if len(held) > 20 else "")
-    return f"needed is binary, or a struct with a binary field named bytes, and there are: {named or 'none'}"
-
-
-def _holds_images(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        kind = kind.field("bytes").type
-    kind = _value_type(kind)
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
-
-
-def _value_type(kind: pa.DataType) -> pa.DataType:
-    """What a column holds, whether or not each value is stored once and pointed at."""
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 # ---- Reading.
@@ -388,11 +362,10 @@ def _read_parquet(file: pa.NativeFile, chunk: Mapping[str, Any], wanted: Collect
         if watched.failed:
             raise
         return
-    names = parquet.schema_arrow.names
-    if chunk["column"] not in names:
+    if chunk["column"] not in parquet.schema_arrow.names:
         return
-    keys = [name for name in _KEY_COLUMNS if name in names and _is_plain(parquet.schema_arrow.field(name).type)][:1]
-    columns = [chunk["column"], *keys]
+    key = key_column(parquet.schema_arrow)
+    columns = [chunk["column"], *([] if key is None else [key])]
     start = 0
     for group in range(parquet.num_row_groups):
         position, end = start, start + parquet.metadata.row_group(group).num_rows
@@ -407,7 +380,7 @@ def _read_parquet(file: pa.NativeFile, chunk: Mapping[str, Any], wanted: Collect
                 skipped = min(max(chunk["start"] - position, 0), batch.num_rows)
                 position += skipped
                 for row in batch.slice(skipped).to_pylist():
-                    yield _parquet_item(row[chunk["column"]], row[keys[0]] if keys else None, position)
+                    yield _parquet_item(row[chunk["column"]], None if key is None else row[key], position)
                     position += 1
         except (OSError, pa.ArrowException) as error:
             if watched.failed:
@@ -415,12 +388,6 @@ def _read_parquet(file: pa.NativeFile, chunk: Mapping[str, Any], wanted: Collect
             detail = f"row group {group}: {' '.join(str(error).split())}"
             for row in range(max(position, chunk["start"]), end):
                 yield _Item(str(row), None, "unreadable", detail)
-
-
-def _is_plain(kind: pa.DataType) -> bool:
-    kind = _value_type(kind)
-    texts = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    return texts or pa.types.is_integer(kind)
 
 
 def _parquet_item(value: bytes | dict[str, Any] | None, key: object, row: int) -> _Item:

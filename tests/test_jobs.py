@@ -24,7 +24,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from jobs import explain, pipeline, session
-from saecore import isolation, runs, schema
+from saecore import isolation, report, runs, schema
 from saecore.checkpoints import load_sae
 from saecore.demo import scenes
 from saecore.methods import DECOMPOSE, METHODS
@@ -521,13 +521,111 @@ def test_another_configuration_into_the_same_run_is_refused(
     assert "k was 12, now 4" in capsys.readouterr().err
 
 
-def test_changed_images_behind_the_same_path_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_complete_run_says_what_has_changed_in_its_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Gone and changed shards take nothing from it: exit code 0, no work. New ones are no part of it: refused."""
     folder, out = tmp_path / "scenes", tmp_path / "run"
     scenes.write_shards(folder, 16, 2)
-    assert explain.main(command(folder, out, "--local")) == 0
-    scenes.write_shards(folder, 18, 2)
-    assert explain.main(command(folder, out, "--local")) == 2
-    assert "inputs was" in capsys.readouterr().err
+    first, second = sorted(folder.iterdir())
+    arguments = command(folder, out, "--local")
+    assert explain.main(arguments) == 0
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != "run.log"}
+
+    def again(code: int) -> str:
+        capsys.readouterr()
+        assert explain.main(arguments) == code
+        assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != "run.log"} == before
+        said = capsys.readouterr()
+        return said.out + said.err
+
+    whole = second.read_bytes()
+    second.write_bytes(whole[: len(whole) // 2])
+    said = again(0)
+    assert f"changed since the run was made: 1 changed in size or time ({second})" in said
+    assert "is complete: nothing to do" in said
+    second.unlink()
+    said = again(0)
+    assert f"changed since the run was made: 1 no longer listed ({second})" in said
+    assert "is complete: nothing to do" in said
+    scenes.write_shards(tmp_path / "more", 8, 1)
+    new = next((tmp_path / "more").iterdir()).rename(folder / "new.tar")
+    said = again(2)
+    assert (
+        f"error: --out {out} is complete, and its inputs have changed since: 1 no longer listed ({second}), 1 new ({new})"
+        in said
+    )
+    assert "what is new needs a folder of its own for now: name another --out" in said
+    assert said.count("\n") == 1
+    for path in folder.iterdir():
+        path.unlink()
+    assert f"2 no longer listed ({first}, {second})" in again(0)
+    folder.rmdir()
+    assert "2 no longer listed" in again(0)
+    assert explain.main(command(tmp_path / "nowhere", out, "--local")) == 2
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_a_run_that_is_not_complete_needs_its_inputs_as_they_were(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "scenes", tmp_path / "run"
+    scenes.write_shards(folder, 32, 2)
+    first, second = sorted(folder.iterdir())
+    arguments = command(folder, out, "--local")
+    assert explain.main(arguments) == 0
+    (out / "commits" / "chunk-00000001.json").unlink()
+    whole, written = second.read_bytes(), second.stat().st_mtime_ns
+    second.write_bytes(whole[:-4096])
+    (folder / "new.tar").write_bytes(first.read_bytes())
+    assert explain.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: --out {out} is not complete, and its inputs have changed since it began: 1 new (")
+    assert f"1 changed in size or time ({second}); the same command resumes once they are as they were" in said
+    assert explain.main([*arguments, "--k", "4"]) == 2
+    assert "holds a run made otherwise" in capsys.readouterr().err
+    (folder / "new.tar").unlink()
+    second.write_bytes(whole)
+    os.utime(second, ns=(written, written))
+    assert explain.main(arguments) == 0
+
+
+@pytest.mark.parametrize("more", [["--local"], []], ids=["local", "ray"])
+def test_a_shard_that_is_lost_after_the_plan_is_told_at_the_end(
+    more: list[str], ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "scenes", tmp_path / "run"
+    scenes.write_shards(folder, 48, 3)
+    one, two, three = sorted(folder.iterdir())
+    three.write_bytes(three.read_bytes().rstrip(b"\0"))  # damaged before: its end is not known
+    arguments = command(folder, out, *more)
+    job = explain.prepare(session.parse(explain.Arguments, arguments, "jobs.explain"), arguments)
+    assert job is not None
+    whole = two.read_bytes()
+    one.unlink()
+    two.write_bytes(whole[: len(whole) // 2])
+    capsys.readouterr()
+    assert pipeline.complete(job, session.parse(explain.Arguments, arguments, "jobs.explain"))
+    record = job.run.record()
+    said = report.summary(str(out), record)
+    errors = Counter(row["error"] for row in rows(out, "images").values())
+    lost = errors["damaged-shard"] - 1
+    assert 16 < lost < 32
+    assert record["lost"] == {"shards": 2, "first": [str(one), str(two)], "images": lost}
+    assert record["damaged"] == {"shards": 1, "first": [str(three)]}
+    assert (
+        f"warning       {lost} images of 2 shards ({one}, {two}) could not be read: damaged or gone after the run was"
+        in said
+    )
+    assert f"warning       1 shard ({three}) ended in damage when the run was planned" in said
+    assert explain.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert f"1 no longer listed ({one}), 1 changed in size or time ({two})" in said
+    assert "is complete: nothing to do" in said
+
+
+def test_a_run_without_losses_warns_of_nothing(local_run: Path) -> None:
+    record = json.loads((local_run / "run.json").read_text())
+    assert not {"lost", "damaged"} & record.keys()
+    assert "warning" not in report.summary(str(local_run), record)
 
 
 def test_dry_run_says_what_and_writes_nothing(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,11 +12,11 @@ ROOT = Path(__file__).parent.parent
 # A module imports from the lines above its own only.
 ORDER = [
     ["untrusted", "hub"],
-    ["storage", "schema", "spec", "methods", "kernels", "effort", "histograms", "display", "localisation"],
+    ["storage", "schema", "spec", "methods", "kernels", "effort", "columns", "histograms", "display", "localisation"],
     ["maps", "search", "demo.scenes"],
     ["listing", "images", "isolation", "runs", "recipe", "soundness", "model_files"],
     ["shards", "tower", "sae", "memmaps", "embeddings", "latents", "contrast", "by_latent"],
-    ["formats", "cls_path", "targets", "quality", "objectives", "naming", "tables", "synthetic"],
+    ["changes", "formats", "cls_path", "targets", "quality", "objectives", "naming", "tables", "synthetic"],
     ["checkpoints", "mean_token", "siglip", "trainer", "naive", "naive_maps", "results", "indexing"],
     ["clip"],
     ["text"],

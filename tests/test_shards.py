@@ -151,7 +151,7 @@ def test_globs(tmp_path: Path, pattern: str, expected: list[str]) -> None:
     assert found.members == expected
 
 
-@pytest.mark.parametrize("path", ["none", "none/*.tar", "empty", "note.txt", "bad://x/y"])
+@pytest.mark.parametrize("path", ["none", "none/a.jpg", "none/*.tar", "empty", "note.txt", "bad://x/y"])
 def test_a_path_without_images_is_named(tmp_path: Path, path: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "note.txt").write_text("no image")
@@ -159,6 +159,7 @@ def test_a_path_without_images_is_named(tmp_path: Path, path: str) -> None:
     with pytest.raises(ValueError, match=r"--images .*" + path.replace("*", r"\*")) as caught:
         list_shards([address])
     assert "\n" not in str(caught.value)
+    assert "bad" in path or "no such file, or no images in it; looked for .tar" in str(caught.value)
 
 
 def listed(*paths: Path | str) -> tuple[list[str], str]:
