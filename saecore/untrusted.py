@@ -134,8 +134,10 @@ def read_torch(path: Path, skip: int = 0, mapped: bool = False) -> dict[str, Any
     ]
     with torch.serialization.safe_globals(allowed):
         try:
-            source = io.BytesIO(path.read_bytes()[skip:]) if skip else path
-            how = {"mmap": True} if mapped and zipfile.is_zipfile(path) else {}
+            data = path.read_bytes()[skip:] if skip else None
+            zipped = _check_zip(path if data is None else io.BytesIO(data))
+            how = {"mmap": True} if mapped and zipped else {}
+            source = path if data is None else io.BytesIO(data)
             content = torch.load(source, map_location="cpu", weights_only=True, **how)
         # torch raises pickle, zip and runtime errors alike for a file it cannot or will not read.
         except Exception as error:
@@ -185,6 +187,17 @@ def _safetensors(path: Path) -> Iterator[None]:
         yield
     except (SafetensorError, OSError, KeyError, AttributeError) as error:  # KeyError: a type that this torch lacks
         raise ValueError(f"{path.name} cannot be read as safetensors: {error}") from error
+
+
+def _check_zip(source: Path | io.BytesIO) -> bool:
+    """Whether torch takes it for a zip; ValueError for a compressed one, which may hold a thousand times its size."""
+    with source.open("rb") if isinstance(source, Path) else source as file:
+        if file.read(4) != b"PK\x03\x04":
+            return False
+        with zipfile.ZipFile(file) as entries:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.infolist()):
+                raise ValueError("it is compressed, as torch.save never does")
+    return True
 
 
 def _why(error: Exception) -> str:

@@ -5,6 +5,7 @@ import os
 import shutil
 import struct
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -265,6 +266,16 @@ def raw(content: bytes, file: str = msae.NAME) -> Damage:
     return damage
 
 
+def compressed(folder: Path) -> Path:
+    """200 kilobytes that torch would make 200 megabytes of, or a thousand times more."""
+    path = folder / msae.NAME
+    torch.save({"model": {"encoder": torch.zeros(1000)}}, folder / "whole")
+    with zipfile.ZipFile(folder / "whole") as whole, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as smaller:
+        for entry in whole.infolist():
+            smaller.writestr(entry.filename, whole.read(entry))
+    return path
+
+
 def evil(folder: Path) -> Path:
     torch.save({"model": Evil()}, folder / msae.NAME)
     return folder / msae.NAME
@@ -335,6 +346,7 @@ FOREIGN: dict[str, tuple[Damage, str, str]] = {
     "zeros": (raw(bytes(100)), PTH, "damaged, or no file of torch.save"),
     "an empty zip": (raw(b"PK\x03\x04"), PTH, "damaged, or no file of torch.save"),
     "a brace": (raw(b"{"), PTH, "the first line of .* is not JSON"),
+    "a compressed file": (compressed, PTH, "it is compressed, as torch.save never does"),
     "half a file": (half, PTH, "damaged, or no file of torch.save"),
     "a command": (evil, PTH, "it holds posix.system, which is no tensor, and what could run code is not opened"),
     "no model": (checkpoint(model=None), PTH, "model in .* is None, expected names with values"),
