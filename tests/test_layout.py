@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 # A module imports from the lines above its own only.
 ORDER = [
     ["storage", "schema", "spec", "methods", "kernels", "display", "localisation", "maps", "search", "demo.scenes"],
+    ["card"],
     ["listing", "images", "isolation", "runs", "recipe"],
     ["shards", "tower", "sae", "memmaps", "embeddings", "latents", "contrast", "by_latent"],
     ["formats", "cls_path", "targets", "quality", "objectives", "naming", "tables", "synthetic"],
