@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from jobs import session
-from saecore import by_latent, indexing, latents, results, runs, statistics
+from saecore import by_latent, card, indexing, latents, results, runs, statistics
 from saecore.by_latent import Segment
 from saecore.storage import join_uri, resolved
 from saecore.tables import read_record
@@ -86,6 +86,7 @@ def index(argv: list[str]) -> int:
         print(f"counted       {run.n_latents:,} latents in {seconds:.1f} s: {where}")
     elif held is before:
         print(f"{arguments.run} is indexed: nothing to do")
+    card.write(arguments.run, record)
     return 0
 
 

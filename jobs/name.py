@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from jobs import session
-from saecore import latents, report, results, runs
+from saecore import card, latents, report, results, runs
 from saecore.embeddings import draw, open_embeddings
 from saecore.storage import write_atomic
 
@@ -115,8 +115,9 @@ def name(argv: list[str]) -> int:
             job = prepare(arguments)
         table = names(job, arguments)
     metadata = {"naming": json.dumps(job.made_by)}
-    if arguments.run:
+    if job.run:
         latents.merge(arguments.run, table.replace_schema_metadata(metadata))
+        card.write(arguments.run, job.run.record)
     else:
         data = runs.parquet_bytes(table.replace_schema_metadata(metadata), latents.ROW_GROUP_ROWS)
         write_atomic(arguments.out, data)

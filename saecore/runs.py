@@ -5,6 +5,7 @@
     RUN/images/ activations/ maps/     chunk-00000017.parquet in each; without maps, `images` alone
     RUN/commits/           chunk-00000017.json
     RUN/manifest.parquet   every file of a complete run, with rows, bytes and sha256
+    RUN/README.md          its dataset card (`saecore.card`)
 
 A chunk is done if and only if its commit record is valid: it can be read, carries this run's fingerprint, and the files it
 names are there in the size it says. Names follow from the chunk id, files appear whole under their final name or not at
@@ -31,7 +32,7 @@ import pyarrow.dataset
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from saecore import schema
+from saecore import card, schema
 from saecore.storage import filesystem_of, join_uri, write_atomic
 
 TABLES = ("images", "activations", "maps")
@@ -168,7 +169,7 @@ class Run:
         _write_json(join_uri(self.uri, "run.json"), {**self.record(), **fields})
 
     def finish(self, images: int, wall_seconds: float) -> dict[str, Any]:
-        """Check that every planned image was written once, write the manifest, complete run.json; returns its content.
+        """Check that every planned image was written once, write manifest and card, complete run.json; returns its content.
 
         `images` and `wall_seconds` are those of the session that ends here: a resumed run had others before.
         """
@@ -185,7 +186,9 @@ class Run:
         manifest = pa.Table.from_pylist(rows, schema=MANIFEST)
         write_atomic(join_uri(self.uri, "manifest.parquet"), parquet_bytes(manifest, 65_536))
         session = {"session_images": images, "session_seconds": round(wall_seconds, 3)}
-        self.update(status="complete", **session, **summarise(commits), **missing(plan, commits))
+        done = {"status": "complete", **session, **summarise(commits), **missing(plan, commits)}
+        card.write(self.uri, self.record() | done)
+        self.update(**done)
         return self.record()
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     ["untrusted", "hub"],
     ["storage", "schema", "spec", "methods", "kernels", "effort", "columns", "histograms", "display", "localisation"],
-    ["maps", "search", "demo.scenes"],
+    ["maps", "search", "card", "demo.scenes"],
     ["listing", "images", "isolation", "runs", "recipe", "soundness", "model_files"],
     ["shards", "tower", "sae", "memmaps", "embeddings", "latents", "contrast", "by_latent"],
     ["changes", "formats", "cls_path", "targets", "quality", "objectives", "naming", "tables", "synthetic"],
