@@ -38,7 +38,10 @@ LATENT_COLUMNS = (
     "name",
     "score",
     "margin",
+    "runner_up",
+    "runner_up_score",
     "valid",
+    "by_data",
     "words",
     "scores",
 )
@@ -208,7 +211,8 @@ class Views:
     def target(self, target: str, strongest: int, spread: int) -> TargetView:
         """With the images where its value is largest, and others spread evenly over the ranks of the rest."""
         values = self.run.values_of(target)
-        bins = histograms.count(values["pre_activation"].to_numpy(), BINS)
+        values = values.rename_columns(["image_id", "value"])
+        bins = histograms.count(values["value"].to_numpy(), BINS)
         places = [*range(min(strongest, values.num_rows)), *_spread(strongest, values.num_rows, spread)]
         shown = values.take(pa.array(places, pa.int64()))
         by_image = self._by_image([self.run.tables.rows("maps", shown["image_id"], MAP, pc.field("target") == target)])
@@ -219,7 +223,7 @@ class Views:
                 None,
                 target,
                 None,
-                found["pre_activation"],
+                found["value"],
                 _place(place, values.num_rows),
                 by_image[found["image_id"]],
             )

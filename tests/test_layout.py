@@ -11,14 +11,14 @@ ROOT = Path(__file__).parent.parent
 
 # A module imports from the lines above its own only.
 ORDER = [
-    ["storage", "schema", "spec", "methods", "kernels", "histograms", "display", "localisation", "demo.scenes"],
-    ["listing", "images", "isolation", "runs", "recipe"],
+    ["storage", "schema", "spec", "methods", "kernels", "display", "localisation", "maps", "search", "demo.scenes"],
+    ["listing", "images", "isolation", "runs", "recipe", "histograms"],
     ["shards", "tower", "sae", "memmaps", "embeddings", "latents", "contrast", "by_latent"],
     ["formats", "cls_path", "targets", "quality", "objectives", "naming", "tables", "synthetic"],
     ["checkpoints", "mean_token", "siglip", "trainer", "naive", "naive_maps", "results", "indexing"],
     ["clip"],
     ["text"],
-    ["relevance", "training", "statistics", "pictures", "overview", "holdings"],
+    ["relevance", "training", "statistics", "pictures", "overview", "holdings", "finding"],
     ["reruns", "query_speed", "views"],
     ["inference", "training_speed", "captions"],
     ["stages", "timing", "pages"],
