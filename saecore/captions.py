@@ -1,8 +1,8 @@
 """Numbers, maps and histograms in words: what a page says to those who do not see its pictures, and beneath them to all."""
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -88,6 +88,35 @@ def meaning(method: str, kind: str) -> str:
 def units(method: str, kind: str) -> str:
     """Of a method's values for this kind of target; nothing where they have none."""
     return UNITS.get(method, "").replace("pre-activation units", "cosine" if kind == "text" else "pre-activation units")
+
+
+def doubt(row: Mapping[str, Any], naming: Mapping[str, Any]) -> str:
+    """Why a latent's name is not valid, in words and numbers. naming: of `saecore.holdings.naming`."""
+    least: Mapping[str, float] = naming.get("valid", {})
+    unit = " standard deviations" if row["by_data"] else ""
+    reasons = []
+    if naming.get("by") == "data" and not row["by_data"]:
+        reasons.append(
+            "the latent fires for too few images to be named by them, and its direction alone does not make it sure"
+        )
+    elif least:
+        ratio = row["score"] / row["runner_up_score"] if (row["runner_up_score"] or 0) > 0 else math.inf
+        found = {
+            "score": ("its score", row["score"], unit),
+            "margin": ("its margin to the runner-up", row["margin"], unit),
+            "ratio": ("its score's ratio to the runner-up's", ratio, ""),
+        }
+        reasons += [
+            f"{what} of {_apart(held, least[name])}{unit} is below {number(least[name])}"
+            for name, (what, held, unit) in found.items()
+            if held < least[name]
+        ]
+    return "; ".join(reasons) or "it did not pass the thresholds of jobs.name"
+
+
+def _apart(value: float, least: float) -> str:
+    """A value below another, in as many digits as it takes to look so."""
+    return number(value) if number(value) != number(least) else f"{value:.7g}"
 
 
 def value(kind: str) -> str:

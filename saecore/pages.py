@@ -15,7 +15,8 @@ import jinja2
 
 from saecore import captions
 from saecore.captions import number, percent
-from saecore.holdings import holdings, maps_in_words
+from saecore.finding import find_images, find_latents, find_targets, index, number_of, strongest_images
+from saecore.holdings import holdings, maps_in_words, naming
 from saecore.methods import DECOMPOSE
 from saecore.pictures import Pictures
 from saecore.storage import split_settings
@@ -159,6 +160,9 @@ class Site:
             groups=groups,
             data=data,
             co_firing=view.co_firing,
+            doubt=captions.doubt(view.latent, naming(self.run))
+            if view.latent["name"] and not view.latent["valid"]
+            else "",
             before=before,
             after=after,
         )
@@ -210,28 +214,29 @@ class Site:
 
     def found(self, text: str, most: int) -> dict[str, list[Any]]:
         """What search.js shows for a text: up to so many latents and images of the whole run, the best first."""
-        number = [int(text)] if text.isdecimal() and str(int(text)) == text and self.has_latent(int(text)) else []
-        named = self.run.find(text)["latent"].to_pylist() if "name" in self.run.latents.column_names else []
-        query = """SELECT image_id, key FROM images
-            WHERE contains(lower(key), lower($1)) OR image_id = try_cast($1 AS BIGINT) ORDER BY image_id LIMIT $2"""
-        images = self.run.sql(query, text, most).to_pylist()
-        wanted = text.casefold()
+        number = number_of(text)
+        numbered = [number] if number is not None and self.has_latent(number) else []
+        named = find_latents(self.views.latents, text)
         return self.index(
-            list(dict.fromkeys([*number, *named]))[:most],
-            [(row["image_id"], row["key"]) for row in images],
-            [place for place, target in enumerate(self.targets) if wanted in target.casefold()][:most],
+            list(dict.fromkeys([*numbered, *named]))[:most],
+            find_images(self.run, text, most),
+            find_targets(self.targets, text)[:most],
         )
 
     def index(
-        self, latents: Sequence[int], images: Sequence[tuple[int, str]], targets: Sequence[int]
+        self,
+        latents: Sequence[int],
+        images: Sequence[tuple[int, str | None]],
+        targets: Sequence[int],
+        missing: Collection[int] = (),
     ) -> dict[str, list[Any]]:
-        """What search.js looks through: [number, name, other words, images], [number, key], and [place, target]."""
+        """What search.js looks through, or shows; see `saecore.finding.index`. missing: the images without a picture."""
         rows = [self.views.latents[latent] for latent in latents]
-        return {
-            "latents": [[row["latent"], row["name"] or "", (row["words"] or [])[1:], row["images"]] for row in rows],
-            "images": [list(image) for image in images],
-            "targets": [[place, self.targets[place]] for place in targets],
-        }
+        return index(rows, self._strongest_images, images, [(place, self.targets[place]) for place in targets], missing)
+
+    @functools.cached_property
+    def _strongest_images(self) -> dict[int, int]:
+        return strongest_images(self.run)
 
     # ---- What they are made of.
 

@@ -21,7 +21,7 @@ from jinja2.utils import htmlsafe_json_dumps
 
 from saecore.pages import FOLDER, SPREAD, Site
 from saecore.results import Results
-from saecore.views import Views
+from saecore.views import ImageView, Views
 
 MARK = "report.json"
 
@@ -130,11 +130,15 @@ class Report:
         _write(folder / "latents.html", site.latent_list(list(self.latents), thumbs))
         _write(folder / "images.html", site.image_list(listed))
         _write(folder / "search.html", site.search())
-        keys = [(view.image["image_id"], view.image["key"]) for view in listed]
-        index = htmlsafe_json_dumps(site.index(list(self.latents), keys, range(len(self.targets))))
-        _write(folder / "data" / "search.js", f"window.searchIndex = {index};\n")
+        _write(folder / "data" / "search.js", f"window.searchIndex = {self._search_index(listed)};\n")
         mark = {"run": site.uri, "fingerprint": site.run.record["fingerprint"]}
         _write(folder / MARK, json.dumps(mark) + "\n")
+
+    def _search_index(self, listed: list[ImageView]) -> str:
+        keys = [(view.image["image_id"], view.image["key"]) for view in listed]
+        missing = self.site.missing | {view.image["image_id"] for view in listed if view.image["error"]}
+        places = range(len(self.targets))
+        return htmlsafe_json_dumps(self.site.index(list(self.latents), keys, places, missing))
 
 
 def _write(path: Path, text: str) -> None:

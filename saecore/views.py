@@ -39,7 +39,10 @@ LATENT_COLUMNS = (
     "name",
     "score",
     "margin",
+    "runner_up",
+    "runner_up_score",
     "valid",
+    "by_data",
     "words",
     "scores",
 )

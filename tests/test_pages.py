@@ -81,11 +81,15 @@ def test_names_are_text(written: Path) -> None:
     labels = [element.get("aria-label") or "" for element in images[str(album.N_SCENES)].elements["canvas"]]
     assert any(label.startswith("map of latent ") and album.HOSTILE in label for label in labels)
     assert album.HOSTILE_NAME in Page(written / "latents.html").text
-    assert f"Latent {album.OFTEN} {album.HOSTILE_NAME}" in Page(written / "latents" / f"{album.OFTEN}.html").text
+    assert (
+        f"Latent {album.OFTEN} {album.HOSTILE_NAME} ? (not certain)"
+        in Page(written / "latents" / f"{album.OFTEN}.html").text
+    )
     script = (written / "data" / "search.js").read_text()
     assert "<" not in script
     index = json.loads(script.removeprefix("window.searchIndex = ").removesuffix(";\n"))
     assert [album.N_SCENES, album.HOSTILE] in index["images"]
+    assert index["missing"] == [album.N_IMAGES - 1]
 
 
 def test_a_latents_page_has_the_numbers_of_the_tables(album_run: Path, written: Path) -> None:
@@ -307,3 +311,37 @@ def test_a_histogram_of_equal_numbers_is_one_bar() -> None:
     assert alone is not None
     assert alone.summary == "Histogram of activation: 1 image, at 2.50"
     assert captions.chart("Strength", "activation", "images", Bins([], [])) is None
+
+
+def test_names_that_are_not_certain_are_marked_in_words(album_run: Path, written: Path) -> None:
+    """Odd latents' names are not valid, and no names say how they were found."""
+    for path in (written / "latents").iterdir():
+        sure, name = int(path.stem) % 2 == 0, f"Latent {path.stem} word {path.stem}"
+        if int(path.stem) in (0, album.OFTEN):
+            continue
+        page = Page(path)
+        assert (f"{name} ? (not certain)" in page.text) is not sure
+        assert ("did not pass the thresholds of jobs.name" in page.text.replace("names with ? did", "")) is not sure
+        assert "names with ? did not pass the thresholds of jobs.name" in page.text
+        assert not [span for span in page.elements["span"] if "title" in span]
+    for listed in ("latents.html", "images/0.html", "index.html", "search.html"):
+        assert "names with ? did not pass the thresholds of jobs.name" in Page(written / listed).text
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"score": 0.45}, "its score of 0.450 standard deviations is below 1.00"),
+        ({"margin": 0.02}, "its margin to the runner-up of 0.020 standard deviations is below 0.200"),
+        ({"margin": 0.1999}, "its margin to the runner-up of 0.1999 standard deviations is below 0.200"),
+        ({"runner_up_score": 1.4}, "its score's ratio to the runner-up's of 1.07 is below 1.20"),
+        ({"by_data": False}, "the latent fires for too few images to be named by them"),
+        (
+            {"score": 0.5, "margin": 0.1},
+            "its score of 0.500 standard deviations is below 1.00; its margin to the runner-up of 0.100 standard deviations is",
+        ),
+    ],
+)
+def test_why_a_name_is_not_certain(changed: dict[str, Any], words: str) -> None:
+    row = {"score": 1.5, "margin": 0.4, "runner_up_score": -0.1, "by_data": True} | changed
+    assert captions.doubt(row, {"by": "data", "valid": {"score": 1.0, "margin": 0.2, "ratio": 1.2}}).startswith(words)

@@ -1,39 +1,108 @@
 "use strict";
-// Latents by word or number, images by name: in the report's own list, or asked of the explorer.
+// Latents by word or number, texts and concepts by word, images by file name: in the report's own list, or asked of the explorer.
 
 const MOST = 60; // of each are shown, and answered by the explorer
+const PAUSE = 120; // ms without a key, after which the explorer is asked
 const box = document.getElementById("search");
 const NOTHING = document.getElementById("found").textContent;
 const live = "live" in document.documentElement.dataset;
+const EMPTY = { latents: [], images: [], targets: [], missing: [] };
 
-// {latents: [[number, name, other words, images]], images: [[number, name]], targets: [[place, name]]}, the best first.
-async function find(text) {
-  if (live) return (await fetch(`search.json?q=${encodeURIComponent(text)}`)).json();
-  const wanted = text.toLowerCase();
-  const named = (latent) => latent[1].toLowerCase();
-  const latents = window.searchIndex.latents.filter(
-    (latent) => String(latent[0]) === wanted || named(latent).includes(wanted) || latent[2].some((word) => word.toLowerCase().includes(wanted)),
-  );
-  const place = (latent) => (String(latent[0]) === wanted ? 0 : named(latent) === wanted ? 1 : named(latent).includes(wanted) ? 2 : 3);
-  latents.sort((a, b) => place(a) - place(b) || b[3] - a[3]);
-  const [images, targets] = [window.searchIndex.images, window.searchIndex.targets].map((named) => named.filter(([, name]) => name.toLowerCase().includes(wanted)));
-  return { latents, images, targets };
+// ---- The rule, as in saecore/search.py and saecore/finding.py.
+
+const INSIDE = 4; // the rank of what occurs within a word only
+
+const split = (text) => text.toLowerCase().split(/\s+/).filter(Boolean);
+const wordsOf = (text) => [...split(text), ...(text.toLowerCase().match(/[\p{L}\p{N}_]+/gu) ?? [])];
+
+function rankOfWord(word, name, others) {
+  const own = wordsOf(name);
+  const more = others.flatMap(wordsOf);
+  const begins = (one) => one.startsWith(word);
+  const occurs = [own.includes(word), more.includes(word), own.some(begins), more.some(begins), [name, ...others].some((text) => text.toLowerCase().includes(word))];
+  return occurs.includes(true) ? occurs.indexOf(true) : Infinity;
 }
 
-function item(address, words, more) {
-  const link = Object.assign(document.createElement("a"), { href: address, textContent: words });
-  const note = Object.assign(document.createElement("span"), { className: "quiet", textContent: more });
-  const found = document.createElement("li");
-  found.append(link, " ", note);
-  return found;
+// The worst of the ranks of a query's words; infinite where one does not occur.
+const rank = (words, name, others) => Math.max(...words.map((word) => rankOfWord(word, name, others)));
+
+// What has a rank, the best first; what is only found within words, where nothing else is found.
+function matching(items, rankOf, order = () => 0) {
+  const ranked = items.map((item) => [rankOf(item), item]).filter(([rank]) => rank < Infinity);
+  const outside = ranked.some(([rank]) => rank < INSIDE);
+  const kept = ranked.filter(([rank]) => rank < INSIDE || !outside);
+  return kept.sort(([a, one], [b, other]) => a - b || order(one, other)).map(([, item]) => item);
+}
+
+// Of a file's name all but letters and digits parts words, and what occurs within one counts too: here are both tests of a word.
+function fileWord(word) {
+  const literal = word.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&");
+  return ["$|[^\\p{L}\\p{N}]", ""].map((end) => new RegExp(`(^|[^\\p{L}\\p{N}])${literal}(${end})`, "u"));
+}
+
+function rankOfFile(words, [number, name], text) {
+  if (String(number) === text) return -1;
+  const lower = name.toLowerCase();
+  const ranks = words.map(([word, [whole, begins]]) => (!lower.includes(word) ? Infinity : whole.test(lower) ? 0 : begins.test(lower) ? 1 : 2));
+  return Math.max(...ranks);
+}
+
+// {latents: [[number, name, other words, images, valid, score, strongest image]], images: [[number, name]], targets: [[place, words]],
+// missing: images without a picture}, the best first.
+async function find(text) {
+  if (live) return (await fetch(`search.json?q=${encodeURIComponent(text)}`)).json();
+  const { latents, images, targets, missing } = window.searchIndex;
+  const words = split(text);
+  const fileWords = words.map((word) => [word, fileWord(word)]);
+  return {
+    latents: matching(
+      latents,
+      (one) => (String(one[0]) === text ? -1 : rank(words, one[1], one[2])),
+      (a, b) => b[4] - a[4] || b[5] - a[5] || a[0] - b[0],
+    ),
+    images: images
+      .map((one) => [rankOfFile(fileWords, one, text), one])
+      .filter(([rank]) => rank < Infinity)
+      .sort(([a, one], [b, other]) => a - b || one[0] - other[0])
+      .map(([, one]) => one),
+    targets: matching(targets, (one) => rank(words, one[1], [])),
+    missing,
+  };
+}
+
+// ---- What is shown.
+
+function element(tag, className, ...content) {
+  const made = document.createElement(tag);
+  if (className) made.className = className;
+  made.append(...content);
+  return made;
+}
+
+function thumbnail(number, missing) {
+  const address = missing.includes(number) ? "static/no-picture.svg" : `pictures/${number}.webp`;
+  return Object.assign(new Image(48, 48), { loading: "lazy", alt: "", src: address });
+}
+
+// A link with a picture before it, where there is one, and more words behind it.
+function item(address, picture, words, more) {
+  const link = Object.assign(element("a", "", ...words), { href: address });
+  const text = element("span", "", link, " ", element("span", "quiet", more));
+  return picture ? element("li", "found", picture, text) : element("li", "", text);
+}
+
+function latentItem([number, name, others, images, valid, , strongest], words, missing) {
+  const sign = element("span", "", " ?");
+  sign.setAttribute("aria-hidden", "true");
+  const unsure = [sign, element("span", "hidden", " (not certain)")];
+  const called = name ? [", ", element("span", valid ? "" : "unsure", name, ...(valid ? [] : unsure))] : [];
+  const also = rank(words, name, []) < INSIDE ? [] : others.filter((other) => words.some((word) => rankOfWord(word, other, []) < Infinity));
+  const more = `${images.toLocaleString("en")} image${images === 1 ? "" : "s"}${also.length ? `; also ${also.join(", ")}` : ""}`;
+  return item(`latents/${number}.html`, strongest === null ? null : thumbnail(strongest, missing), [`latent ${number}`, ...called], more);
 }
 
 function list(title, items) {
-  if (!items.length) return [];
-  const heading = Object.assign(document.createElement("h2"), { textContent: title });
-  const shown = Object.assign(document.createElement("ul"), { className: "results" });
-  shown.append(...items.slice(0, MOST));
-  return [heading, shown];
+  return items.length ? [element("h2", "", title), element("ul", "results", ...items.slice(0, MOST))] : [];
 }
 
 const count = (items, word) => `${items.length.toLocaleString("en")}${live && items.length === MOST ? " or more" : ""} ${word}${items.length === 1 ? "" : "s"}`;
@@ -45,25 +114,39 @@ async function show() {
   const address = new URL(location.href);
   address.searchParams.set("q", text);
   history.replaceState(null, "", address);
-  const found = text ? await find(text) : { latents: [], images: [], targets: [] };
+  const found = text ? await find(text) : EMPTY;
   if (turn !== asked) return; // an answer to what was typed before
-  const matching = (words) => words.filter((word) => word.toLowerCase().includes(text.toLowerCase()));
-  const also = (words) => (matching(words).length ? `; also ${matching(words).join(", ")}` : "");
-  const latents = found.latents.map(([number, name, words, images]) =>
-    item(`latents/${number}.html`, name ? `latent ${number}, ${name}` : `latent ${number}`, `${images.toLocaleString("en")} image${images === 1 ? "" : "s"}${also(words)}`),
-  );
-  const images = found.images.map(([number, name]) => item(`images/${number}.html`, name, `image ${number}`));
-  const targets = found.targets.map(([place, name]) => item(`targets/${place}.html`, name, ""));
+  const words = split(text);
+  const latents = found.latents.slice(0, MOST).map((one) => latentItem(one, words, found.missing));
+  const targets = found.targets.slice(0, MOST).map(([place, name]) => item(`targets/${place}.html`, null, [name], ""));
+  const images = found.images.slice(0, MOST).map(([number, name]) => item(`images/${number}.html`, thumbnail(number, found.missing), [name], ""));
   document.getElementById("results").replaceChildren(...list("Latents", latents), ...list("Texts and concepts", targets), ...list("Images", images));
-  const counts = `${count(latents, "latent")}, ${targets.length ? `${count(targets, "target")}, ` : ""}${count(images, "image")}`;
+  const counts = `${count(found.latents, "latent")}, ${found.targets.length ? `${count(found.targets, "target")}, ` : ""}${count(found.images, "image")}`;
   document.getElementById("found").textContent = text ? `${counts} for “${text}”` : NOTHING;
 }
 
+let waiting;
+function showSoon() {
+  clearTimeout(waiting);
+  waiting = setTimeout(show, live ? PAUSE : 0);
+}
+
+// The arrows go from the box through the results and back.
+function step(event) {
+  const by = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+  const stops = [box, ...document.querySelectorAll("#results a")];
+  const place = stops.indexOf(document.activeElement);
+  if (!by || place < 0 || !stops[place + by]) return;
+  event.preventDefault();
+  stops[place + by].focus();
+}
+
 box.value = new URLSearchParams(location.search).get("q") ?? "";
-box.addEventListener("input", show);
+box.addEventListener("input", showSoon);
 box.form.addEventListener("submit", (event) => {
   event.preventDefault();
   document.querySelector("#results a")?.focus();
 });
+document.addEventListener("keydown", step);
 box.focus();
 show();

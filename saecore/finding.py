@@ -1,0 +1,98 @@
+"""What the search of pages finds: latents by what they are called, texts and concepts by their words, images by file name.
+
+Latents, texts and concepts go by the rule of `saecore.search`, and so does `site/static/search.js` in the list of a written
+report. Of a file's name, anything that is no letter and no digit parts words: first come those whose words are the query's,
+then those with words that begin so, then those where it occurs anywhere. All words of a query must occur.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from saecore.results import Results
+from saecore.search import matching
+
+MOST = 2**63 - 1
+"""The largest number that an image can have."""
+
+RANK = r"""CASE WHEN regexp_matches(lower(key), '(^|[^\pL\pN])' || regexp_escape({word}) || '($|[^\pL\pN])') THEN 0
+    WHEN regexp_matches(lower(key), '(^|[^\pL\pN])' || regexp_escape({word})) THEN 1 ELSE 2 END"""
+"""How well a file's name answers one word that occurs in it, for DuckDB."""
+
+
+def number_of(text: str) -> int | None:
+    """The number that a text is, written as numbers are; None for anything else, and for what no image can have."""
+    found = int(text) if text.isascii() and text.isdigit() and len(text) <= len(str(MOST)) else None
+    return found if found is not None and found <= MOST and str(found) == text else None
+
+
+def find_latents(rows: Sequence[Mapping[str, Any]], text: str) -> list[int]:
+    """Of latents (rows of `Views.latents`) those called so; of equal rank the valid names first, then the highest scores."""
+    found = matching(text, ((row["name"], (row["words"] or [])[1:]) for row in rows))
+    return [
+        place for _, place in sorted(found, key=lambda one: (one[0], not rows[one[1]]["valid"], _score(rows[one[1]])))
+    ]
+
+
+def _score(row: Mapping[str, Any]) -> tuple[float, int]:
+    return -(row["score"] or 0.0), row["latent"]
+
+
+def find_targets(targets: Sequence[str], text: str) -> list[int]:
+    """The places of the texts and concepts that hold these words."""
+    return [place for _, place in matching(text, ((target, ()) for target in targets))]
+
+
+def find_images(run: Results, text: str, most: int) -> list[tuple[int, str]]:
+    """The images of a run, number and key, whose file is called so, or whose number this is; the best first, then by number."""
+    words = text.lower().split()
+    if not words:
+        return []
+    asked = [f"${place}" for place in range(3, 3 + len(words))]
+    occur = " AND ".join(f"contains(lower(key), {word})" for word in asked)
+    rank = f"greatest({', '.join([RANK.format(word=word) for word in asked])})"
+    query = f"""SELECT image_id, key FROM images WHERE ({occur}) OR image_id = $1
+        ORDER BY coalesce(image_id = $1, false) DESC, {rank}, image_id LIMIT $2"""
+    found = run.sql(query, number_of(text.strip()), most, *words).to_pylist()
+    return [(row["image_id"], row["key"]) for row in found]
+
+
+def strongest_images(run: Results) -> dict[int, int]:
+    """Of each latent that fires: the image for which it does most strongly."""
+    known = run.latents
+    if "top_images" in known.column_names and not len(run.tables.not_indexed):  # as jobs.index has them
+        found = zip(known["latent"].to_pylist(), known["top_images"].to_pylist(), strict=True)
+        return {latent: images[0] for latent, images in found if images}
+    query = """SELECT latent, arg_max(image_id, (activation, -image_id)) AS image_id
+        FROM by_latent WHERE activation <> 0 GROUP BY latent"""
+    return {row["latent"]: row["image_id"] for row in run.sql(query).to_pylist()}
+
+
+def index(
+    rows: Sequence[Mapping[str, Any]],
+    strongest: Mapping[int, int],
+    images: Sequence[tuple[int, str | None]],
+    targets: Sequence[tuple[int, str]],
+    missing: Collection[int],
+) -> dict[str, list[Any]]:
+    """What `site/static/search.js` takes.
+
+    latents: [number, name, other words, images, whether the name is valid, score, strongest image]. images: [number, name of
+    the file]. targets: [place, words]. missing: the numbers of images without a picture.
+    """
+    return {
+        "latents": [
+            [
+                row["latent"],
+                row["name"] or "",
+                (row["words"] or [])[1:],
+                row["images"],
+                bool(row["valid"]),
+                row["score"] or 0,
+                strongest.get(row["latent"]),
+            ]
+            for row in rows
+        ],
+        "images": [[image_id, key or f"image {image_id}"] for image_id, key in images],
+        "targets": [list(target) for target in targets],
+        "missing": sorted(missing),
+    }
