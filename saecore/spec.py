@@ -2,6 +2,9 @@
 
 import dataclasses
 
+from saecore import sites
+from saecore.spellings import Model
+
 CHOICES = {
     "architecture": ("relu", "topk", "batchtopk", "jumprelu"),
     "output": ("relu", "signed", "absolute"),
@@ -15,7 +18,7 @@ class SAEConfig:
     """What the tensors alone do not say."""
 
     n_inputs: int
-    """Width of the CLIP embedding."""
+    """Width of what it reads: of the CLIP embedding, where that is its site."""
     n_latents: int
     """Number of latents."""
     k: int = 0
@@ -38,6 +41,12 @@ class SAEConfig:
     """The levels or prefixes, smallest first."""
     source: str = ""
     """Where the weights come from: a training command, or a foreign file and its format."""
+    site: str = "embedding"
+    """Where it reads, in the text form of `saecore.sites`; empty where a file does not say, which `load_sae` never returns."""
+    model: str = ""
+    """The model that it was trained on, as its file names it; empty where it does not."""
+    model_sha256: str = ""
+    """What that model's `ImageTower.sha256` begins with; empty where it is not known."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "nested", tuple(self.nested))  # JSON knows lists only
@@ -46,6 +55,8 @@ class SAEConfig:
                 raise ValueError(
                     f"SAE {field} {getattr(self, field)!r} is not supported; supported: {', '.join(choices)}"
                 )
+        if self.site:
+            sites.parse(self.site)
         least = 1 if self.architecture == "topk" else 0
         if not least <= self.k <= self.n_latents:
             raise ValueError(f"an SAE of {self.n_latents} latents cannot let k = {self.k} of them fire")
@@ -53,3 +64,13 @@ class SAEConfig:
             raise ValueError(
                 f"a {self.architecture} SAE that selects by magnitude gives signed or absolute activations"
             )
+
+    @property
+    def unit_length(self) -> bool:
+        """Whether its inputs are brought to length 1 first."""
+        return sites.parse(self.site).first == "l2"
+
+    @property
+    def trained_on(self) -> Model:
+        """The model that it was trained on, as far as it is known."""
+        return Model(self.model, self.model_sha256)

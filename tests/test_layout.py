@@ -11,10 +11,12 @@ ROOT = Path(__file__).parent.parent
 
 # A module imports from the lines above its own only.
 ORDER = [
-    ["storage", "schema", "spec", "methods", "kernels", "display", "localisation", "demo.scenes"],
+    ["sites", "spellings"],
+    ["hooks", "storage", "schema", "spec", "methods", "kernels", "display", "localisation", "demo.scenes"],
     ["listing", "images", "isolation", "runs", "recipe"],
     ["shards", "tower", "sae", "memmaps", "embeddings", "latents", "contrast", "by_latent"],
-    ["formats", "cls_path", "targets", "quality", "objectives", "naming", "tables", "synthetic"],
+    ["formats"],
+    ["embedding_formats", "cls_path", "targets", "quality", "objectives", "naming", "tables", "synthetic"],
     ["checkpoints", "mean_token", "siglip", "trainer", "naive", "naive_maps", "results", "indexing"],
     ["clip"],
     ["text"],
