@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from saecore import display, images, runs, shards
+from saecore.fit import Fit
 from saecore.storage import filesystem_of, join_uri, split_settings, write_atomic
 
 
@@ -111,6 +112,8 @@ def summary(uri: str, record: Mapping[str, Any]) -> str:
     if "worst_completeness_error" in record:
         worst = record["worst_completeness_error"]
         lines.append(f"exactness     {worst:.1e} worst error of map + remainder = pre-activation")
+    if (fit := Fit(**record.get("fit", {}))).is_poor(least=1):
+        lines.append(f"warning       {fit.words()}: does this SAE belong to this model?")
     return "\n".join([*lines, f"on disk       {sizes} in {uri}"])
 
 
@@ -163,6 +166,11 @@ def outline(plan: pa.Table, verb: str, out: str, how: Sequence[str]) -> str:
 UNIT_NORM = (
     "warning       every embedding has length 1: SAEs for CLIP are trained on embeddings before normalisation, "
     "as jobs.embed writes them"
+)
+
+UNIT_NORM_SITE = (
+    "warning       every embedding has length 1, so this SAE brings embeddings to length 1 first (site embedding:l2); "
+    "jobs.embed writes them as CLIP gives them"
 )
 
 COLUMNS = (
@@ -221,7 +229,7 @@ def training_summary(record: Mapping[str, Any], out: str) -> str:
         f"FVU           {curve}",
     ]
     if record["unit_norm"]:
-        lines.append(UNIT_NORM)
+        lines.append(UNIT_NORM_SITE)
     return "\n".join([*lines, f"\nUse it: --sae {out}"])
 
 
@@ -241,11 +249,14 @@ MEANINGS = {
 def measured(found: Mapping[str, Any]) -> str:
     """What jobs.measure found, as a person reads it."""
     lines = [
-        f"SAE           {found['architecture']}, {found['n_latents']:,} latents on width {found['n_inputs']}",
+        f"SAE           {found['architecture']}, {found['n_latents']:,} latents on width {found['n_inputs']}, "
+        f"reads {found['site']}",
         f"measured on   {found['rows']:,} of {found['of']:,} embeddings",
     ]
-    if found["unit_norm"]:
+    if found["unit_norm"] and found["site"] == "embedding":
         lines.append(UNIT_NORM)
+    if found["remark"]:
+        lines.append(found["remark"])
     if found["calibrated"]:
         lines.append(f"threshold     {found['threshold']:.4g}, calibrated here: it had none (k = {found['k']})")
     lines.append("")

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 # A module imports from the lines above its own only.
 ORDER = [
-    ["sites", "spellings"],
+    ["fit", "sites", "spellings"],
     ["hooks", "storage", "schema", "spec", "methods", "kernels", "display", "localisation", "demo.scenes"],
     ["listing", "images", "isolation", "runs", "recipe"],
     ["shards", "tower", "sae", "memmaps", "embeddings", "latents", "contrast", "by_latent"],
