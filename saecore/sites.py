@@ -48,7 +48,7 @@ class Site:
         if _FORM.fullmatch(str(self)) is None or (self.layer is None and (self.part or self.tokens)):
             raise ValueError(f"no site is {self.layer, self.part, self.tokens, self.first}; a site is {GRAMMAR}")
         if self.layer is None and self.first == "mean":
-            raise ValueError("an embedding has no tokens to take the mean of: no site is embedding:mean")
+            raise ValueError(f"{str(self)!r} is no site: an embedding has no tokens to take the mean of")
 
     def __str__(self) -> str:
         place = "embedding" if self.layer is None else f"layer{self.layer}" + (f".{self.part}" if self.part else "")

@@ -103,8 +103,8 @@ def differ(one: str, other: str) -> bool | None:
 def telling(clip: str) -> str:
     """The name of the model that `--clip` stands for; of a folder what its files or its own name tell, or nothing."""
     folder = Path(clip)
-    if not folder.is_dir():
-        return clip
+    if not folder.is_dir():  # an id, or a folder that was elsewhere
+        return published(clip)
     if published(clip) != folder.name:
         return published(clip)
     stated = _stated(folder / "config.json")
@@ -140,11 +140,12 @@ def check_same(said: Model, sae: str, clip: str, found: Model, any_clip: bool) -
     """
     if not said.name:
         return ""
-    name = said.name + (f" ({said.sha256})" if said.sha256 else "")
+    known = published(said.name)  # folders that a path leads through are no part of a model's name
+    name = known + (f" ({said.sha256})" if said.sha256 else "")
     if said.sha256 and found.sha256:
         other: bool | None = said.sha256 != found.sha256
     else:
-        other = differ(said.name, found.name) if found.name else None
+        other = differ(known, found.name) if found.name else None
     if other is None:
         return f"model         the SAE was trained on {name}; whether {clip} is that model, their names do not tell"
     if not other:

@@ -580,6 +580,21 @@ def test_broken_files_are_refused_in_one_sentence(tmp_path: Path) -> None:
         load_sae(str(tmp_path / "sae.pt"))
 
 
+def test_a_checkpoint_on_the_hub_comes_with_its_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def download(repository: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    folder, _ = write_dictionary(made(tmp_path / "clip" / "trainer_0"))
+    (folder / "checkpoints").mkdir()
+    (folder / "ae.pt").rename(folder / "checkpoints" / "ae_5.pt")
+    assert load_sae("hf://me/saes/clip/trainer_0/checkpoints/ae_5.pt", "embedding").config.k == K
+    assert "clip/trainer_0/config.json" in asked[0]
+
+
 def test_tied_biases_that_differ_are_refused(tmp_path: Path) -> None:
     path, _ = write_dncbm(tmp_path)
     state = torch.load(path, weights_only=True)

@@ -34,7 +34,8 @@ def test_every_site_is_printed_and_read_again() -> None:
     ],
 )
 def test_what_is_no_site_is_refused_with_the_grammar(text: str) -> None:
-    with pytest.raises(ValueError, match=r"no site|a site is embedding\[:l2\] or layerN\[\.residual"):
+    grammar = r" is no site; a site is embedding\[:l2\] or layerN\[\.residual"
+    with pytest.raises(ValueError, match="no tokens to take the mean of" if text.endswith(":mean") else grammar):
         parse(text)
     if text:
         with pytest.raises(ValueError, match="site"):
@@ -46,7 +47,7 @@ def test_what_is_no_site_is_refused_with_the_grammar(text: str) -> None:
     [{"part": "mlp"}, {"tokens": "cls"}, {"first": "mean"}, {"layer": -1}, {"layer": 3, "part": "attention"}],
 )
 def test_sites_that_cannot_be_are_refused(fields: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="no site is"):
+    with pytest.raises(ValueError, match="no site"):
         dataclasses.replace(EMBEDDING, **fields)  # type: ignore[arg-type]
 
 

@@ -67,6 +67,7 @@ def test_a_folder_goes_by_what_its_files_or_its_name_tell(tmp_path: Path) -> Non
     for name in ("mine", "clip-vit-base-patch16", "models--openai--clip-vit-large-patch14"):
         (tmp_path / name / "snapshots" / "ab12").mkdir(parents=True)
     assert telling(B16) == B16
+    assert telling("/openai/siglip/mine") == "mine"
     assert telling(str(tmp_path / "mine")) == ""
     assert telling(str(tmp_path / "clip-vit-base-patch16")) == "clip-vit-base-patch16"
     assert telling(str(tmp_path / "models--openai--clip-vit-large-patch14" / "snapshots" / "ab12")) == L14
@@ -88,6 +89,7 @@ def test_an_sae_of_another_model_is_refused_unless_any_will_do() -> None:
     assert check_same(Model(), "x", clip, Model(B16), any_clip=False) == ""
     assert "do not tell" in check_same(Model("ViT-B/16"), "x", clip, Model(B16), any_clip=False)
     assert "do not tell" in check_same(Model("ViT-B/16"), "x", clip, Model(), any_clip=False)
+    assert "do not tell" in check_same(Model("/siglip/mine"), "x", clip, Model(B16), any_clip=False)
 
 
 def test_weights_tell_more_than_names() -> None:
