@@ -22,10 +22,15 @@ import tyro
 from jobs import pipeline, session
 from saecore import report
 from saecore.demo import scenes
+from saecore.fit import ENOUGH, Fit, advice
 from saecore.methods import DEFAULT_OPTIONS, Options, dtype_of, parse_methods, parse_targets
+from saecore.spellings import Model, check_same, telling
 from saecore.stages import Decode, Explain, ExplainConfig, load_models, load_words
 
 DEFAULT_K = 32
+
+POOR_FIT = 1
+"""Exit code of a run whose SAE does not fit the images: it is resumed, or kept, by the same command with --allow-poor-fit."""
 
 DEMO_SCENES, DEMO_SHARDS = 512, 4
 
@@ -36,6 +41,12 @@ class Arguments(pipeline.Arguments):
 
     sae: str = ""
     """SAE: a folder, an MSAE .pth file, hf://OWNER/REPOSITORY[/PATH][@REVISION], or `demo`."""
+    site: str = ""
+    """Where the SAE reads, if its files do not say: embedding, or embedding:l2 if it was trained on embeddings of length 1."""
+    any_clip: bool = False
+    """Run an SAE whose files name another model than --clip."""
+    allow_poor_fit: bool = False
+    """Go on although the SAE reconstructs half of the images or more poorly (fvu at least 0.9)."""
     k: int = 0
     """Latents kept per image; 0 is 32, or as many as the SAE lets fire where these are fewer."""
     method: str = "contrib"
@@ -77,11 +88,26 @@ def explain(argv: list[str]) -> int:
             job = prepare(arguments, argv)
         if job is None:
             return 0
-        if pipeline.complete(job, arguments):
-            report.write_preview(job.run)
-    print(report.summary(arguments.out, job.run.record()))
+        try:
+            if pipeline.complete(job, arguments, functools.partial(watch, job, arguments)):
+                report.write_preview(job.run)
+        except pipeline.AlarmError as alarm:
+            print(f"stopped: {alarm}")
+            return POOR_FIT
+        record = job.run.record()
+    print(report.summary(arguments.out, record))
+    fit = Fit(**record.get("fit", {}))
+    if fit.is_poor() and not arguments.allow_poor_fit:
+        print(f"kept, but {advice(fit, record)}")
+        return POOR_FIT
     print(report.next_steps(arguments.out))
     return 0
+
+
+def watch(job: pipeline.Job, arguments: Arguments, fit: Fit) -> None:
+    """`pipeline.AlarmError` once it is sure that the SAE does not fit these images, unless that is allowed."""
+    if fit.is_poor(ENOUGH) and not arguments.allow_poor_fit:
+        raise pipeline.AlarmError(advice(fit, job.run.record()))
 
 
 # ---- Before any actor starts.
@@ -94,7 +120,9 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
     methods, targets = parse_methods(arguments.method), parse_targets(arguments.targets)
     images = arguments.images or demo_images(arguments.out)
     clip, sae_address = pipeline.address(arguments.clip or "demo"), pipeline.address(arguments.sae or "demo")
-    tower, sae = load_models(clip, sae_address)
+    tower, sae = load_models(clip, sae_address, arguments.site)
+    found = Model(telling(clip), tower.sha256()[:16])
+    remark = check_same(sae.config.trained_on, sae_address, f"--clip {clip}", found, arguments.any_clip)
     sae.firing_threshold()  # a BatchTopK SAE may have none yet
     most = sae.config.k if sae.config.architecture == "topk" else sae.config.n_latents
     if arguments.k > most:
@@ -108,6 +136,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
     config = ExplainConfig(
         clip=clip,
         sae=sae_address,
+        site=arguments.site,
         k=k,
         batch_size=arguments.batch_size,
         device=pool.device,
@@ -125,6 +154,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
         "dtype": dtype_of(pool.device, methods),
         "clip": tower.sha256()[:16],
         "sae": sae.sha256()[:16],
+        "site": sae.config.site,
         "k": k,
         "method": ",".join(methods),
         "targets": targets.specs(),
@@ -139,15 +169,18 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
         "clip_sha256": parts["clip"],
         "sae": sae_address,
         "sae_sha256": parts["sae"],
+        "site": sae.config.site,
         "methods": ",".join(methods),
         "norms": ", ".join(f"{method} {norm}" for method, norm in norms.items()),
         "grid_height": str(height),
         "grid_width": str(width),
     }
 
+    if remark:
+        print(remark)
     if arguments.dry_run:
         how = [
-            f"with CLIP {clip} and SAE {sae_address}",
+            f"with CLIP {clip} and SAE {sae_address}, which reads {sae.config.site}",
             f"{k} latents per image, maps of {', '.join(targets.specs())} by {', '.join(methods)}",
         ]
         print(report.outline(pipeline.plan(arguments, shards), "explain", arguments.out, how))

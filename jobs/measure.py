@@ -25,6 +25,8 @@ from jobs import session
 from saecore import report
 from saecore.embeddings import Embeddings, draw, open_embeddings, unit_length
 from saecore.recipe import doubled
+from saecore.sites import check_embedding
+from saecore.spellings import check_same, telling
 from saecore.storage import filesystem_of, resolved
 
 if TYPE_CHECKING:
@@ -42,8 +44,14 @@ class Arguments:
     """demo, a folder, a foreign checkpoint, or hf://OWNER/REPOSITORY."""
     embeddings: str
     """A run of jobs.embed (or of jobs.explain --embeddings), NAME_rows_width.npy, or Parquet with a column of lists."""
+    site: str = ""
+    """Where the SAE reads, if its files do not say: embedding, or embedding:l2 if it was trained on embeddings of length 1."""
+    any_clip: bool = False
+    """Measure an SAE whose files name another model than the embeddings'."""
     against: str = ""
     """Another SAE on the same CLIP, to compare atoms with: another seed, say."""
+    against_site: str = ""
+    """--site of that one."""
     ks: tuple[int, ...] = ()
     """Numbers of latents at which to look at recovery; none is 16, 32, 64.. up to 1,024."""
     labels: str = ""
@@ -86,8 +94,8 @@ def measure(argv: list[str]) -> int:
 
             words, classes, _ = read_texts(arguments.texts)
         labels = read_labels(arguments.labels, source, words) if arguments.labels else None
-        sae = load(arguments.sae, source, arguments.embeddings)
-        other = load(arguments.against, source, arguments.embeddings) if arguments.against else None
+        sae, remark = load(arguments, arguments.sae, arguments.site, source)
+        other = load(arguments, arguments.against, arguments.against_site, source)[0] if arguments.against else None
         if arguments.texts and classes.shape[1] != source.width:
             raise ValueError(f"--texts {arguments.texts} has width {classes.shape[1]}, the embeddings {source.width}")
         numbers, rows = draw(source, arguments.rows, arguments.seed)
@@ -110,6 +118,7 @@ def measure(argv: list[str]) -> int:
         "of": int(source.block_rows.sum()),
         "unit_norm": unit_length(rows),
         "calibrated": False,
+        "remark": remark,
     }
     if sae.config.architecture == "batchtopk":
         assert sae.threshold is not None
@@ -137,17 +146,19 @@ def measure(argv: list[str]) -> int:
     return 0
 
 
-def load(address: str, source: Embeddings, embeddings: str) -> "SAE":
-    """The SAE at `address`; ValueError if there is none, or not for embeddings of this width."""
+def load(arguments: Arguments, address: str, site: str, source: Embeddings) -> "tuple[SAE, str]":
+    """The SAE at `address`, and what remains unsure of its model; ValueError if there is none, or not for these embeddings."""
     from saecore.checkpoints import load_sae  # and with it PyTorch: --help does without
 
-    sae = load_sae(address)
+    sae, embeddings = load_sae(address, site), f"--embeddings {arguments.embeddings}"
+    check_embedding(sae.config.site, sae.config.model, address)
     if sae.config.n_inputs != source.width:
         raise ValueError(
-            f"{address} is for embeddings of width {sae.config.n_inputs}, --embeddings {embeddings} has {source.width}: "
-            "not of one CLIP"
+            f"{address} is for embeddings of width {sae.config.n_inputs}, {embeddings} has {source.width}: not of one CLIP"
         )
-    return sae
+    model = source.model._replace(name=telling(source.model.name))
+    clip = f"{source.model.name} of {embeddings}" if source.model.name else embeddings
+    return sae, check_same(sae.config.trained_on, address, clip, model, arguments.any_clip)
 
 
 def read_labels(path: str, source: Embeddings, words: list[str]) -> np.ndarray:

@@ -22,8 +22,9 @@ import numpy as np
 import pyarrow as pa
 
 from jobs import session
-from saecore import card, latents, report, results, runs
+from saecore import card, latents, report, results, runs, spellings
 from saecore.embeddings import draw, open_embeddings
+from saecore.sites import check_embedding
 from saecore.storage import write_atomic
 
 if TYPE_CHECKING:
@@ -69,6 +70,10 @@ class Arguments:
     """Seed of the random images that names by data compare with."""
     sae: str = ""
     """An SAE without a run, with --out; or where the run's SAE lies now."""
+    site: str = ""
+    """Where that SAE reads, if its files do not say: embedding or embedding:l2; by default what the run was told."""
+    any_clip: bool = False
+    """Take an SAE whose files name another model than --clip; a run's was let pass before."""
     clip: str = ""
     """The CLIP whose embeddings that SAE is for; or where the run's CLIP lies now."""
     out: str = ""
@@ -164,6 +169,8 @@ def prepare(arguments: Arguments) -> Job:
                 f"--clip {clip} makes embeddings of width {tower.n_outputs}, the SAE is for {sae.config.n_inputs}: "
                 "it is another CLIP's"
             )
+        if run is None:
+            check_model(arguments, sae)
         words, texts = words_of(arguments, tower, clip)
     if len(words) < 2:
         raise ValueError(f"a vocabulary of {len(words)} words leaves no choice: it must hold at least 2")
@@ -194,9 +201,22 @@ def load_sae(arguments: Arguments, run: results.Results | None) -> "SAE":
     from saecore import checkpoints
 
     address = arguments.sae or (run.record["config"]["sae"] if run else "")
-    sae = checkpoints.load_sae(address)
+    sae = checkpoints.load_sae(address, arguments.site or (run.record["config"].get("site", "") if run else ""))
+    check_embedding(sae.config.site, sae.config.model, address)
     check_same("sae", address, sae.sha256(), run)
     return sae
+
+
+def check_model(arguments: Arguments, sae: "SAE") -> None:
+    """ValueError if the SAE was trained on another model than --clip; says so where that cannot be told."""
+    from saecore.clip import load_tower
+
+    clip = arguments.clip
+    digest = load_tower(clip).sha256()[:16] if sae.config.model_sha256 else ""
+    found = spellings.Model(spellings.telling(clip), digest)
+    remark = spellings.check_same(sae.config.trained_on, arguments.sae, f"--clip {clip}", found, arguments.any_clip)
+    if remark:
+        print(remark)
 
 
 def load_tower(clip: str, run: results.Results | None) -> "TextTower":

@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 from jobs import session
 from saecore import runs, schema
 from saecore.changes import since
+from saecore.fit import Fit
 from saecore.images import MAX_PIXELS, blank
 from saecore.isolation import Suspects, Witness, pieces, refuse, survive
 from saecore.listing import Shard, list_shards
@@ -130,10 +131,10 @@ def _black(pixels: bytes) -> bytes:
 
 
 def write_chunk(row: pa.Table, run: runs.Run, tags: dict[str, str]) -> pa.Table:
-    """chunk_id, payload, seconds -> images, refused: a small row for the driver. The chunk is committed."""
+    """chunk_id, payload, seconds -> images, refused, fit: a small row for the driver. The chunk is committed."""
     chunk_id, payload, seconds = _unpack(row)
     commit = run.write_chunk(chunk_id, payload, seconds, tags)
-    return pa.table({"images": [commit.images], "refused": [sum(commit.refused.values())]})
+    return pa.table({"images": [commit.images], "refused": [sum(commit.refused.values())], "fit": [list(commit.fit)]})
 
 
 def _pack(chunk_id: int, table: pa.Table, seconds: dict[str, float]) -> pa.Table:
@@ -200,15 +201,29 @@ def in_process(job: Job, pending: pa.Table) -> Iterator[dict[str, Any]]:
         yield write_chunk(replica(decoded), job.run, job.tags).to_pylist()[0]
 
 
-def complete(job: Job, arguments: Arguments) -> bool:
-    """Run what is pending and close the run; False if it was complete before."""
-    pending = job.run.pending()
+class AlarmError(Exception):
+    """A run is stopped since its results would be worth nothing; says why."""
+
+
+def no_alarm(fit: Fit) -> None:
+    """Of a job that has nothing to judge."""
+
+
+def complete(job: Job, arguments: Arguments, watch: Callable[[Fit], None] = no_alarm) -> bool:
+    """Run what is pending and close the run; False if it was complete before.
+
+    `watch` is told how well the images so far are reconstructed, those of earlier sessions too, and may raise an `AlarmError`.
+    """
+    done = job.run.commits()
+    pending = job.run.pending(done)
     if not pending.num_rows:
         print(f"{arguments.out} is complete: nothing to do")
         if job.run.record()["status"] == "complete":
             return False
         job.run.finish(0, 0.0)  # stopped between the last chunk and the end
         return True
+    fit = runs.fit_of(done)
+    watch(fit)
     total, left = (pc.sum(pc.subtract(chunks["end"], chunks["start"])).as_py() for chunks in (job.run.plan(), pending))
     if left < total:
         print(f"resuming: {total - left:,} of {total:,} images are done")
@@ -217,6 +232,11 @@ def complete(job: Job, arguments: Arguments) -> bool:
     try:
         for row in flow(job, pending):
             progress.add(row["images"], row["refused"])
+            fit = fit.plus(Fit(*row["fit"]))
+            watch(fit)
+    except AlarmError:
+        progress.close()
+        raise
     except (Exception, KeyboardInterrupt):
         progress.close()
         print("stopped: the same command resumes from here")

@@ -5,8 +5,9 @@
     FILE.pth, FILE.pt                           an MSAE checkpoint; its name is its configuration; others' single files
     hf://OWNER/REPOSITORY[/PATH][@REVISION]     either of the last two on the Hugging Face Hub, cached by huggingface_hub
 
-Others' formats, and how they are converted, are in `saecore.formats`. Which one it is is told by the files that exist and
-by what they hold; a folder that could be two is refused. An MSAE file whose name lost its configuration takes it from a
+Others' formats, and how they are converted, are in `saecore.formats` and `saecore.embedding_formats`. Which one it is is told
+by the files that exist and by what they hold; a folder that could be two is refused. Where the SAE reads, its site, is told by
+the files too, or else by whoever loads it, and never guessed. An MSAE file whose name lost its configuration takes it from a
 JSON file beside it, FILE.pth.json, with the fields of `SAEConfig`.
 
 Nothing is unpickled freely: files of torch are read with `weights_only=True` and an allow-list of NumPy scalars.
@@ -14,14 +15,15 @@ Nothing is unpickled freely: files of torch are read with `weights_only=True` an
 Left out: MSAE's list of nested levels and its loss weights, which neither file nor name holds beyond the first level.
 """
 
+import dataclasses
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from saecore import formats
+from saecore import embedding_formats, formats, sites
 from saecore.hub import snapshot
 from saecore.sae import CONFIG_FILE, SAE, WEIGHTS_FILE, from_tensors, load_folder
 from saecore.spec import SAEConfig, from_fields
@@ -34,22 +36,36 @@ DEMO = Path(__file__).parent / "demo" / "sae"
 _MSAE_NAME = re.compile(
     r"(?P<n>\d+)_(?P<d>\d+)_"
     r"((?P<topk>(Batch)?TopK(abs)?(ReLU)?)_(?P<k>\d+)(_(?P<weighting>UW|RW))?|(?P<relu>(Jump)?ReLU)(_\d+)?)"
-    r"_(?P<tied>True|False)_(?P<normalize>True|False)_(?P<soft_cap>\d+(\.\d+)?)(_.*)?"
+    r"_(?P<tied>True|False)_(?P<normalize>True|False)_(?P<soft_cap>\d+(\.\d+)?)(_(?P<data>.*))?"
 )
+
+# dataset_model_split_kind_rows_width of the embeddings that it was trained on: the model as ViT-L~14.
+_MSAE_DATA = re.compile(r".+_(?P<model>[^_]+)_[^_]+_(?:image|text)_\d+_\d+")
 
 _SINGLE = (".pth", ".pt")
 
+_CHECKPOINT = re.compile(r"ae(_\d+)?\.pt")
+"""What dictionary_learning calls its files of weights."""
 
-def load_sae(address: str) -> SAE:
-    """The SAE at `address` (forms above), in float32 on the CPU; ValueError in one sentence if it cannot be had."""
+FOLDERS = formats.FOLDERS | embedding_formats.FOLDERS
+
+
+def load_sae(address: str, site: str = "") -> SAE:
+    """The SAE at `address` (forms above), in float32 on the CPU; ValueError in one sentence if it cannot be had.
+
+    `site` says where it reads, in the text form of `saecore.sites`, where its files do not; what they do say it must not deny.
+    """
     with about(f"--sae {address}"):
         try:
-            return _load(address)
+            sae = _load(address)
         except OSError as error:  # of a file that may not be read, or is a folder
             raise ValueError(f"cannot be read: {error}") from error
+    sae.config = dataclasses.replace(sae.config, site=sites.settled(sae.config.site, site, address))
+    return sae
 
 
 def _load(address: str) -> SAE:
+    """The same with an empty site where the files do not say it."""
     if address == "demo":
         return load_folder(DEMO)
     remote = address.startswith("hf://")
@@ -66,16 +82,18 @@ def _load(address: str) -> SAE:
 
 
 def _read_folder(folder: Path) -> SAE:
-    found = [name for name, (files, _) in formats.FOLDERS.items() if all(any(folder.glob(file)) for file in files)]
+    found = [name for name, (files, _) in FOLDERS.items() if all(any(folder.glob(file)) for file in files)]
+    if "dictionary_learning" in found:  # a training that ended leaves its checkpoints beside it
+        found = [name for name in found if name != "dictionary_learning's checkpoints"]
     own = (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file()
     if own + len(found) > 1:
         raise ValueError(f"{folder}: expected the files of one SAE, found those of {', '.join(found + ['ours'] * own)}")
     if own:
         return load_folder(folder)
     if not found:
-        others = "; ".join(f"{' and '.join(files)} ({name})" for name, (files, _) in formats.FOLDERS.items())
+        others = "; ".join(f"{' and '.join(files)} ({name})" for name, (files, _) in FOLDERS.items())
         raise ValueError(f"no SAE in {folder}: expected {CONFIG_FILE} and {WEIGHTS_FILE} there, or {others}")
-    return from_tensors(*formats.FOLDERS[found[0]][1](folder), str(folder))
+    return from_tensors(*FOLDERS[found[0]][1](folder), str(folder))
 
 
 def _read_file(path: Path) -> SAE:
@@ -84,8 +102,16 @@ def _read_file(path: Path) -> SAE:
     if first == b"{":
         return from_tensors(*formats.read_saev(path), path.name)
     content = read_torch(path)
+    if _CHECKPOINT.fullmatch(path.name):
+        for folder in path.resolve().parents[:2]:
+            if (folder / CONFIG_FILE).is_file():
+                return from_tensors(*formats.read_dictionary_learning(folder, path.resolve()), path.name)
     if "model_state_dict" in content:
         return from_tensors(*formats.read_clipscope(path, content), path.name)
+    if "bpre" in content:
+        return from_tensors(*embedding_formats.read_sem(path, content), path.name)
+    if "tied_bias" in content:
+        return from_tensors(*embedding_formats.read_dncbm(path, content), path.name)
     return read_msae(path, content)
 
 
@@ -98,8 +124,10 @@ def _download(address: str) -> Path:
     repository, inside = "/".join(parts[:2]), "/".join(parts[2:])
     if inside.endswith(_SINGLE):
         wanted = [inside, f"{inside}.json"]
+        if _CHECKPOINT.fullmatch(PurePosixPath(inside).name):
+            wanted += [str(folder / CONFIG_FILE) for folder in list(PurePosixPath(inside).parents)[:2]]
     else:
-        files = {CONFIG_FILE, WEIGHTS_FILE, "activation_scaler.json"}.union(*(f for f, _ in formats.FOLDERS.values()))
+        files = {CONFIG_FILE, WEIGHTS_FILE, "activation_scaler.json"}.union(*(f for f, _ in FOLDERS.values()))
         wanted = [f"{inside}/{file}".lstrip("/") for file in sorted(files)]
     # Not file by file: the listing tells which of them exist, and without a network the cache does.
     path = snapshot(repository, revision or None, lambda files: wanted) / inside
@@ -143,6 +171,7 @@ def _named(path: Path) -> SAEConfig:
             f"{path.name} is not named like an MSAE checkpoint (LATENTS_WIDTH_TopKReLU_K_..._...): its name is its "
             f"configuration, so a renamed file needs one beside it, {path.name}.json with n_inputs, n_latents, k, architecture"
         )
+    data = _MSAE_DATA.fullmatch(name["data"] or "")
     activation = name["topk"] or name["relu"]
     architecture = {"ReLU": "relu", "JumpReLU": "jumprelu"}.get(activation)
     by_magnitude = "abs" in activation
@@ -166,6 +195,7 @@ def _named(path: Path) -> SAEConfig:
         nesting="levels" if name["weighting"] else "none",
         nested=(int(name["k"]),) if name["weighting"] else (),
         source=f"MSAE checkpoint {path.name}",
+        model=data["model"].replace("~", "/") if data else "",
     )
 
 

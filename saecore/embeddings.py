@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +27,11 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from saecore import runs
+from saecore.spellings import Model
 from saecore.storage import filesystem_of
+
+# dataset_model_split_image_rows_width, as `saecore.memmaps` and MSAE name them, the model as openai~clip-vit-base-patch16.
+_MSAE_MAP = re.compile(r".+_(?P<model>[^_]+)_[^_]+_(?:image|text)_\d+_\d+")
 
 MAPPED_BLOCK = 1024
 """Rows read at once from a memory map: 3 MB at width 768."""
@@ -46,6 +51,8 @@ class Embeddings(Protocol):
     """int64 (blocks,): rows of each block."""
     identity: str
     """Hash of names and sizes: another one is other data."""
+    model: Model
+    """Whose embeddings they are, as far as files or their names tell."""
 
     def read(self, block: int) -> np.ndarray:
         """float32 (rows, width), finite; ValueError if it is not."""
@@ -88,6 +95,8 @@ class _Mapped:
         starts = np.arange(0, rows, MAPPED_BLOCK)
         self.block_rows = np.minimum(MAPPED_BLOCK, rows - starts)
         self.identity = _hash([path.name, path.stat().st_size])
+        named = _MSAE_MAP.fullmatch(path.stem)
+        self.model = Model(named["model"].replace("~", "/") if named else "")
         self._path = path
 
     def read(self, block: int) -> np.ndarray:
@@ -102,7 +111,7 @@ class _Tables:
         self._groups: list[tuple[str, int]] = []
         rows: list[int] = []
         self.width = 0
-        sizes = []
+        sizes, models = [], set[Model]()
         for path in paths:
             file = pq.ParquetFile(path, filesystem=self._filesystem)
             if column not in file.schema_arrow.names:
@@ -131,6 +140,9 @@ class _Tables:
                     self._groups.append((path, group))
                     rows.append(full)
             sizes.append([path, file.metadata.num_rows, self._filesystem.get_file_info(path).size])
+            said = file.schema_arrow.metadata or {}
+            models.add(Model(said.get(b"clip", b"").decode(), said.get(b"clip_sha256", b"").decode()))
+        self.model = models.pop() if len(models) == 1 else Model()
         if not rows:
             raise ValueError(f"--embeddings {address}: no embedding in column {column!r}; jobs.embed writes them")
         self.block_rows = np.array(rows)

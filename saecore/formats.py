@@ -13,11 +13,12 @@ Conversion is exact, up to float32. The same tensor names mean different rules i
 where the decoder's bias b is not taken off the input, c + bE is the latent bias; where activations are scaled by decoder
 norms, encoder and decoder take them up. BatchTopK thresholds that were never calibrated stay NaN.
 
-What a training pipeline did to activations before its SAE saw them is in none of these files: saev's and ViT-Prisma's were
-trained on tokens of inner layers, and this project feeds them whatever embeddings it is given.
+Readers say at which site an SAE reads (`saecore.sites`) and of which model, as far as its files do, and nothing where they do
+not: saev never, dictionary_learning as sae-for-vlm writes it neither. What a training pipeline did to activations before its
+SAE saw them is in none of these files.
 
 Left out, and refused by name: gated, temporal, transcoders, group-max; pickled configs and whole modules (legacy ViT-Prisma,
-patchSAE, overcomplete); DN-CBM. MSAE is in `saecore.checkpoints`.
+patchSAE, overcomplete). MSAE is in `saecore.checkpoints`, others that read the embedding in `saecore.embedding_formats`.
 """
 
 import itertools
@@ -28,11 +29,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saecore import hooks
 from saecore.spec import SAEConfig
 from saecore.untrusted import mapping, number, read_json, read_safetensors, read_torch, scalar, shape_of, shown, whole
 
 Converted = tuple[SAEConfig, dict[str, Tensor]]
-"""What `saecore.sae.from_tensors` takes."""
+"""What `saecore.sae.from_tensors` takes; the site is empty where the files do not say it."""
 
 # ---- Checking and converting.
 
@@ -156,7 +158,7 @@ def read_saev(path: Path) -> Converted:
         )  # it starts at 0, which is no threshold
     tensors = convert(*take(state, w_shapes(d, n), path.name), threshold=threshold, subtracts=schema is None)
     output = "signed" if architecture == "topk" else "relu"  # its TopK knows no ReLU
-    return SAEConfig(d, n, k, architecture, output, source=f"saev {path.name}"), tensors
+    return SAEConfig(d, n, k, architecture, output, source=f"saev {path.name}", site=""), tensors
 
 
 NORMALISERS = {
@@ -183,7 +185,9 @@ def read_prisma(folder: Path) -> Converted:
     normalise = choose("normalize_activations", config.get("normalize_activations"), NORMALISERS, where)
     d, n = ask(config, "d_in", where), ask(config, "d_sae", where)
     tensors = convert(*take(read_torch(files[0]), w_shapes(d, n), files[0].name))
-    return SAEConfig(d, n, k, architecture, normalise=normalise, source=f"ViT-Prisma {folder.name}"), tensors
+    site, model = hooks.of_prisma(config, where)
+    source = f"ViT-Prisma {folder.name}"
+    return SAEConfig(d, n, k, architecture, normalise=normalise, source=source, site=site, model=model), tensors
 
 
 PLAIN = {"relu": "relu", "topk": "topk"}
@@ -197,8 +201,17 @@ DICTIONARIES = {
 }
 
 
-def read_dictionary_learning(folder: Path) -> Converted:
-    """dictionary_learning's `config.json` and `ae.pt`, as sae-for-vlm publishes them too."""
+def read_dictionary_checkpoint(folder: Path) -> Converted:
+    """The same before its training ended: `checkpoints/ae_STEP.pt`, one of them, as sae-for-vlm publishes them."""
+    files = sorted(folder.glob("checkpoints/ae_*.pt"))
+    if len(files) != 1:
+        raise ValueError(f"{folder}: expected one checkpoints/ae_*.pt, found {len(files)}; give the file that you want")
+    return read_dictionary_learning(folder, files[0])
+
+
+def read_dictionary_learning(folder: Path, weights_file: Path | None = None) -> Converted:
+    """dictionary_learning's `config.json` and `ae.pt`, or a file of weights that is called otherwise."""
+    path = weights_file or folder / "ae.pt"
     where = f"{folder.name}/config.json"
     trainer = ask(read_json((folder / "config.json").read_bytes(), where), "trainer", where)
     name = ask(trainer, "dict_class", where)
@@ -206,8 +219,8 @@ def read_dictionary_learning(folder: Path) -> Converted:
     if "transcoder" in str(trainer.get("trainer_class")).lower():
         raise ValueError(f"{where}: expected an autoencoder, found one trained by {trainer['trainer_class']}")
     d, n = ask(trainer, "activation_dim", where), ask(trainer, "dict_size", where)
-    state = read_torch(folder / "ae.pt")
-    file = f"{folder.name}/ae.pt"
+    state = read_torch(path)
+    file = f"{folder.name}/{path.relative_to(folder)}"
     k, stored, nested = 0, torch.tensor(-1.0), tuple[int, ...]()
     if architecture in ("topk", "batchtopk"):
         k = whole(scalar(ask(state, "k", file)), f"{file}: k")
@@ -240,7 +253,9 @@ def read_dictionary_learning(folder: Path) -> Converted:
         )  # AutoEncoderTopK stores one, but keeps k
         tensors = convert(encoder.T, latent_bias, decoder.T, bias, threshold=kept)
     nesting, source = "prefixes" if nested else "none", f"dictionary_learning {folder.name}"
-    return SAEConfig(d, n, k, architecture, nesting=nesting, nested=nested, source=source), tensors
+    site, model = hooks.of_dictionary(trainer, where)
+    config = SAEConfig(d, n, k, architecture, nesting=nesting, nested=nested, source=source, site=site, model=model)
+    return config, tensors
 
 
 def read_saelens(folder: Path) -> Converted:
@@ -259,6 +274,7 @@ def read_saelens(folder: Path) -> Converted:
     hook, hook_out = metadata.get("hook_name"), metadata.get("hook_name_out")
     if hook_out not in (None, hook):
         raise ValueError(f"{where}: expected an autoencoder, found one from {hook} to {hook_out}")
+    site, model = hooks.of_saelens(metadata, where)
     normaliser, scale = config.get("normalize_activations"), 1.0
     if normaliser in ("expected_average_only_in", True):
         normaliser, scale = "none", _saelens_scale(folder, where)
@@ -276,7 +292,8 @@ def read_saelens(folder: Path) -> Converted:
         by_norm=architecture == "topk" and config.get("rescale_acts_by_decoder_norm", False),
         scale=scale,
     )
-    return SAEConfig(d, n, k, architecture, normalise=normalise, source=f"SAELens {folder.name}"), tensors
+    source = f"SAELens {folder.name}"
+    return SAEConfig(d, n, k, architecture, normalise=normalise, source=source, site=site, model=model), tensors
 
 
 def _saelens_scale(folder: Path, where: str) -> float:
@@ -306,22 +323,24 @@ def read_sparsify(folder: Path) -> Converted:
     shapes = {"encoder.weight": (n, d), "encoder.bias": (n,), "W_dec": (n, d), "b_dec": (d,)}
     encoder, *others = take(state, shapes, f"{folder.name}/sae.safetensors")
     tensors = convert(encoder.T, *others)
-    return SAEConfig(d, n, k, "topk", source=f"sparsify {folder.name}"), tensors
+    return SAEConfig(d, n, k, "topk", source=f"sparsify {folder.name}", site=hooks.of_sparsify(folder).site), tensors
 
 
 def read_clipscope(path: Path, content: Mapping[str, Any]) -> Converted:
-    """clipscope's checkpoint, already read: a top-k without ReLU, without latent biases."""
+    """clipscope's checkpoint, already read: a top-k without ReLU, without latent biases; its folder names the layer."""
     d, n, k = (ask(content, key, path.name) for key in ("d_in", "n_features", "k"))
     shapes = {"enc": (d, n), "dec": (n, d), "pre_b": (d,)}
     encoder, decoder, bias = take(ask(content, "model_state_dict", path.name), shapes, path.name)
     tensors = convert(encoder, torch.zeros(encoder.shape[1]), decoder, bias)
-    return SAEConfig(d, n, k, "topk", "signed", source=f"clipscope {path.name}"), tensors
+    site = hooks.of_clipscope(path).site
+    return SAEConfig(d, n, k, "topk", "signed", source=f"clipscope {path.name}", site=site), tensors
 
 
 FOLDERS = {
     "SAELens": (("cfg.json", "sae_weights.safetensors"), read_saelens),
     "sparsify": (("cfg.json", "sae.safetensors"), read_sparsify),
     "dictionary_learning": (("config.json", "ae.pt"), read_dictionary_learning),
+    "dictionary_learning's checkpoints": (("config.json", "checkpoints/ae_*.pt"), read_dictionary_checkpoint),
     "ViT-Prisma": (("config.json", "n_images_*.pt"), read_prisma),
     "saev": (("sae.pt",), read_saev),
 }

@@ -232,7 +232,7 @@ class Inference(_OnDevice[Findings]):
             "embedding": embedding,
             "l0": (code.activations != 0).sum(-1, dtype=torch.int32),
             "cosine": torch.cosine_similarity(embedding, reconstruction),
-            "fvu": squared_error / (embedding - self.sae.mean).square().sum(-1),
+            "fvu": squared_error / self.sae.deviation(embedding).square().sum(-1),
             "completeness": torch.stack(errors).amax(0) if errors else torch.full_like(squared_error, torch.nan),
             "sinks": trace.sinks,
             "latent": kept.int(),

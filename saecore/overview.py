@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
+from saecore.fit import POOR
 from saecore.histograms import Bins, alike
 from saecore.results import Results
 from saecore.storage import filesystem_of, join_uri
@@ -30,6 +31,8 @@ class Overview(NamedTuple):
     """l0, cosine, fvu of the images: mean, low (5 %), median, high (95 %)."""
     histograms: dict[str, Bins]
     """Of those of them that differ between images."""
+    poor_fit: bool
+    """Whether half of the images or more are reconstructed poorly: what to read before all else."""
     refused: list[dict[str, Any]]
     """The first refused images: image_id, uri, key, error, error_detail."""
     faithfulness: list[dict[str, Any]]
@@ -57,6 +60,7 @@ def overview(run: Results, firing_rates: Sequence[float]) -> Overview:
         Bins(edges.tolist(), counts.tolist()),
         figures,
         histograms,
+        figures.get("fvu", {"median": 0.0})["median"] >= POOR,
         run.sql(refused, REFUSED_LISTED).to_pylist(),
         _faithfulness(run),
     )

@@ -314,6 +314,7 @@ class Site:
             "command": record.get("command"),
             "CLIP": f"{config['clip']} ({parts.get('clip')})" if "clip" in config else None,
             "SAE": f"{config['sae']} ({parts.get('sae')})" if "sae" in config else None,
+            "site": record.get("sae", {}).get("site"),
             "started": record.get("started"),
             "seconds": number(sum(record.get("step_seconds", {}).values())),
             "versions": ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items()),

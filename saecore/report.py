@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from saecore import display, images, runs, shards
+from saecore.fit import Fit
 from saecore.storage import filesystem_of, join_uri, split_settings, write_atomic
 
 
@@ -114,6 +115,8 @@ def summary(uri: str, record: Mapping[str, Any]) -> str:
     if "worst_completeness_error" in record:
         worst = record["worst_completeness_error"]
         lines.append(f"exactness     {worst:.1e} worst error of map + remainder = pre-activation")
+    if (fit := Fit(**record.get("fit", {}))).is_poor(least=1):
+        lines.append(f"warning       {fit.words()}: does this SAE belong to this model?")
     lines += [f"warning       {said}" for said in _missing(record)]
     return "\n".join([*lines, f"on disk       {sizes} in {uri}"])
 
@@ -187,6 +190,11 @@ UNIT_NORM = (
     "as jobs.embed writes them"
 )
 
+UNIT_NORM_SITE = (
+    "warning       every embedding has length 1, so this SAE brings embeddings to length 1 first (site embedding:l2); "
+    "jobs.embed writes them as CLIP gives them"
+)
+
 COLUMNS = (
     ("step", ",d"),
     ("loss", ".4f"),
@@ -243,7 +251,7 @@ def training_summary(record: Mapping[str, Any], out: str) -> str:
         f"FVU           {curve}",
     ]
     if record["unit_norm"]:
-        lines.append(UNIT_NORM)
+        lines.append(UNIT_NORM_SITE)
     return "\n".join([*lines, f"\nUse it: --sae {out}"])
 
 
@@ -263,11 +271,14 @@ MEANINGS = {
 def measured(found: Mapping[str, Any]) -> str:
     """What jobs.measure found, as a person reads it."""
     lines = [
-        f"SAE           {found['architecture']}, {found['n_latents']:,} latents on width {found['n_inputs']}",
+        f"SAE           {found['architecture']}, {found['n_latents']:,} latents on width {found['n_inputs']}, "
+        f"reads {found['site']}",
         f"measured on   {found['rows']:,} of {found['of']:,} embeddings",
     ]
-    if found["unit_norm"]:
+    if found["unit_norm"] and found["site"] == "embedding":
         lines.append(UNIT_NORM)
+    if found["remark"]:
+        lines.append(found["remark"])
     if found["calibrated"]:
         lines.append(f"threshold     {found['threshold']:.4g}, calibrated here: it had none (k = {found['k']})")
     lines.append("")

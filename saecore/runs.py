@@ -16,6 +16,7 @@ Left out: a lock. Two jobs with one fingerprint on one folder do the work twice 
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -33,6 +34,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from saecore import card, schema
+from saecore.fit import Fit, judged
 from saecore.storage import filesystem_of, join_uri, write_atomic
 
 TABLES = ("images", "activations", "maps")
@@ -72,6 +74,8 @@ class Commit:
     """Time in each step."""
     files: list[dict[str, Any]]
     """The MANIFEST rows of the chunk, without chunk_id."""
+    fit: tuple[int, int] = (0, 0)
+    """`saecore.fit.Fit` of the chunk's images; records from before it was counted have none."""
 
 
 def fingerprint(parts: Mapping[str, Any]) -> str:
@@ -149,15 +153,16 @@ class Run:
             completeness=worst,
             seconds={**seconds, "write": time.perf_counter() - started},
             files=files,
+            fit=judged(payload["fvu"].to_pylist()),
         )
         record = json.dumps(dataclasses.asdict(commit)).encode()
         write_atomic(join_uri(self.uri, f"commits/chunk-{chunk_id:08d}.json"), record)
         return commit
 
-    def pending(self) -> pa.Table:
-        """The chunks without a valid commit record."""
-        done = pa.array([commit.chunk_id for commit in self.commits()], pa.int64())
-        plan = self.plan()
+    def pending(self, commits: Iterable[Commit] | None = None) -> pa.Table:
+        """The chunks without a valid commit record; `commits` are those that there are, if they are read already."""
+        found = self.commits() if commits is None else commits
+        done, plan = pa.array([commit.chunk_id for commit in found], pa.int64()), self.plan()
         return plan.filter(pc.invert(pc.is_in(plan["chunk_id"], done)))
 
     def record(self) -> dict[str, Any]:
@@ -195,7 +200,8 @@ class Run:
 def summarise(commits: Iterable[Commit]) -> dict[str, Any]:
     """What the commit records of a run add up to, for run.json."""
     refused, seconds, rows, size = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
-    images, errors = 0, []
+    commits = list(commits)
+    images, errors, fit = 0, list[float](), fit_of(commits)
     for commit in commits:
         images += commit.images
         errors += [] if commit.completeness is None else [commit.completeness]
@@ -211,6 +217,7 @@ def summarise(commits: Iterable[Commit]) -> dict[str, Any]:
         "bytes": dict(size),
         "step_seconds": {step: round(value, 3) for step, value in seconds.items()},
         **({"worst_completeness_error": max(errors)} if errors else {}),
+        **({"fit": fit._asdict()} if fit.judged else {}),
     }
 
 
@@ -231,6 +238,11 @@ def missing(plan: pa.Table, commits: Iterable[Commit]) -> dict[str, dict[str, An
         for name, uris, more in (("lost", lost, {"images": lost.total()}), ("damaged", damaged, {}))
         if uris
     }
+
+
+def fit_of(commits: Iterable[Commit]) -> Fit:
+    """How well the SAE reconstructs all their images together."""
+    return functools.reduce(Fit.plus, (Fit(*commit.fit) for commit in commits), Fit())
 
 
 def open_run(uri: str, parts: dict[str, Any], made_by: dict[str, Any], make_plan: Callable[[], pa.Table]) -> Run:

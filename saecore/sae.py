@@ -2,12 +2,14 @@
 
 With x a CLIP image embedding as the tower gives it (not L2-normalised), m its training mean and s a scalar:
 
-    u = s (x - m)                      standardised, so that mean |u|^2 is about d
+    y = x, or x / |x|                  where the SAE's site says that its input is L2-normalised first
+    u = s (y - m)                      standardised, so that mean |u|^2 is about d
     v = N(u)                           a per-sample normaliser, where there is one
     p = (v - b) E + c                  pre-activations, one per latent
     a = phi(p)                         activations, most of them 0
     z = C tanh(a / C)                  soft cap, where there is one
-    x' = N^-1(z D + b) / s + m         reconstruction, back in CLIP's space; D = E' where tied
+    y' = N^-1(z D + b) / s + m         D = E' where tied
+    x' = y', or |x| y'                 reconstruction, back in CLIP's space
 
     architecture   which latents fire                                     source
     relu           p > 0                                                  Cunningham et al. 2023, arXiv:2309.08600
@@ -18,10 +20,10 @@ With x a CLIP image embedding as the tower gives it (not L2-normalised), m its t
 Matryoshka SAEs are these at inference; they differ in training. `nested` says at what: at several k of one TopK SAE (MSAE,
 Zaigrajew et al. 2025, arXiv:2502.20578) or at several prefixes of the dictionary (Bussmann et al. 2025, arXiv:2503.17547).
 
-Without a normaliser p is affine in x, dp_j/dx = s E[:, j] whatever fires: relevance maps stand on that and never need
-autograd here. With one, `read_outs` freezes it or takes its exact Jacobian. The soft cap lies behind p, so maps know none.
-Centring and scaling happen in this file, once; callers pass raw embeddings. Everything is float32: in bfloat16 more than
-half of the images select other latents.
+Without normalisers p is affine in x, dp_j/dx = s E[:, j] whatever fires: relevance maps stand on that and never need
+autograd here. With one, be it N or |x|, `read_outs` freezes it or takes its exact Jacobian. The soft cap lies behind p, so
+maps know none. Normalising, centring and scaling happen in this file, once; callers pass raw embeddings. Everything is
+float32: in bfloat16 more than half of the images select other latents.
 
 Left out: gated SAEs; other people's files (`saecore.checkpoints`); gradients that training needs (`saecore.kernels`).
 
@@ -40,12 +42,16 @@ import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
 from torch import Tensor, nn
 
+from saecore.sites import EMBEDDING
 from saecore.soundness import check_sae
 from saecore.spec import SAEConfig, from_fields
 from saecore.untrusted import read_json_file, read_safetensors, shape_of
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "sae.safetensors"
+
+LEAST_LENGTH = 1e-12
+"""Length that an embedding of zeros is taken to have."""
 
 LAYER_NORM_EPS = 1e-5
 """Added to the standard deviation, not to the variance, and on the way in only: what the published SAEs do."""
@@ -62,7 +68,7 @@ CARD = """---
 from saecore.checkpoints import load_sae
 
 sae = load_sae("hf://OWNER/REPOSITORY")   # or a local folder
-latents, full_latents = sae.encode(embeddings)   # CLIP image embeddings, not L2-normalised
+latents, full_latents = sae.encode(embeddings)   # CLIP image embeddings as they are; what its site asks for is done inside
 ```
 
 Made with Relevance Map SAE. `config.json` describes it, `sae.safetensors` holds its tensors, the mean and the scale of the
@@ -82,7 +88,7 @@ class Code(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What the encoder sees of B embeddings, and the way back: u = values * spread + shift."""
+    """What the encoder sees of B embeddings, and the way back: x = length ((values * spread + shift) / s + m)."""
 
     values: Tensor
     """float32 (B, d): v."""
@@ -90,6 +96,8 @@ class Inputs(NamedTuple):
     """float32 (B, 1)."""
     spread: Tensor
     """float32 (B, 1)."""
+    length: Tensor
+    """float32 (B, 1): |x| where it is taken away first, else 1."""
 
 
 class SAE(nn.Module, ModelHubMixin, model_card_template=CARD, library_name="relevance-map-sae", license="mit"):
@@ -125,32 +133,46 @@ class SAE(nn.Module, ModelHubMixin, model_card_template=CARD, library_name="rele
         """D (n, d): what each latent adds to the reconstruction."""
         return self.encoder.T if self.decoder is None else self.decoder
 
+    @property
+    def normalises(self) -> str:
+        """What it normalises of each sample, in words; empty where it does not: then read-outs are the same for all."""
+        length = "l2" if self.config.unit_length else ""
+        return ", ".join(filter(None, (length, self.config.normalise.replace("none", ""))))
+
+    def length(self, x: Tensor) -> Tensor:
+        """CLIP embeddings (B, d) -> what they are divided by first (B, 1): |x|, or 1."""
+        if not self.config.unit_length:
+            return torch.ones_like(x[:, :1], dtype=torch.float32)
+        return torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True).clamp(min=LEAST_LENGTH)
+
+    def deviation(self, x: Tensor) -> Tensor:
+        """CLIP embeddings (B, d) -> x - |x| m or x - m: what a reconstruction is to explain of them."""
+        return x.float() - self.length(x) * self.mean
+
     def standardise(self, x: Tensor) -> Tensor:
         """CLIP embeddings (B, d) -> u (B, d)."""
-        return (x.float() - self.mean) * self.scale
+        return (x.float() / self.length(x) - self.mean) * self.scale
 
     def inputs(self, x: Tensor) -> Inputs:
         """CLIP embeddings (B, d) -> v, and how to come back from it."""
-        u = self.standardise(x)
+        u, length = self.standardise(x), self.length(x)
         shift, spread = torch.zeros_like(u[:, :1]), torch.ones_like(u[:, :1])
         if self.config.normalise == "layer_norm":
             shift, spread = u.mean(-1, keepdim=True), u.std(-1, keepdim=True)
-            return Inputs((u - shift) / (spread + LAYER_NORM_EPS), shift, spread)
+            return Inputs((u - shift) / (spread + LAYER_NORM_EPS), shift, spread, length)
         if self.config.normalise == "constant_norm":
             spread = torch.linalg.vector_norm(u, dim=-1, keepdim=True) / self.config.n_inputs**0.5
-            return Inputs(u / spread, shift, spread)
-        return Inputs(u, shift, spread)
+            return Inputs(u / spread, shift, spread, length)
+        return Inputs(u, shift, spread, length)
 
     def leave(self, decoded: Tensor, x: Tensor | None) -> Tensor:
         """Decoder output (B, d) -> CLIP's space (B, d); `x` gives back what a per-sample normaliser took away."""
-        if self.config.normalise != "none":
-            if x is None:
-                raise ValueError(
-                    f"this SAE normalises each sample ({self.config.normalise}): decode needs the embeddings too"
-                )
-            seen = self.inputs(x)
-            decoded = decoded * seen.spread + seen.shift
-        return decoded / self.scale + self.mean
+        if not self.normalises:
+            return decoded / self.scale + self.mean
+        if x is None:
+            raise ValueError(f"this SAE normalises each sample ({self.normalises}): decode needs the embeddings too")
+        seen = self.inputs(x)
+        return ((decoded * seen.spread + seen.shift) / self.scale + self.mean) * seen.length
 
     # ---- Latents.
 
@@ -245,7 +267,7 @@ class SAE(nn.Module, ModelHubMixin, model_card_template=CARD, library_name="rele
         """
         full = self.encode(x, topk)[1]
         reconstruction = self.decode(full, x)
-        return reconstruction, self.standardise(reconstruction), full
+        return reconstruction, (reconstruction / self.length(x) - self.mean) * self.scale, full
 
     # ---- What relevance maps explain.
 
@@ -253,17 +275,15 @@ class SAE(nn.Module, ModelHubMixin, model_card_template=CARD, library_name="rele
         """Latent ids (...) -> (w, c) with pre-activation = w . x + c; w is (..., d), c is (...).
 
         Where each sample is normalised, w depends on it: give `x` (B, d) and ids (B, k). The sum still holds, for w with the
-        sample's spread taken as a constant, or, if `exact`, for w the true gradient.
+        sample's spread and length taken as constants, or, if `exact`, for w the true gradient.
         """
         rows = self.encoder.T[latents]
         w = rows * self.scale
-        if self.config.normalise == "none":
+        if not self.normalises:
             offset = self.mean + self.pre_bias / self.scale
             return w, self.latent_bias[latents] - w @ offset
         if x is None:
-            raise ValueError(
-                f"this SAE normalises each sample ({self.config.normalise}): read-outs need the embeddings"
-            )
+            raise ValueError(f"this SAE normalises each sample ({self.normalises}): read-outs need the embeddings")
         seen, d = self.inputs(x), self.config.n_inputs
         v, spread = seen.values.unsqueeze(1), seen.spread.unsqueeze(1)
         along = rows @ v.mT  # (B, k, 1): E_j . v
@@ -272,10 +292,16 @@ class SAE(nn.Module, ModelHubMixin, model_card_template=CARD, library_name="rele
             if exact:  # d spread / du = v (spread + eps) / ((d - 1) spread)
                 w = w - self.scale * along * v * (spread + LAYER_NORM_EPS) / ((d - 1) * spread)
             w = w / (spread + LAYER_NORM_EPS)
-        else:
+        elif self.config.normalise == "constant_norm":
             if exact:  # |v|^2 = d
                 w = w - self.scale * along * v / d
             w = w / spread
+        if self.config.unit_length:
+            length = seen.length.unsqueeze(1)
+            if exact:  # dy/dx = (1 - y y') / |x|
+                y = x.float().unsqueeze(1) / length
+                w = w - (w @ y.mT) * y
+            w = w / length
         p = along.squeeze(-1) - rows @ self.pre_bias + self.latent_bias[latents]
         return w, p - (w * x.float().unsqueeze(1)).sum(-1)
 
@@ -309,6 +335,7 @@ class SAE(nn.Module, ModelHubMixin, model_card_template=CARD, library_name="rele
         }
         words = [f"{c.n_latents:,} latents on embeddings of width {c.n_inputs}, architecture {c.architecture}"]
         words[0] += firing.get(c.architecture, "") + "."
+        words.append(f"Site: `{c.site}`" + (f" of `{c.model}`." if c.model else "."))
         if c.nesting != "none":
             words.append(f"Trained at nested {c.nesting} ({', '.join(map(str, c.nested))}).")
         if c.source:
@@ -323,8 +350,11 @@ class SAE(nn.Module, ModelHubMixin, model_card_template=CARD, library_name="rele
         return found
 
     def sha256(self) -> str:
-        """Hash of everything that changes results: the config without its source, and every tensor's bytes."""
-        described = {key: value for key, value in dataclasses.asdict(self.config).items() if key != "source"}
+        """Hash of everything that changes results: the config without its source and model, and every tensor's bytes."""
+        left_out = {"source", "model", "model_sha256"}
+        if self.config.site == str(EMBEDDING):  # hashes are older than sites, and runs hold them
+            left_out.add("site")
+        described = {key: value for key, value in dataclasses.asdict(self.config).items() if key not in left_out}
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())

@@ -20,6 +20,7 @@ Glossary. One word, one meaning, in code, columns, logs and pages:
     vocabulary      a list of words with CLIP text embeddings
     name            the words nearest a latent
     run             one output folder
+    site            where an SAE reads: the embedding, or a layer's residual stream or MLP, on CLS or patch tokens
     replica         one actor that holds the models
     fingerprint     the hash of what changes results
 

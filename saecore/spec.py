@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from saecore import sites
+from saecore.spellings import Model
 from saecore.untrusted import about, number, shown, whole
 
 CHOICES = {
@@ -25,7 +27,7 @@ class SAEConfig:
     """What the tensors alone do not say."""
 
     n_inputs: int
-    """Width of the CLIP embedding."""
+    """Width of what it reads: of the CLIP embedding, where that is its site."""
     n_latents: int
     """Number of latents."""
     k: int = 0
@@ -48,6 +50,12 @@ class SAEConfig:
     """The levels or prefixes, smallest first."""
     source: str = ""
     """Where the weights come from: a training command, or a foreign file and its format."""
+    site: str = "embedding"
+    """Where it reads, in the text form of `saecore.sites`; empty where a file does not say, which `load_sae` never returns."""
+    model: str = ""
+    """The model that it was trained on, as its file names it; empty where it does not."""
+    model_sha256: str = ""
+    """What that model's `ImageTower.sha256` begins with; empty where it is not known."""
 
     def __post_init__(self) -> None:
         nested: Any = self.nested
@@ -59,6 +67,8 @@ class SAEConfig:
                 raise ValueError(
                     f"SAE {field} {getattr(self, field)!r} is not supported; supported: {', '.join(choices)}"
                 )
+        if self.site:
+            sites.parse(self.site)
         least = 1 if self.architecture == "topk" else 0
         whole(self.n_inputs, "SAE n_inputs", most=MOST_INPUTS)
         whole(self.n_latents, "SAE n_latents")
@@ -79,13 +89,23 @@ class SAEConfig:
     def _check_types(self) -> None:
         """To Python a file's `nested: "abc"` is three levels, and its `tied: "no"` is true."""
         for kind, fields in (
-            (str, (*CHOICES, "source")),
+            (str, (*CHOICES, "source", "site", "model", "model_sha256")),
             (bool, ("by_magnitude", "tied")),
             (tuple, ("nested",)),
         ):
             for field in fields:
                 if not isinstance(getattr(self, field), kind):
                     raise ValueError(f"SAE {field} is {shown(getattr(self, field))}, expected {KINDS[kind]}")
+
+    @property
+    def unit_length(self) -> bool:
+        """Whether its inputs are brought to length 1 first."""
+        return sites.parse(self.site).first == "l2"
+
+    @property
+    def trained_on(self) -> Model:
+        """The model that it was trained on, as far as it is known."""
+        return Model(self.model, self.model_sha256)
 
 
 def from_fields(fields: Mapping[str, Any], where: str) -> SAEConfig:

@@ -44,6 +44,8 @@ class ExplainConfig(EmbedConfig):
 
     sae: str
     """SAE: a folder, a file, a Hub address, or `demo`."""
+    site: str = ""
+    """Where it reads, where its files do not say."""
     k: int
     """Latents kept per image."""
     methods: tuple[str, ...] = ("contrib",)
@@ -60,12 +62,15 @@ class ExplainConfig(EmbedConfig):
     """Whether the CLIP embedding is written too."""
 
 
-def load_models(clip: str, sae: str) -> "tuple[ImageTower, SAE]":
-    """CLIP and SAE on the CPU; ValueError if one cannot be had or they do not fit each other."""
+def load_models(clip: str, sae: str, site: str = "") -> "tuple[ImageTower, SAE]":
+    """CLIP and SAE on the CPU; ValueError if one cannot be had, they do not fit each other, or it reads what is not had yet."""
     from saecore.checkpoints import load_sae
     from saecore.clip import load_tower
+    from saecore.sites import check_embedding
 
-    tower, autoencoder = load_tower(clip), load_sae(sae)
+    autoencoder = load_sae(sae, site)
+    check_embedding(autoencoder.config.site, autoencoder.config.model, sae)
+    tower = load_tower(clip)
     if autoencoder.config.n_inputs != tower.n_outputs:
         raise ValueError(
             f"--sae {sae} takes embeddings of width {autoencoder.config.n_inputs}, "
@@ -165,7 +170,7 @@ class Explain:
 
         _use_threads(config.threads)
         self.config = config
-        tower, sae = load_models(config.clip, config.sae)
+        tower, sae = load_models(config.clip, config.sae, config.site)
         words = load_words(config, tower, sae)
         self.infer = Inference(
             tower, sae, config.k, config.methods, config.device, config.targets, words, config.options

@@ -30,6 +30,8 @@ from saecore.embeddings import Batches, Survey, open_embeddings, survey
 from saecore.quality import quality, recovery
 from saecore.recipe import Recipe, pace
 from saecore.sae import SAE
+from saecore.sites import Site
+from saecore.spellings import published
 from saecore.storage import filesystem_of, join_uri, write_atomic
 from saecore.trainer import Trainer, Worker
 
@@ -125,7 +127,7 @@ class Training:
         self.plan, self.worker = plan, worker
         recipe, held_out = plan.recipe, plan.parts["held-out"]
         source = open_embeddings(plan.embeddings, plan.column)
-        self.seen = survey(source, held_out, recipe.seed)
+        self.seen, self.model = survey(source, held_out, recipe.seed), source.model
         self.batches = Batches(source, self.seen.held_out, recipe.batch_size, recipe.seed)
         self.total = math.ceil(recipe.epochs * self.batches.steps_per_epoch)
         self.trainer = Trainer(recipe, source.width, self.seen, worker)
@@ -165,11 +167,17 @@ class Training:
             torch.from_numpy(rows).to(self.worker.device) for rows in (self.seen.sample, self.seen.evaluation)
         )
         sae, k = self.trainer.finished(sample, made_by.get("command", "")), self.plan.recipe.k
+        # Embeddings that somebody brought to length 1: so must be those that it is given later.
+        site = Site(first="l2" if self.seen.unit_norm else "")
+        name, digest = published(self.model.name), self.model.sha256
+        sae.config = dataclasses.replace(sae.config, site=str(site), model=name, model_sha256=digest)
         save_sae(sae, self.plan.out)
         record = {
             **self.plan.parts,
             "rows": self.seen.rows,
             "width": sae.config.n_inputs,
+            "site": sae.config.site,
+            "model": sae.config.model,
             "unit_norm": self.seen.unit_norm,
             "steps": self.total,
             "workers": self.worker.world,

@@ -1,6 +1,7 @@
 """Other people's SAEs: files made here in the published form, against each format's own rule in plain NumPy.
 
-Each `write_...` returns the address and what that format computes of some embeddings: activations, reconstruction.
+Each `write_...` returns the address and what that format computes of some embeddings: activations, reconstruction. What its
+files say of the site is in the examples as it is in published files.
 """
 
 import json
@@ -14,8 +15,10 @@ import safetensors.torch
 import torch
 
 from saecore.checkpoints import load_sae
+from saecore.sae import SAE
 
 D, N, K = 12, 40, 5
+DATACOMP = "open-clip:laion/CLIP-ViT-B-32-DataComp.XL-s13B-b90K"
 Computed = tuple[np.ndarray, np.ndarray]
 Written = tuple[Path, Computed]
 
@@ -42,6 +45,16 @@ def relu(p: np.ndarray) -> np.ndarray:
 def top(p: np.ndarray, k: int = K) -> np.ndarray:
     """1 at the k largest of each row."""
     return (p >= np.sort(p, axis=-1)[:, [-k]]).astype(float)
+
+
+def load(path: Path) -> SAE:
+    """The SAE there, told that it reads the embedding where its files do not say where."""
+    try:
+        return load_sae(str(path))
+    except ValueError as error:
+        if "does not say where" not in str(error):
+            raise
+        return load_sae(str(path), "embedding")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -96,6 +109,12 @@ def write_prisma(folder: Path, activation: str = "relu", normalise: str = "none"
         "activation_fn_kwargs": {"k": K} if activation == "topk" else {},
         "normalize_activations": normalise,
         "dtype": {"__type__": "torch.dtype", "value": "torch.float32"},
+        "model_name": DATACOMP,
+        "hook_point_layer": 3,
+        "layer_subtype": "hook_resid_post",
+        "cls_token_only": False,
+        "use_patches_only": True,
+        "cached_activations_path": "activations/blocks.9.hook_mlp_out",  # of another layer, as published files have it
     }
     write_json(folder / "config.json", config | changes)
     torch.save(tensors(W_enc=w["E"], b_enc=w["c"], W_dec=w["D"], b_dec=w["b"]), folder / "n_images_2600058.pt")
@@ -120,7 +139,8 @@ def normalisation(x: np.ndarray, name: str) -> tuple[Any, Any, Any]:
 
 def write_dictionary(folder: Path, kind: str = "BatchTopKSAE", threshold: float = 0.6, **changes: Any) -> Written:
     w, x = weights(), embeddings()
-    trainer = {"dict_class": kind, "trainer_class": "Trainer", "activation_dim": D, "dict_size": N, "k": K}
+    trainer: dict[str, Any] = {"dict_class": kind, "trainer_class": "Trainer", "activation_dim": D, "dict_size": N}
+    trainer |= {"k": K, "layer": "", "lm_name": "", "submodule_name": ""}  # as sae-for-vlm writes them
     write_json(folder / "config.json", {"trainer": trainer | changes, "buffer": {"d_submodule": D}})
     p = (x - w["b"]) @ w["E"] + w["c"]
     linear = {"encoder.weight": w["E"].T, "encoder.bias": w["c"], "decoder.weight": w["D"].T}
@@ -156,7 +176,7 @@ def write_saelens(folder: Path, architecture: str = "topk", normalise: str = "no
         "k": K,
         "apply_b_dec_to_input": True,
         "normalize_activations": normalise,
-        "metadata": {"sae_lens_version": "6.54.0", "hook_name": "blocks.3.hook_resid_post"},
+        "metadata": {"sae_lens_version": "6.54.0", "hook_name": "blocks.3.hook_resid_post", "model_name": "gpt2"},
     }
     config = {name: value for name, value in (config | changes).items() if value != "absent"}
     write_json(folder / "cfg.json", config)
@@ -204,6 +224,50 @@ def write_clipscope(folder: Path, k: int = K) -> Written:
     return folder / "1200013184.pt", (a, a @ w["D"] + w["b"])
 
 
+# ---- SEM, DN-CBM, TopKSAE: on the final embedding.
+
+
+def write_sem(folder: Path, name: str = f"MSAE_ViT-B-16_{D}_{N}_{K}x{2 * K}_reverse.pth") -> Written:
+    w, x = weights(), embeddings()
+    state = {"bpre": w["b"], "encoder.weight": w["E"].T, "encoder.bias": w["c"], "decoder.weight": w["D"].T}
+    torch.save(tensors(**state), folder / name)
+    p = (x - w["b"]) @ w["E"] + w["c"]
+    a = relu(p * top(p))  # at the first level
+    return folder / name, (a, a @ w["D"] + w["b"])
+
+
+def write_dncbm(
+    folder: Path, name: str = "clip_ViT-B_16_sparse_autoencoder_final.pt", components: int | None = 1, mark: str = "_"
+) -> Written:
+    w, x = weights(), embeddings()
+    state = {f"encoder.{mark}weight": w["E"].T, f"encoder.{mark}bias": w["c"], f"decoder.{mark}weight": w["D"].T}
+    state |= dict.fromkeys(
+        ("tied_bias", "pre_encoder_bias._bias_reference", "post_decoder_bias._bias_reference"), w["b"]
+    )
+    if components is not None:
+        state = {key: np.stack([array] * components) for key, array in state.items()}
+    torch.save(tensors(**state), folder / name)
+    a = relu((x - w["b"]) @ w["E"] + w["c"])
+    return folder / name, (a, a @ w["D"] + w["b"])
+
+
+def write_topk_sae(folder: Path, k: int = K, **changes: Any) -> Written:
+    """As PyTorchModelHubMixin saves it: its arguments and its state, counters among them."""
+    w, x = weights(), embeddings()
+    config = {"input_dim": D, "hidden_dim": N, "k": k, "normalize_decoder": True, "decoder_bias": True} | changes
+    write_json(folder / "config.json", config)
+    state = tensors(W_enc=w["E"], b_enc=w["c"], W_dec=w["D"], feature_counts=np.ones(N))
+    state["total_samples"] = torch.tensor(7)
+    bias = w["b"] if config["decoder_bias"] else np.zeros(D)
+    if config["decoder_bias"]:
+        state |= tensors(b_dec=bias)
+    safetensors.torch.save_file(state, folder / "model.safetensors")
+    p = x @ w["E"] + w["c"]
+    a = p * top(p, k)  # no ReLU, and no bias off the input
+    atoms = w["D"] / np.linalg.norm(w["D"], axis=-1, keepdims=True) if config["normalize_decoder"] else w["D"]
+    return folder, (a, a @ atoms + bias)
+
+
 CASES: dict[str, Callable[[Path], Written]] = {
     "saev topk": write_saev,
     "saev topk with negative activations": lambda folder: write_saev(folder, k=30),
@@ -232,13 +296,19 @@ CASES: dict[str, Callable[[Path], Written]] = {
     "sparsify with an idle skip": lambda folder: write_sparsify(folder, skip=0.0),
     "clipscope topk": write_clipscope,
     "clipscope topk with negative activations": lambda folder: write_clipscope(folder, k=30),
+    "sem": write_sem,
+    "dn-cbm": write_dncbm,
+    "dn-cbm without components": lambda folder: write_dncbm(folder, components=None, mark=""),
+    "topksae": write_topk_sae,
+    "topksae with negative activations": lambda folder: write_topk_sae(folder, k=30),
+    "topksae without bias": lambda folder: write_topk_sae(folder, decoder_bias=False, normalize_decoder=False),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_computes_what_its_own_code_computes(tmp_path: Path, case: str) -> None:
     path, (activations, reconstruction) = CASES[case](tmp_path)
-    sae = load_sae(str(path))
+    sae = load(path)
     x = torch.tensor(embeddings()[:, : sae.config.n_inputs], dtype=torch.float32)
     found = sae.encode(x)[0].numpy()
     np.testing.assert_array_equal(np.count_nonzero(found, axis=-1), np.count_nonzero(activations, axis=-1))  # L0
@@ -260,7 +330,7 @@ def test_the_cases_differ_where_rules_do(tmp_path: Path) -> None:
 
 
 def test_prefixes_are_the_sums_of_group_sizes(tmp_path: Path) -> None:
-    config = load_sae(str(CASES["dictionary matryoshka"](tmp_path)[0])).config
+    config = load(CASES["dictionary matryoshka"](tmp_path)[0]).config
     assert (config.nesting, config.nested, config.k) == ("prefixes", (4, 10, 40), K)
 
 
@@ -273,7 +343,7 @@ def test_prefixes_are_the_sums_of_group_sizes(tmp_path: Path) -> None:
     ],
 )
 def test_a_threshold_never_calibrated_stays_unknown(tmp_path: Path, write: Callable[[Path], Written]) -> None:
-    sae = load_sae(str(write(tmp_path)[0]))
+    sae = load(write(tmp_path)[0])
     assert (sae.config.architecture, sae.config.k) == ("batchtopk", K)
     with pytest.raises(ValueError, match="no threshold"):
         sae.encode_sparse(torch.zeros(1, D))
@@ -321,7 +391,139 @@ WRONG: dict[str, tuple[Callable[[Path], Written], str]] = {
     "sparsify transcoder": (lambda folder: write_sparsify(folder, transcode=True), "transcode"),
     "sparsify group-max": (lambda folder: write_sparsify(folder, activation="groupmax"), "'groupmax'"),
     "clipscope switch": (lambda folder: write_switch(folder), "'enc': expected shape"),
+    "sem renamed": (lambda folder: write_sem(folder, "sem.pth"), "expected MSAE_MODEL_WIDTH_LATENTS_KxK"),
+    "sem of another width": (
+        lambda folder: write_sem(folder, f"MSAE_ViT-B-16_{D + 1}_{N}_5x10_reverse.pth"),
+        r"'bpre': expected shape \(13,\), found \(12,\)",
+    ),
+    "dn-cbm of two components": (lambda folder: write_dncbm(folder, components=2), "expected one component, found 2"),
+    "another model's folder": (
+        lambda folder: write_topk_sae(folder, model_type="clip", input_dim=None),
+        "expected a value for 'input_dim'",
+    ),
+    "prisma of cls and patches": (lambda folder: write_prisma(folder, cls_token_only=True), "found both set"),
+    "prisma inside attention": (
+        lambda folder: write_prisma(folder, layer_subtype="attn.hook_z"),
+        r"says that its SAE reads 'blocks\.3\.attn\.hook_z', a place that has no name here",
+    ),
+    "sparsify of attention": (
+        lambda folder: write_sparsify(made(folder / "layers.3.attention")),
+        r"reads 'layers\.3\.attention', a place that has no name here",
+    ),
 }
+
+
+def made(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return folder
+
+
+# What each format's files say of the site and the model: README's table.
+SAID: dict[str, tuple[Callable[[Path], Written], str, str]] = {
+    "saev": (write_saev, "", ""),
+    "prisma on patches": (write_prisma, "layer3.residual:patches", DATACOMP),
+    "prisma on cls": (
+        lambda folder: write_prisma(
+            folder, use_patches_only=False, cls_token_only=True, layer_subtype="hook_mlp_out", hook_point_layer=11
+        ),
+        "layer11.mlp:cls",
+        DATACOMP,
+    ),
+    "prisma on all tokens": (
+        lambda folder: write_prisma(folder, use_patches_only=False),
+        "layer3.residual:all",
+        DATACOMP,
+    ),
+    "prisma, old": (
+        lambda folder: write_prisma(
+            folder, hook_point="blocks.9.hook_mlp_out", layer_subtype=None, use_patches_only=None, cls_token_only=None
+        ),
+        "layer9.mlp:all",
+        DATACOMP,
+    ),
+    "saelens": (write_saelens, "layer3.residual", "gpt2"),
+    "saelens before 6.0": (
+        lambda folder: write_saelens(folder, metadata="absent", hook_name="blocks.10.hook_resid_pre", model_name="m"),
+        "layer9.residual",
+        "m",
+    ),
+    "saelens before 3.0": (
+        lambda folder: write_saelens(folder, metadata="absent", hook_point="blocks.10.hook_mlp_out"),
+        "layer10.mlp",
+        "",
+    ),
+    "saelens of an embedding": (
+        lambda folder: write_saelens(folder, metadata={"hook_name": "embedding"}),
+        "embedding",
+        "",
+    ),
+    "saelens without a hook": (lambda folder: write_saelens(folder, metadata={}), "", ""),
+    "dictionary as sae-for-vlm": (write_dictionary, "", ""),
+    "dictionary": (
+        lambda folder: write_dictionary(folder, layer=3, submodule_name="resid_post_layer_3", lm_name="some/model"),
+        "layer3.residual",
+        "some/model",
+    ),
+    "dictionary that names a layer alone": (lambda folder: write_dictionary(folder, layer=3), "layer3", ""),
+    "sparsify": (lambda folder: write_sparsify(made(folder / "layers.3")), "layer3.residual", ""),
+    "sparsify of an MLP": (lambda folder: write_sparsify(made(folder / "h.3.mlp")), "layer3.mlp", ""),
+    "sparsify elsewhere": (lambda folder: write_sparsify(made(folder / "mine")), "", ""),
+    "clipscope": (lambda folder: write_clipscope(made(folder / "22_resid")), "layer22.residual", ""),
+    "clipscope elsewhere": (lambda folder: write_clipscope(made(folder / "mine")), "", ""),
+    "sem": (write_sem, "embedding", "ViT-B-16"),
+    "dn-cbm": (write_dncbm, "embedding", "ViT-B/16"),
+    "dn-cbm that lost its name": (lambda folder: write_dncbm(folder, "sparse_autoencoder_final.pt"), "", ""),
+    "topksae": (write_topk_sae, "", ""),
+}
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_the_site_is_what_the_files_say_and_never_guessed(tmp_path: Path, case: str) -> None:
+    write, site, model = SAID[case]
+    address = str(write(tmp_path)[0])
+    if site:
+        config = load_sae(address).config
+        assert (config.site, config.model) == (site, model)
+        assert load_sae(address, site).config == config
+        with pytest.raises(ValueError, match=rf"--site layer0\.mlp:cls: .* says that it reads {site}, which is not"):
+            load_sae(address, "layer0.mlp:cls")
+    else:
+        with pytest.raises(ValueError, match=r"does not say where .* --site layer10\.residual:patches") as caught:
+            load_sae(address)
+        assert "\n" not in str(caught.value)
+        for given in ("embedding:l2", "layer10.residual:patches"):
+            assert load_sae(address, given).config.site == given
+
+
+def test_what_a_file_leaves_open_may_be_said_but_not_denied(tmp_path: Path) -> None:
+    address = str(write_saelens(tmp_path)[0])  # layer3.residual, on tokens that it does not say
+    assert load_sae(address, "layer3.residual:patches:l2").config.site == "layer3.residual:patches:l2"
+    for given in ("layer3.mlp", "layer4.residual:patches", "embedding"):
+        with pytest.raises(ValueError, match=r"says that it reads layer3\.residual, which is not the same"):
+            load_sae(address, given)
+    with pytest.raises(ValueError, match=r"--site 'layer 3' is no site; a site is embedding\[:l2\] or layerN"):
+        load_sae(address, "layer 3")
+    embedding = str(write_sem(tmp_path)[0])
+    with pytest.raises(ValueError, match="says that it reads embedding, which is not the same"):
+        load_sae(embedding, "embedding:l2")
+
+
+def test_checkpoints_of_a_training_are_found(tmp_path: Path) -> None:
+    """trainer_0/config.json, trainer_0/checkpoints/ae_100000.pt: as sae-for-vlm's scripts take them."""
+    folder, (activations, _) = write_dictionary(made(tmp_path / "trainer_0"))
+    (folder / "checkpoints").mkdir()
+    file = (folder / "ae.pt").rename(folder / "checkpoints" / "ae_100000.pt")
+    x = torch.tensor(embeddings(), dtype=torch.float32)
+    for address in (folder, file):
+        sae = load_sae(str(address), "embedding")
+        np.testing.assert_allclose(sae.encode(x)[0].numpy(), activations, rtol=1e-5, atol=1e-5)
+        assert sae.config.source == "dictionary_learning trainer_0"
+    torch.save(torch.load(file, weights_only=True), folder / "checkpoints" / "ae_200000.pt")
+    assert load_sae(str(file), "embedding").config.k == K
+    with pytest.raises(ValueError, match=r"expected one checkpoints/ae_.* found 2; give the file"):
+        load_sae(str(folder), "embedding")
+    torch.save(torch.load(file, weights_only=True), folder / "ae.pt")  # the end of training goes before what led to it
+    assert load_sae(str(folder), "embedding").config.k == K
 
 
 def write_switch(folder: Path) -> Written:
@@ -378,7 +580,30 @@ def test_broken_files_are_refused_in_one_sentence(tmp_path: Path) -> None:
         load_sae(str(tmp_path / "sae.pt"))
 
 
-@pytest.mark.parametrize("write", [write_saev, write_prisma, write_dictionary, write_clipscope])
+def test_a_checkpoint_on_the_hub_comes_with_its_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def download(repository: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    folder, _ = write_dictionary(made(tmp_path / "clip" / "trainer_0"))
+    (folder / "checkpoints").mkdir()
+    (folder / "ae.pt").rename(folder / "checkpoints" / "ae_5.pt")
+    assert load_sae("hf://me/saes/clip/trainer_0/checkpoints/ae_5.pt", "embedding").config.k == K
+    assert "clip/trainer_0/config.json" in asked[0]
+
+
+def test_tied_biases_that_differ_are_refused(tmp_path: Path) -> None:
+    path, _ = write_dncbm(tmp_path)
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"tied_bias": state["tied_bias"] + 1}, path)
+    with pytest.raises(ValueError, match="expected equal copies of tied_bias"):
+        load_sae(str(path))
+
+
+@pytest.mark.parametrize("write", [write_saev, write_prisma, write_dictionary, write_clipscope, write_dncbm])
 def test_a_file_that_would_run_code_is_refused(tmp_path: Path, write: Callable[[Path], Written]) -> None:
     class Evil:
         def __reduce__(self) -> tuple[object, tuple[Path]]:

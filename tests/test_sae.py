@@ -21,6 +21,9 @@ VARIANTS: list[dict[str, Any]] = [
     {"architecture": "batchtopk", "k": 5, "by_magnitude": True, "normalise": "constant_norm"},
     {"architecture": "jumprelu", "soft_cap": 1.5},
     {"architecture": "jumprelu", "normalise": "layer_norm"},
+    {"architecture": "topk", "k": 6, "site": "embedding:l2"},
+    {"architecture": "topk", "k": 6, "site": "embedding:l2", "normalise": "layer_norm"},
+    {"architecture": "jumprelu", "site": "embedding:l2", "normalise": "constant_norm", "soft_cap": 1.5},
 ]
 
 
@@ -47,7 +50,8 @@ def derived(sae: SAE, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
     atoms = w["encoder"].T if c.tied else w["decoder"]
     pre, dense, out = [], [], []
     for row in x.astype(np.float64):
-        u = (row - w["mean"]) * w["scale"]
+        length = np.sqrt((row**2).sum()) if c.site == "embedding:l2" else 1.0
+        u = (row / length - w["mean"]) * w["scale"]
         shift, spread = 0.0, 1.0
         v = u
         if c.normalise == "layer_norm":
@@ -69,7 +73,7 @@ def derived(sae: SAE, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
         a = np.where(fires, value, 0.0)
         pre.append(p)
         dense.append(a)
-        out.append(((a @ atoms + w["pre_bias"]) * spread + shift) / w["scale"] + w["mean"])
+        out.append((((a @ atoms + w["pre_bias"]) * spread + shift) / w["scale"] + w["mean"]) * length)
     return np.stack(pre), np.stack(dense), np.stack(out)
 
 
@@ -132,9 +136,9 @@ def test_read_outs_add_up_and_are_the_gradient(choices: dict[str, Any]) -> None:
     for exact in (False, True):
         w, c = sae.read_outs(latents, x.detach(), exact=exact)
         torch.testing.assert_close((w * x[:, None]).sum(-1) + c, p, rtol=1e-4, atol=1e-4)
-        if exact or sae.config.normalise == "none":
+        if exact or not sae.normalises:
             torch.testing.assert_close(w, gradient, rtol=1e-4, atol=1e-5)
-    if sae.config.normalise != "none":
+    if sae.normalises:
         assert not torch.allclose(sae.read_outs(latents, x.detach())[0], gradient, rtol=1e-3)
         with pytest.raises(ValueError, match="read-outs need the embeddings"):
             sae.read_outs(latents)
@@ -142,9 +146,10 @@ def test_read_outs_add_up_and_are_the_gradient(choices: dict[str, Any]) -> None:
             sae.decode(torch.zeros(5, 40))
 
 
-def test_msaes_interface() -> None:
+@pytest.mark.parametrize("site", ["embedding", "embedding:l2"])
+def test_msaes_interface(site: str) -> None:
     """`encode` gives the sparse latents and the full ones, `topk` cuts the full ones only, `forward` decodes the full ones."""
-    sae, x = variant({"architecture": "topk", "k": 6}), torch.from_numpy(embeddings())
+    sae, x = variant({"architecture": "topk", "k": 6, "site": site}), torch.from_numpy(embeddings())
     pre, dense, _ = derived(sae, embeddings())
     latents, full = sae.encode(x)
     np.testing.assert_allclose(latents, dense, atol=2e-5)
@@ -155,8 +160,8 @@ def test_msaes_interface() -> None:
     torch.testing.assert_close(cut.sum(1), full.topk(3, dim=1).values.sum(1))
     reconstruction, standardised, again = sae(x)
     assert torch.equal(again, full)
-    torch.testing.assert_close(reconstruction, sae.decode(full))
-    torch.testing.assert_close(standardised / sae.scale + sae.mean, reconstruction, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(reconstruction, sae.decode(full, x))
+    torch.testing.assert_close(standardised, full @ sae.atoms + sae.pre_bias, rtol=1e-4, atol=1e-5)
 
 
 def test_a_latent_that_is_not_positive_does_not_fire() -> None:

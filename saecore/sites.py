@@ -1,0 +1,111 @@
+"""Where an SAE reads: its `site`, and the text form in which people type it and files hold it.
+
+    embedding                    the image embedding as the tower gives it
+    embedding:l2                 the same, each vector brought to length 1 first
+    layer10.residual:patches     the residual stream after layer 10, on the patch tokens
+    layer3.mlp:cls               what the MLP of layer 3 adds to it, on the CLS token
+
+    SITE = embedding[:l2]  or  layerN[.residual|.mlp][:cls|:patches|:all][:l2|:mean]
+
+Layers count from 0, as in `encoder.layers[N]` of transformers and `blocks.N` of hook names. `l2` and `mean` say what is done to
+the input before the SAE sees it: each vector to length 1, or the mean over these tokens, one vector for an image. Some files
+say less than all of it, so the middle parts may be missing: a layer without its part, a part without its tokens.
+
+Today SAEs run on the embedding only. Left out: attention outputs, heads, the stream in the middle of a layer.
+"""
+
+import dataclasses
+import re
+
+PARTS = ("residual", "mlp")
+TOKENS = ("cls", "patches", "all")
+FIRST = ("l2", "mean")
+
+GRAMMAR = "embedding[:l2] or layerN[.residual|.mlp][:cls|:patches|:all][:l2|:mean]"
+
+EXAMPLES = "--site embedding, --site embedding:l2, --site layer10.residual:patches"
+
+_FORM = re.compile(
+    r"(?:embedding|layer(?P<layer>0|[1-9]\d{0,3})(?:\.(?P<part>residual|mlp))?(?::(?P<tokens>cls|patches|all))?)"
+    r"(?::(?P<first>l2|mean))?"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """Where an SAE reads; `str()` of it is its text form, and `parse` reads that."""
+
+    layer: int | None = None
+    """Counted from 0; None is the embedding."""
+    part: str = ""
+    """`residual`, the stream after the layer, or `mlp`, what its MLP adds; empty as `tokens` may be."""
+    tokens: str = ""
+    """`cls`, `patches` or `all`; empty of the embedding, and where a file does not say."""
+    first: str = ""
+    """What is done to the input first: nothing, `l2` or `mean`."""
+
+    def __post_init__(self) -> None:
+        if _FORM.fullmatch(str(self)) is None or (self.layer is None and (self.part or self.tokens)):
+            raise ValueError(f"no site is {self.layer, self.part, self.tokens, self.first}; a site is {GRAMMAR}")
+        if self.layer is None and self.first == "mean":
+            raise ValueError(f"{str(self)!r} is no site: an embedding has no tokens to take the mean of")
+
+    def __str__(self) -> str:
+        place = "embedding" if self.layer is None else f"layer{self.layer}" + (f".{self.part}" if self.part else "")
+        return ":".join([place, *filter(None, (self.tokens, self.first))])
+
+    def admits(self, other: "Site") -> bool:
+        """Whether `other` says what this one says, and perhaps more. Of the embedding there is no more to say."""
+        if self.layer is None:
+            return self == other
+        return self.layer == other.layer and all(
+            getattr(self, field) in ("", getattr(other, field)) for field in ("part", "tokens", "first")
+        )
+
+
+EMBEDDING = Site()
+
+
+def parse(text: str) -> Site:
+    """The site that a text names; ValueError shows the grammar."""
+    found = _FORM.fullmatch(text) if isinstance(text, str) else None
+    if found is None:
+        raise ValueError(f"{text!r} is no site; a site is {GRAMMAR}")
+    layer, part, tokens, first = found.group("layer", "part", "tokens", "first")
+    return Site(None if layer is None else int(layer), part or "", tokens or "", first or "")
+
+
+# ---- What is done with them.
+
+
+def settled(said: str, given: str, address: str) -> str:
+    """The site of an SAE whose file says `said` and whose user says `given`, either of which may be empty.
+
+    ValueError if neither says it, or the two do not agree.
+    """
+    if not given:
+        if said:
+            return said
+        raise ValueError(
+            f"--sae {address}: its file does not say where the SAE reads, and its width cannot tell; say it by --site, which "
+            f"is {GRAMMAR}: {EXAMPLES}"
+        )
+    try:
+        wanted = parse(given)
+    except ValueError as error:
+        raise ValueError(f"--site {error}") from error
+    if said and not parse(said).admits(wanted):
+        raise ValueError(
+            f"--site {given}: the file of --sae {address} says that it reads {said}, which is not the same"
+        )
+    return str(wanted)
+
+
+def check_embedding(site: str, model: str, address: str) -> None:
+    """ValueError for an SAE that reads inside the tower, where none can run yet."""
+    if parse(site).layer is not None:
+        of = f" of {model}" if model else ""
+        raise ValueError(
+            f"--sae {address} reads {site}{of}, inside the tower; only SAEs that read the image embedding (site embedding or "
+            "embedding:l2) run today"
+        )
