@@ -588,6 +588,7 @@ def test_a_checkpoint_on_the_hub_comes_with_its_config(tmp_path: Path, monkeypat
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("saecore.hub.listing", lambda repository, revision: [])  # so that the Hub answers
     folder, _ = write_dictionary(made(tmp_path / "clip" / "trainer_0"))
     (folder / "checkpoints").mkdir()
     (folder / "ae.pt").rename(folder / "checkpoints" / "ae_5.pt")
