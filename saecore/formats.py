@@ -153,9 +153,8 @@ def read_saev(path: Path) -> Converted:
     threshold = None
     if architecture == "batchtopk":
         stored = state.pop("activation.threshold", torch.zeros(()))
-        threshold = calibrated(
-            stored, path.name, torch.finfo(torch.float32).tiny
-        )  # it starts at 0, which is no threshold
+        # it starts at 0, which is no threshold
+        threshold = calibrated(stored, path.name, least=torch.finfo(torch.float32).tiny)
     tensors = convert(*take(state, w_shapes(d, n), path.name), threshold=threshold, subtracts=schema is None)
     output = "signed" if architecture == "topk" else "relu"  # its TopK knows no ReLU
     return SAEConfig(d, n, k, architecture, output, source=f"saev {path.name}", site=""), tensors
@@ -248,9 +247,8 @@ def read_dictionary_learning(folder: Path, weights_file: Path | None = None) -> 
         shapes = {"encoder.weight": (n, d), "encoder.bias": (n,), "decoder.weight": (d, n)}
         shapes |= {"bias" if name == "AutoEncoder" else "b_dec": (d,)}
         encoder, latent_bias, decoder, bias = take(state, shapes, file)
-        kept = (
-            calibrated(stored, file) if architecture == "batchtopk" else None
-        )  # AutoEncoderTopK stores one, but keeps k
+        # AutoEncoderTopK stores one, but keeps k
+        kept = calibrated(stored, file) if architecture == "batchtopk" else None
         tensors = convert(encoder.T, latent_bias, decoder.T, bias, threshold=kept)
     nesting, source = "prefixes" if nested else "none", f"dictionary_learning {folder.name}"
     site, model = hooks.of_dictionary(trainer, where)

@@ -384,9 +384,8 @@ def load_folder(folder: str | Path) -> SAE:
 
 def from_tensors(config: SAEConfig, tensors: dict[str, Tensor], where: str) -> SAE:
     """Fill an SAE from named tensors of the shapes that `config` asks for; ValueError names the first that differs."""
-    with torch.device(
-        "meta"
-    ):  # shapes alone: what a config claims is not allocated before its file is known to hold it
+    # Shapes alone: what a config claims is not allocated before its file is known to hold it.
+    with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in SAE(config).state_dict().items()}
     found = {name: shape_of(tensor, f"SAE tensor {name!r} in {where}") for name, tensor in tensors.items()}
     for name in sorted(expected.keys() | found.keys(), key=str):

@@ -15,8 +15,12 @@ CHOICES = {
     "nesting": ("none", "levels", "prefixes"),
 }
 
-KINDS = {str: "a text", bool: "true or false", tuple: "a list"}
-"""Types as sentences call them."""
+KINDS: dict[Any, tuple[type, str]] = {
+    str: (str, "a text"),
+    bool: (bool, "true or false"),
+    tuple[int, ...]: (tuple, "a list"),
+}
+"""By the type of a field: what its values must be, and how sentences call that. Numbers have ranges too, and are not here."""
 
 MOST_INPUTS = 2**20
 """No embedding is wider. With 32-bit ids of latents, no size of a tensor overflows before it is compared with a file's."""
@@ -88,14 +92,10 @@ class SAEConfig:
 
     def _check_types(self) -> None:
         """To Python a file's `nested: "abc"` is three levels, and its `tied: "no"` is true."""
-        for kind, fields in (
-            (str, (*CHOICES, "source", "site", "model", "model_sha256")),
-            (bool, ("by_magnitude", "tied")),
-            (tuple, ("nested",)),
-        ):
-            for field in fields:
-                if not isinstance(getattr(self, field), kind):
-                    raise ValueError(f"SAE {field} is {shown(getattr(self, field))}, expected {KINDS[kind]}")
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), KINDS.get(field.type)
+            if kind is not None and not isinstance(value, kind[0]):
+                raise ValueError(f"SAE {field.name} is {shown(value)}, expected {kind[1]}")
 
     @property
     def unit_length(self) -> bool:
