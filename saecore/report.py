@@ -110,7 +110,7 @@ def summary(uri: str, record: Mapping[str, Any]) -> str:
     ]
     if "worst_completeness_error" in record:
         worst = record["worst_completeness_error"]
-        lines.append(f"exactness     {worst:.1e} worst error of map + remainder = pre-activation")
+        lines.append(f"exactness     {worst:.1e} worst error of map + remainder, in {record['parts']['dtype']}")
     return "\n".join([*lines, f"on disk       {sizes} in {uri}"])
 
 

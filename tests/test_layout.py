@@ -14,7 +14,7 @@ ORDER = [
     ["storage", "schema", "spec", "methods", "kernels", "display", "localisation", "demo.scenes"],
     ["listing", "images", "isolation", "runs", "recipe"],
     ["shards", "tower", "sae", "memmaps", "embeddings", "latents", "contrast", "by_latent"],
-    ["formats", "cls_path", "targets", "quality", "objectives", "naming", "tables", "synthetic"],
+    ["formats", "cls_path", "tangent", "targets", "quality", "objectives", "naming", "tables", "synthetic"],
     ["checkpoints", "mean_token", "siglip", "trainer", "naive", "naive_maps", "results", "indexing"],
     ["clip"],
     ["text"],
