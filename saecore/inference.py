@@ -91,11 +91,12 @@ def maps_by(
     targets: Targets,
     options: Options,
     heads: bool = False,
+    check: bool = True,
 ) -> dict[str, Maps]:
     """Maps by every method, of one forward; the targets' read-outs are computed once for each norm that is asked for."""
     exact = {name: options.norm_of(name) == "exact" for name in methods}
     batches = {
-        norm: relevance.batch_of(tower, pixels, embedding, trace, targets, norm, options, heads)
+        norm: relevance.batch_of(tower, pixels, embedding, trace, targets, norm, options, heads, check)
         for norm in set(exact.values())
     }
     return {name: METHODS[name](batches[exact[name]]) for name in methods}

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from saecore import tangent
 from saecore.cls_path import attention_gradients, by_head
 from saecore.methods import DEFAULT_OPTIONS, Options
 from saecore.targets import Targets, cosine_read_outs
@@ -56,6 +57,8 @@ class Batch(NamedTuple):
     options: Options
     heads: bool
     """Keep heads apart, for contrib, contrib_grad, chefer of one layer, legrad and attention."""
+    check: bool
+    """Whether contrib_grad checks its gradient, which costs one row a layer."""
 
 
 class Maps(NamedTuple):
@@ -66,6 +69,9 @@ class Maps(NamedTuple):
     add up to that, with `Batch.heads`."""
     remainder: Tensor
     """float32 (B, k): what no patch accounts for (the CLS token's own path, MLPs, biases, constants); NaN if undefined."""
+    gradient_error: Tensor | None = None
+    """float32 (B, k), of contrib_grad: how far its terms, with fixed signs, are from the derivative taken forwards; None if
+    that was not looked at."""
 
 
 def batch_of(
@@ -77,10 +83,11 @@ def batch_of(
     exact: bool = False,
     options: Options = DEFAULT_OPTIONS,
     heads: bool = False,
+    check: bool = True,
 ) -> Batch:
     """A batch, with its targets' read-outs."""
     read_outs = targets.read_outs(embedding, exact)
-    return Batch(tower, pixels, embedding, trace, targets, exact, *read_outs, options, heads)
+    return Batch(tower, pixels, embedding, trace, targets, exact, *read_outs, options, heads, check)
 
 
 def contrib(batch: Batch) -> Maps:
@@ -124,17 +131,25 @@ def contrib_grad(batch: Batch) -> Maps:
 
     R_i = sum_l sum_h A_i^{lh} dz/dA_i^{lh}: unlike `contrib` it knows what later MLPs and later queries of the CLS token make
     of a patch. Invariant of each layer: sum over tokens of A D = G_y . (y - x - b_O), which the remainder takes from the
-    residual stream, so that relevance.sum + remainder = pre-activation can fail.
+    residual stream, so that relevance.sum + remainder = pre-activation can fail. It holds for any G_y, right or wrong; whether
+    that is the gradient, `saecore.tangent` says for each target of each image.
     """
     tower, trace = batch.tower, batch.trace
     pre = (batch.read_outs @ tower.embed_cls(trace.cls_final)[..., None]).squeeze(-1) + batch.offsets
-    path, linear, tokens_BkHN = tower.path(), torch.zeros_like(pre), _no_tokens(batch)
-    for index, D, G_y in _gradients(batch, batch.options.layers_of("contrib_grad", len(path))):
+    path, by_stream, tokens_BkHN = tower.path(), torch.zeros_like(pre), _no_tokens(batch)
+    layers = batch.options.layers_of("contrib_grad", len(path))
+    s, signed = tangent.signs(layers, tower.n_heads, tokens_BkHN.shape[-1]).to(pre.device), torch.zeros_like(pre)
+    for index, D, G_y in _gradients(batch, layers):
         product_BkHN = trace.cls_attention[index][:, None] * D
+        signed += product_BkHN.flatten(2) @ s[index].flatten()
         tokens_BkHN = tokens_BkHN + (product_BkHN if batch.heads else product_BkHN.sum(2, keepdim=True))
         added = trace.cls_after[index].float() - trace.cls_before[index].float() - path[index].out_bias.float()
-        linear += (G_y @ added[..., None]).squeeze(-1)
-    return _decomposed(batch, tokens_BkHN, pre - linear)
+        by_stream += (G_y @ added[..., None]).squeeze(-1)
+    maps = _decomposed(batch, tokens_BkHN, pre - by_stream)
+    if not batch.check:
+        return maps
+    direction, _ = tower.pull_back(batch.read_outs, trace.cls_final, batch.exact)
+    return maps._replace(gradient_error=(signed - tangent.derivative(tower, trace, direction, layers)).abs())
 
 
 def chefer(batch: Batch) -> Maps:
@@ -269,9 +284,11 @@ def _undivided(batch: Batch, patches: Tensor) -> Maps:
 
 
 def completeness_error(maps: Maps, pre_activations: Tensor) -> Tensor:
-    """(B, k): |relevance.sum + remainder - pre-activation| / max(1, |pre-activation|)."""
-    error = maps.relevance.flatten(2).sum(-1) + maps.remainder - pre_activations
-    return error.abs() / pre_activations.abs().clamp(min=1)
+    """(B, k): |relevance.sum + remainder - pre-activation|, or `Maps.gradient_error` if larger, / max(1, |pre-activation|)."""
+    error = (maps.relevance.flatten(2).sum(-1) + maps.remainder - pre_activations).abs()
+    if maps.gradient_error is not None:
+        error = torch.maximum(error, maps.gradient_error)
+    return error / pre_activations.abs().clamp(min=1)
 
 
 def sink_share(maps: Maps, sinks: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ def summary(uri: str, record: Mapping[str, Any]) -> str:
     ]
     if "worst_completeness_error" in record:
         worst = record["worst_completeness_error"]
-        lines.append(f"exactness     {worst:.1e} worst error of map + remainder = pre-activation")
+        lines.append(f"exactness     {worst:.1e} worst error of map + remainder, in {record['parts']['dtype']}")
     if (fit := Fit(**record.get("fit", {}))).is_poor(least=1):
         lines.append(f"warning       {fit.words()}: does this SAE belong to this model?")
     lines += [f"warning       {said}" for said in _missing(record)]

@@ -131,15 +131,15 @@ def rows(methods: Sequence[str], options: Options = DEFAULT_OPTIONS) -> list[Row
     found = [Row(method, method, options) for method in methods]
     if "legrad" in methods and options.legrad_target == "mean":
         found.append(Row("legrad of the embedding", "legrad", dataclasses.replace(options, legrad_target="cls")))
-    if "gradeclip" in methods and options.gradeclip_cosine == "inside":
-        found.append(
-            Row("gradeclip, projected", "gradeclip", dataclasses.replace(options, gradeclip_cosine="projected"))
-        )
     if options.norm == "auto":
         for row in list(found):
             if (norm := OTHER_NORM.get(options.norm_of(row.method))) is not None:
                 title = f"{row.title}, {norm} norm"
                 found.append(Row(title, row.method, dataclasses.replace(row.options, norm=norm)))
+    if "gradeclip" in methods and options.gradeclip_cosine == "inside":
+        found.append(
+            Row("gradeclip, projected", "gradeclip", dataclasses.replace(options, gradeclip_cosine="projected"))
+        )
     place = {method: number for number, method in enumerate(methods)}
     return sorted(found, key=lambda row: place[row.method])
 
