@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from saecore.formats import Converted, ask, convert, take, w_shapes
-from saecore.spec import SAEConfig
-from saecore.untrusted import read_json, read_safetensors
+from saecore.spec import MOST_INPUTS, SAEConfig
+from saecore.untrusted import mapping, read_json, read_safetensors, shape_of, whole
 
 _SEM_NAME = re.compile(r"MSAE_(?P<model>[^_]+)_(?P<d>\d+)_(?P<n>\d+)_(?P<levels>\d+(?:x\d+)*)_[a-z]+")
 
@@ -57,7 +57,8 @@ _DNCBM_NAME = re.compile(r"clip_(?P<model>.+)_sparse_autoencoder_final")
 def read_dncbm(path: Path, content: Mapping[str, Any]) -> Converted:
     """DN-CBM's state dict, already read. A file that lost DN-CBM's name may be any SAE of its library: it names no site."""
     state = {
-        re.sub(r"^(encoder|decoder)\._", r"\1.", name): _one(tensor, name, path) for name, tensor in content.items()
+        re.sub(r"^(encoder|decoder)\._", r"\1.", name): _one(tensor, name, path)
+        for name, tensor in mapping(content, path.name).items()
     }
     biases = [state.pop(name) for name in _TIED if name in state]
     if not all(torch.equal(biases[0], other) for other in biases):
@@ -78,6 +79,7 @@ def _one(tensor: Any, name: str, path: Path) -> Tensor:
     """A tensor without the axis over components, of which there must be one."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{path.name}: {name!r}: expected a tensor, found a {type(tensor).__name__}")
+    shape_of(tensor, f"{path.name}: tensor {name!r}", weights=False)
     axes = 1 if "bias" in name else 2
     if tensor.ndim == axes + 1 and tensor.shape[0] != 1:
         raise ValueError(f"{path.name}: tensor {name!r}: expected one component, found {tensor.shape[0]}")
@@ -97,7 +99,7 @@ def read_topk_sae(folder: Path) -> Converted:
     for counter in ("feature_counts", "total_samples"):
         state.pop(counter, None)
     if config.get("decoder_bias") is False:
-        state["b_dec"] = torch.zeros(d)
+        state["b_dec"] = torch.zeros(whole(d, f"input_dim in {where}", most=MOST_INPUTS))
     encoder, latent_bias, decoder, bias = take(state, w_shapes(d, n), file)
     if config.get("normalize_decoder", True):
         decoder = normalize(decoder, dim=-1)
