@@ -27,8 +27,8 @@ from huggingface_hub.errors import (
 DEMO_CLIP = Path(__file__).parent / "demo" / "clip"
 
 PATIENCE = 8.0
-"""Seconds to wait for the Hub's answer: with 10 at most from the command to the sentence, and a second or two to load Python's
-modules. The answer is a few kilobytes."""
+"""Seconds to wait for the Hub's answer, which is a few kilobytes. With the second or two in which Python loads its modules, a
+command without a network ends within ten."""
 
 _REPOSITORY = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 

@@ -47,8 +47,10 @@ def check_sae(sae: "SAE", where: str) -> None:
         # A batchtopk threshold that was never calibrated is NaN.
         unknown = name == "threshold" and sae.config.architecture == "batchtopk"
         check_values(tensor, f"SAE tensor {name!r} in {where}", unknown)
-    if not sae.scale > 0:
-        raise ValueError(f"SAE tensor 'scale' in {where} is {float(sae.scale):g}, expected a positive number")
+    if not sae.scale >= 1 / LARGEST:  # reconstructions are divided by it
+        raise ValueError(
+            f"SAE tensor 'scale' in {where} is {float(sae.scale):g}, expected a positive number, at least {1 / LARGEST:g}"
+        )
     for name, tensor, meaning in (
         ("encoder", sae.encoder, "every image would have the same latents"),
         ("decoder", sae.atoms, "every image would have the same reconstruction"),

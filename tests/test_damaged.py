@@ -133,6 +133,12 @@ def weights(file: str, value: float, among: str = "") -> Damage:
     return damage
 
 
+def together(folder: Path) -> None:
+    """Each of them may be; a reconstruction would be 1e30 / 1e-14."""
+    weights(SAE, 1e15, "coder")(folder)
+    weights(SAE, 1e-14, "scale")(folder)
+
+
 def integers(folder: Path) -> None:
     tensors = safetensors.torch.load_file(folder / "sae.safetensors")
     safetensors.torch.save_file(tensors | {"encoder": tensors["encoder"].long()}, folder / "sae.safetensors")
@@ -212,6 +218,7 @@ OWN: dict[str, tuple[Damage, str, str]] = {
             ("decoder", 0.0, "holds zeros only: every image would have the same reconstruction"),
             ("scale", 0.0, "is 0, expected a positive number"),
             ("scale", -1.0, "is -1, expected a positive number"),
+            ("scale", 1e-38, "is 1e-38, expected a positive number, at least 1e-15"),
             ("scale", NAN, "not finite"),
             ("", 0.0, "expected a positive number"),
             ("mean", 1e38, "whose products overflow"),
@@ -223,8 +230,8 @@ OWN: dict[str, tuple[Damage, str, str]] = {
         "sae",
         r"expected shape \(2000000000, 24\), found \(96, 24\)",
     ),
-    "a scale of 1e-38": (
-        weights(SAE, 1e-38, "scale"),
+    "values that overflow together": (
+        together,
         "sae",
         "makes numbers that are not finite of an ordinary embedding",
     ),
