@@ -41,7 +41,7 @@ def _examples(run: runs.Run, n_maps: int) -> Iterator[Example]:
         metadata = tables["maps"].schema.metadata
         grid = int(metadata[b"grid_height"]), int(metadata[b"grid_width"])
         shown = {row["image_id"]: row for row in tables["images"].to_pylist() if row["error"] is None}
-        for raw in shards.read_chunk(chunk):
+        for raw in _read(chunk):
             for row in raw.to_pylist():
                 if row["image_id"] not in shown or row["error"] is not None:  # the latter: gone since
                     continue
@@ -59,6 +59,14 @@ def _examples(run: runs.Run, n_maps: int) -> Iterator[Example]:
                     pre_activations=[found["pre_activation"] for found in maps],
                     maps=np.stack([_decode(found, grid) for found in maps]),
                 )
+
+
+def _read(chunk: Mapping[str, Any]) -> Iterator[pa.Table]:
+    """The images of a chunk, or none if they are gone by now: a run is complete without a picture of it."""
+    try:
+        yield from shards.read_chunk(chunk)
+    except OSError:
+        return
 
 
 def _decode(row: Mapping[str, Any], grid: tuple[int, int]) -> np.ndarray:

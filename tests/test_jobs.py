@@ -560,6 +560,10 @@ def test_a_complete_run_says_what_has_changed_in_its_inputs(tmp_path: Path, caps
     assert f"2 no longer listed ({first}, {second})" in again(0)
     folder.rmdir()
     assert "2 no longer listed" in again(0)
+    record = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({**record, "status": "running"}))  # stopped just before the end
+    assert explain.main(arguments) == 0
+    assert json.loads((out / "run.json").read_text())["status"] == "complete"
     assert explain.main(command(tmp_path / "nowhere", out, "--local")) == 2
     assert "no such file" in capsys.readouterr().err
 
