@@ -33,6 +33,7 @@ from rich.text import Text
 from jobs import session
 from saecore import results
 from saecore.results import Results
+from saecore.search import matching
 
 WIDEST = 28
 """Characters of a column: what is longer is cut."""
@@ -156,13 +157,23 @@ class Find(Question):
     """One or several, of which all must occur: "purple star". Whole words come first, then beginnings; parts where there is no
     other."""
 
-    columns = ("latent", "name", "score", "runner_up", "margin", "images", "rate")
+    columns = ("latent", "name", "also", "score", "runner_up", "margin", "images", "rate")
 
     def ask(self, run: Results) -> pa.Table:
         """See `Question.ask`."""
         if not self.words.split():
             raise ValueError("WORDS is empty: give a word to look for")
         return run.find(self.words)
+
+    def drawn(self, answer: pa.Table) -> pa.Table:
+        """With those of a latent's other words that were found: else `red` would find "circle" for no visible reason."""
+        if "words" not in answer.column_names:
+            return answer
+        others = [(words or [])[1:] for words in answer["words"].to_pylist()]
+        every = [(word, ()) for words in others for word in words]
+        found = {every[place][0] for word in self.words.split() for _, place in matching(word, every)}
+        also = [", ".join(word for word in words if word in found) or None for words in others]
+        return answer.append_column("also", pa.array(also, pa.string()))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,14 +25,14 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from saecore.pages import FOLDER, LISTED_IMAGES, LISTED_LATENTS, Site
-from saecore.results import Results
+from saecore.results import Results, number
 from saecore.views import Views
 
 FOUND = 60
 """Most latents, and most images, of one answer of the search; search.js knows of it."""
 
-MOST = 2**63 - 1
-"""The largest number that an image can have."""
+LONGEST = 60
+"""Characters of what was asked for, in the sentence that there is none."""
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'",
@@ -69,11 +69,11 @@ def application(run: Results, hosts: Sequence[str], strongest: int = 12) -> Star
         Route("/favicon.ico", lambda request: RedirectResponse("static/icon.svg")),
         Route("/index.html", answers.overview),
         Route("/latents.html", answers.latents),
-        Route("/latents/{number:int}.html", answers.latent),
-        Route("/targets/{number:int}.html", answers.target),
+        Route("/latents/{number}.html", answers.latent),
+        Route("/targets/{number}.html", answers.target),
         Route("/images.html", answers.images),
-        Route("/images/{number:int}.html", answers.image),
-        Route("/pictures/{number:int}.webp", answers.picture),
+        Route("/images/{number}.html", answers.image),
+        Route("/pictures/{number}.webp", answers.picture),
         Route("/search.html", answers.search),
         Route("/search.json", answers.found),
         Mount("/static", StaticFiles(directory=FOLDER / "static")),
@@ -103,18 +103,18 @@ class Answers:
             return _html(self.site.latent_list(rows, {}, first))
 
     def latent(self, request: Request) -> Response:
-        number = request.path_params["number"]
-        if not self.site.has_latent(number):
-            raise HTTPException(404, f"this run has no latent {number}: they are 0 to {self.site.run.n_latents - 1}")
+        latent = _number(request)
+        if latent is None or not self.site.has_latent(latent):
+            raise HTTPException(404, f"{_no('latent', request)}: they are 0 to {self.site.run.n_latents - 1}")
         with self._alone:
-            return _html(self.site.latent(number))
+            return _html(self.site.latent(latent))
 
     def target(self, request: Request) -> Response:
-        number, held = request.path_params["number"], len(self.site.targets)
-        if number >= held:
-            raise HTTPException(404, f"this run has no target {number}: it has {held} texts and concepts")
+        place, held = _number(request), len(self.site.targets)
+        if place is None or place >= held:
+            raise HTTPException(404, f"{_no('target', request)}: it has {held} texts and concepts")
         with self._alone:
-            return _html(self.site.target(number))
+            return _html(self.site.target(place))
 
     def images(self, request: Request) -> Response:
         total = self.site.run.record["images"]
@@ -124,16 +124,17 @@ class Answers:
             return _html(self.site.image_list(list(self.site.views.images(image_ids)), first))
 
     def image(self, request: Request) -> Response:
-        number = request.path_params["number"]
+        image_id = _number(request)
         with self._alone:
-            view = next(self.site.views.images(np.array([min(number, MOST)])), None)
+            view = None if image_id is None else next(self.site.views.images(np.array([image_id])), None)
             if view is None:
-                raise HTTPException(404, f"this run has no image {number}")
+                raise HTTPException(404, _no("image", request))
             return _html(self.site.image(view))
 
     def picture(self, request: Request) -> Response:
+        image_id = _number(request)
         with self._alone:
-            picture = self.site.pictures.get(min(request.path_params["number"], MOST))
+            picture = None if image_id is None else self.site.pictures.get(image_id)
         if picture is None:
             return FileResponse(FOLDER / "static" / "no-picture.svg")
         return Response(picture, media_type="image/webp", headers={"Cache-Control": "max-age=3600"})
@@ -154,9 +155,24 @@ def _html(text: str, status: int = 200) -> Response:
     return HTMLResponse(text, status, HEADERS)
 
 
+def _number(request: Request) -> int | None:
+    """Of an address; None where it is none that a run can have. Python's own `int` refuses 4,301 digits."""
+    return number(request.path_params["number"])
+
+
+def _no(what: str, request: Request) -> str:
+    return f"this run has no {what} {_cut(request.path_params['number'])}"
+
+
 def _first(request: Request, total: int) -> int:
     """Where a page of a list begins."""
     text = request.query_params.get("from", "0")
-    if not text.isdecimal() or int(text) >= max(total, 1):
-        raise HTTPException(404, f"from={text}: the list has {total} entries, the first is 0")
-    return int(text)
+    first = number(text)
+    if first is None or first >= max(total, 1):
+        raise HTTPException(404, f"from={_cut(text)}: the list has {total} entries, the first is 0")
+    return first
+
+
+def _cut(text: str) -> str:
+    """As much of what somebody asked for as a sentence takes."""
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from saecore import captions
+from saecore import captions, results
 from saecore.captions import number, percent
 from saecore.methods import DECOMPOSE
 from saecore.pictures import Pictures
@@ -204,7 +204,8 @@ class Site:
 
     def found(self, text: str, most: int) -> dict[str, list[Any]]:
         """What search.js shows for a text: up to so many latents and images of the whole run, the best first."""
-        number = [int(text)] if text.isdecimal() and str(int(text)) == text and self.has_latent(int(text)) else []
+        latent = results.number(text)
+        number = [latent] if latent is not None and str(latent) == text and self.has_latent(latent) else []
         named = self.run.find(text)["latent"].to_pylist() if "name" in self.run.latents.column_names else []
         query = """SELECT image_id, key FROM images
             WHERE contains(lower(key), lower($1)) OR image_id = try_cast($1 AS BIGINT) ORDER BY image_id LIMIT $2"""

@@ -134,6 +134,23 @@ def test_what_is_against_is_named(
     assert [found[1][name] for name in ("against", "against_row", "against_column")] == [None] * 3
 
 
+def test_what_was_found_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri = planted.write(tmp_path / "run")
+    named = {"latent": pa.array([0, 2], pa.int32()), "name": ["circle", "dark red"], "valid": [False, True]}
+    latents.merge(uri, pa.table(named | {"words": [["circle", "Red", "infrared", "blue"], ["dark red", "wine"]]}))
+    monkeypatch.setenv("COLUMNS", "80")
+    assert query.main(["find", uri, "RED"]) == 0
+    header, *rows = (line.split() for line in capsys.readouterr().out.splitlines()[:3])
+    assert header == ["latent", "name", "also"]
+    assert rows == [["2", "dark", "red"], ["0", "circle", "?", "Red"]]
+    assert query.main(["find", uri, "frar"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == ["0", "circle", "?", "infrared"]
+    assert query.main(["find", uri, "green"]) == 0
+    assert "0 rows" in capsys.readouterr().out
+
+
 def test_a_target_is_what_was_typed(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     said = []
     for spelling in ("text:x", "text: x", " text :  x"):
