@@ -11,7 +11,19 @@ ROOT = Path(__file__).parent.parent
 
 # A module imports from the lines above its own only.
 ORDER = [
-    ["storage", "schema", "spec", "methods", "kernels", "display", "localisation", "maps", "search", "demo.scenes"],
+    [
+        "storage",
+        "schema",
+        "spec",
+        "methods",
+        "kernels",
+        "display",
+        "localisation",
+        "maps",
+        "search",
+        "terminal",
+        "demo.scenes",
+    ],
     ["card"],
     ["listing", "images", "isolation", "runs", "recipe"],
     ["shards", "tower", "sae", "memmaps", "embeddings", "latents", "contrast", "by_latent"],
