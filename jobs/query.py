@@ -17,30 +17,22 @@ answers are the same and take longer.
 
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import tyro
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from jobs import session
 from saecore import results
 from saecore.results import Results
-
-WIDEST = 28
-"""Characters of a column: what is longer is cut."""
+from saecore.search import matching
+from saecore.terminal import plain, printable, show
 
 MOST = {"n": results.LARGEST, "bins": 10_000}
 """Of what is counted in numbers: more bins than that are a table that nobody reads."""
-
-UNSURE = "names with ? did not pass the thresholds of jobs.name"
 
 Latent = Annotated[int, tyro.conf.Positional, tyro.conf.arg(metavar="LATENT")]
 Image = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
@@ -134,7 +126,10 @@ class OfMaps(Question):
         """See `Question.ask`."""
         found = run.maps(id_or_key(self.image), self.method or None)
         if self.npy:
-            np.save(self.npy, found.maps)
+            try:
+                np.save(self.npy, found.maps)
+            except OSError as error:
+                raise ValueError(f"--npy {self.npy}: {error.strerror or error}") from error
         return found.table()
 
     def drawn(self, answer: pa.Table) -> pa.Table:
@@ -156,13 +151,23 @@ class Find(Question):
     """One or several, of which all must occur: "purple star". Whole words come first, then beginnings; parts where there is no
     other."""
 
-    columns = ("latent", "name", "score", "runner_up", "margin", "images", "rate")
+    columns = ("latent", "name", "also", "score", "runner_up", "margin", "images", "rate")
 
     def ask(self, run: Results) -> pa.Table:
         """See `Question.ask`."""
         if not self.words.split():
             raise ValueError("WORDS is empty: give a word to look for")
         return run.find(self.words)
+
+    def drawn(self, answer: pa.Table) -> pa.Table:
+        """With those of a latent's other words that were found: else `red` would find "circle" for no visible reason."""
+        if "words" not in answer.column_names:
+            return answer
+        others = [(words or [])[1:] for words in answer["words"].to_pylist()]
+        every = [(word, ()) for words in others for word in words]
+        found = {every[place][0] for word in self.words.split() for _, place in matching(word, every)}
+        also = [", ".join(word for word in words if word in found) or None for words in others]
+        return answer.append_column("also", pa.array(also, pa.string()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,67 +323,6 @@ def id_or_key(image: str) -> int | str:
     """As `Results` takes it: digits alone are an image_id."""
     number = results.number(image)
     return image if number is None else number
-
-
-def plain(value: Any) -> Any:
-    """What JSON takes: null for what is no number, hexadecimal for bytes, text for dates and the like."""
-    if isinstance(value, list):
-        return [plain(one) for one in value]
-    if isinstance(value, dict):
-        return {name: plain(one) for name, one in value.items()}
-    if isinstance(value, bytes):
-        return value.hex()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, int | str) else str(value)
-
-
-def show(answer: pa.Table, columns: Sequence[str]) -> None:
-    """Print a table that fits: the first columns whole, and which there are beside them."""
-    console = Console(highlight=False)
-    empty = [name for name in answer.column_names if columns and 0 < answer.num_rows == answer[name].null_count]
-    wanted = [name for name in columns or answer.column_names if name in answer.column_names and name not in empty]
-    cells = {name: [cell(value, name) for value in answer[name].to_pylist()] for name in wanted}
-    unsure = answer["valid"].to_pylist() if "name" in columns and "valid" in answer.column_names else []
-    if True in (
-        marked := [sure is False and bool(name) for name, sure in zip(cells.get("name", []), unsure, strict=True)]
-    ):
-        cells["name"] = [f"{name} ?" if mark else name for name, mark in zip(cells["name"], marked, strict=True)]
-    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, padding=(0, 2, 0, 0), show_edge=False)
-    room = console.width
-    shown: list[str] = []
-    for name in wanted:
-        room -= max(map(len, [name, *cells[name]])) + 2
-        if room < 0 and shown:
-            break
-        shown.append(name)
-        numbers = pa.types.is_integer(answer[name].type) or pa.types.is_floating(answer[name].type)
-        table.add_column(Text(name), justify="right" if numbers else "left", no_wrap=True, overflow="ellipsis")
-    for row in zip(*(cells[name] for name in shown), strict=True):
-        table.add_row(*map(Text, row))
-    console.print(table)
-    if "name" in shown and True in marked:
-        console.print(Text(UNSURE))
-    if hidden := [name for name in answer.column_names if name not in shown and name not in empty]:
-        console.print(Text(f"{answer.num_rows:,} rows; not shown: {', '.join(hidden)} (--json has them)"))
-
-
-def printable(text: str) -> str:
-    """One line, in which nothing steers a terminal."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
-
-
-def cell(value: Any, column: str) -> str:
-    """A value as a person reads it. What a file is called is data, and must not steer the terminal."""
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    text = printable(str(value))
-    if len(text) <= WIDEST:
-        return text
-    # Of an address the end tells most.
-    return "…" + text[1 - WIDEST :] if column in ("uri", "key") else text[: WIDEST - 1] + "…"
 
 
 if __name__ == "__main__":

@@ -24,13 +24,15 @@ from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Redire
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from saecore.finding import number_of
 from saecore.pages import FOLDER, LISTED_IMAGES, LISTED_LATENTS, Site
-from saecore.results import Results
+from saecore.results import Results, number
 from saecore.views import Views
 
 FOUND = 60
 """Most latents, and most images, of one answer of the search; search.js knows of it."""
+
+LONGEST = 60
+"""Characters of what was asked for, in the sentence that there is none."""
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'",
@@ -101,18 +103,18 @@ class Answers:
             return _html(self.site.latent_list(rows, {}, first))
 
     def latent(self, request: Request) -> Response:
-        number = _number(request)
-        if number is None or not self.site.has_latent(number):
-            raise HTTPException(404, f"this run has no such latent: they are 0 to {self.site.run.n_latents - 1}")
+        latent = _number(request)
+        if latent is None or not self.site.has_latent(latent):
+            raise HTTPException(404, f"{_no('latent', request)}: they are 0 to {self.site.run.n_latents - 1}")
         with self._alone:
-            return _html(self.site.latent(number))
+            return _html(self.site.latent(latent))
 
     def target(self, request: Request) -> Response:
-        number, held = _number(request), len(self.site.targets)
-        if number is None or number >= held:
-            raise HTTPException(404, f"this run has no such target: it has {held} texts and concepts")
+        place, held = _number(request), len(self.site.targets)
+        if place is None or place >= held:
+            raise HTTPException(404, f"{_no('target', request)}: it has {held} texts and concepts")
         with self._alone:
-            return _html(self.site.target(number))
+            return _html(self.site.target(place))
 
     def images(self, request: Request) -> Response:
         total = self.site.run.record["images"]
@@ -122,17 +124,17 @@ class Answers:
             return _html(self.site.image_list(list(self.site.views.images(image_ids)), first))
 
     def image(self, request: Request) -> Response:
-        number = _number(request)
+        image_id = _number(request)
         with self._alone:
-            view = None if number is None else next(self.site.views.images(np.array([number])), None)
+            view = None if image_id is None else next(self.site.views.images(np.array([image_id])), None)
             if view is None:
-                raise HTTPException(404, "this run has no such image")
+                raise HTTPException(404, _no("image", request))
             return _html(self.site.image(view))
 
     def picture(self, request: Request) -> Response:
-        number = _number(request)
+        image_id = _number(request)
         with self._alone:
-            picture = None if number is None else self.site.pictures.get(number)
+            picture = None if image_id is None else self.site.pictures.get(image_id)
         if picture is None:
             return FileResponse(FOLDER / "static" / "no-picture.svg")
         return Response(picture, media_type="image/webp", headers={"Cache-Control": "max-age=3600"})
@@ -153,15 +155,24 @@ def _html(text: str, status: int = 200) -> Response:
     return HTMLResponse(text, status, HEADERS)
 
 
+def _number(request: Request) -> int | None:
+    """Of an address; None where it is none that a run can have. Python's own `int` refuses 4,301 digits."""
+    return number(request.path_params["number"])
+
+
+def _no(what: str, request: Request) -> str:
+    return f"this run has no {what} {_cut(request.path_params['number'])}"
+
+
 def _first(request: Request, total: int) -> int:
     """Where a page of a list begins."""
     text = request.query_params.get("from", "0")
-    first = number_of(text)
+    first = number(text)
     if first is None or first >= max(total, 1):
-        raise HTTPException(404, f"from={text[:20]}: the list has {total} entries, the first is 0")
+        raise HTTPException(404, f"from={_cut(text)}: the list has {total} entries, the first is 0")
     return first
 
 
-def _number(request: Request) -> int | None:
-    """That of a page. Not Starlette's own `int`: Python converts no more than 4,300 digits, and raises."""
-    return number_of(request.path_params["number"])
+def _cut(text: str) -> str:
+    """As much of what somebody asked for as a sentence takes."""
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"

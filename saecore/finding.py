@@ -8,21 +8,18 @@ then those with words that begin so, then those where it occurs anywhere. All wo
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from saecore.results import Results
+from saecore.results import Results, number
 from saecore.search import matching
-
-MOST = 2**63 - 1
-"""The largest number that an image can have."""
 
 RANK = r"""CASE WHEN regexp_matches(lower(key), '(^|[^\pL\pN])' || regexp_escape({word}) || '($|[^\pL\pN])') THEN 0
     WHEN regexp_matches(lower(key), '(^|[^\pL\pN])' || regexp_escape({word})) THEN 1 ELSE 2 END"""
 """How well a file's name answers one word that occurs in it, for DuckDB."""
 
 
-def number_of(text: str) -> int | None:
-    """The number that a text is, written as numbers are; None for anything else, and for what no image can have."""
-    found = int(text) if text.isascii() and text.isdigit() and len(text) <= len(str(MOST)) else None
-    return found if found is not None and found <= MOST and str(found) == text else None
+def numbered(text: str) -> int | None:
+    """The number that a text is, written as pages write it: `053` may be the beginning of a file's name, and is no number."""
+    found = number(text)
+    return found if str(found) == text else None
 
 
 def find_latents(rows: Sequence[Mapping[str, Any]], text: str) -> list[int]:
@@ -52,7 +49,7 @@ def find_images(run: Results, text: str, most: int) -> list[tuple[int, str]]:
     rank = f"greatest({', '.join([RANK.format(word=word) for word in asked])})"
     query = f"""SELECT image_id, key FROM images WHERE ({occur}) OR image_id = $1
         ORDER BY coalesce(image_id = $1, false) DESC, {rank}, image_id LIMIT $2"""
-    found = run.sql(query, number_of(text.strip()), most, *words).to_pylist()
+    found = run.sql(query, numbered(text.strip()), most, *words).to_pylist()
     return [(row["image_id"], row["key"]) for row in found]
 
 

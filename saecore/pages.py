@@ -15,7 +15,7 @@ import jinja2
 
 from saecore import captions
 from saecore.captions import number, percent
-from saecore.finding import find_images, find_latents, find_targets, index, number_of, strongest_images
+from saecore.finding import find_images, find_latents, find_targets, index, numbered, strongest_images
 from saecore.holdings import holdings, maps_in_words, naming
 from saecore.methods import DECOMPOSE
 from saecore.pictures import Pictures
@@ -214,11 +214,11 @@ class Site:
 
     def found(self, text: str, most: int) -> dict[str, list[Any]]:
         """What search.js shows for a text: up to so many latents and images of the whole run, the best first."""
-        number = number_of(text)
-        numbered = [number] if number is not None and self.has_latent(number) else []
+        latent = numbered(text)
+        by_number = [latent] if latent is not None and self.has_latent(latent) else []
         named = find_latents(self.views.latents, text)
         return self.index(
-            list(dict.fromkeys([*numbered, *named]))[:most],
+            list(dict.fromkeys([*by_number, *named]))[:most],
             find_images(self.run, text, most),
             find_targets(self.targets, text)[:most],
         )

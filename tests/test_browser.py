@@ -237,6 +237,20 @@ def stored(page: Page, number: int, method: str) -> np.ndarray:
     return np.array(values, np.float32).reshape(8, 8)
 
 
+def test_a_map_opens_at_its_strongest_patch(watched: Watched) -> None:
+    """That of the largest value, also where another patch weighs more against the target: the words beside it name both."""
+    page = watched.open(PAGES["image"])
+    maps = [stored(page, number, "contrib") for number in range(page.locator("button.map").count())]
+    outweighed = next(number for number, one in enumerate(maps) if 0 < one.max() < -one.min())
+    button = page.locator("button.map").nth(outweighed)
+    places = [divmod(int(place), 8) for place in (maps[outweighed].argmax(), maps[outweighed].argmin())]
+    most_for, against = (f"at row {row + 1}, column {column + 1}" for row, column in places)
+    said = button.locator("canvas").get_attribute("aria-label") or ""
+    assert said.endswith(f": strongest {most_for}; strongest against {against}")
+    button.click()
+    assert page.locator(".readout").inner_text().startswith(f"{most_for.removeprefix('at ')}: +")
+
+
 def pixels(page: Page, number: int) -> np.ndarray:
     """uint8 (height, width, 4): colours and opacity of what is drawn over a picture."""
     canvas = f"document.querySelector('[data-map=\"{number}\"] canvas')"

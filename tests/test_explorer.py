@@ -65,14 +65,22 @@ def test_any_latent_and_any_image_has_a_page(explorer: str) -> None:
 @pytest.mark.parametrize(
     ("page", "words"),
     [
-        ("latents/80.html", "this run has no such latent: they are 0 to 79"),
-        ("targets/1.html", "this run has no such target: it has 1 texts and concepts"),
-        (f"images/{album.N_IMAGES}.html", "this run has no such image"),
-        ("images/4294967296.html", "this run has no such image"),
-        (f"images/{10**40}.html", "this run has no such image"),
-        *((f"{kind}/{'9' * 6000}.html", f"no such {kind[:-1]}") for kind in ("latents", "targets", "images")),
-        (f"latents.html?from={'9' * 6000}", "from=99999999999999999999: the list has"),
-        ("latents/053.html", "this run has no such latent"),
+        ("latents/80.html", "this run has no latent 80: they are 0 to 79"),
+        ("targets/1.html", "this run has no target 1: it has 1 texts and concepts"),
+        (f"images/{album.N_IMAGES}.html", f"this run has no image {album.N_IMAGES}"),
+        ("images/4294967296.html", "this run has no image 4294967296"),
+        (f"images/{10**40}.html", "this run has no image"),
+        *((f"{kind}s/{'9' * 6000}.html", f"this run has no {kind} 999") for kind in ("latent", "target", "image")),
+        ("latents/abc.html", "this run has no latent abc"),
+        ("latents/%00.html", "this run has no latent"),
+        ("images/%D9%A3.html", "this run has no image"),  # the digit 3 of another script
+        (f"images/{2**63}.html", "this run has no image"),
+        ("targets/-1.html", "this run has no target -1"),
+        (f"images.html?from={'9' * 6000}", "from=999"),
+        (f"latents.html?from={'9' * 6000}", "from=999"),
+        ("latents.html?from=-1", "from=-1"),
+        ("latents.html?from=", "from=: the list has"),
+        ("latents.html?from=%00", "from="),
         ("images.html?from=x", "from=x"),
         (f"images.html?from={album.N_IMAGES}", "the list has 25 entries"),
         ("static/../../pages.py", "Not Found"),
@@ -85,13 +93,28 @@ def test_what_there_is_not(explorer: str, page: str, words: str) -> None:
     assert status == 404
     assert words in content.decode()
     assert b"Traceback" not in content
+    assert len(content) < 10_000
+
+
+@pytest.mark.parametrize(
+    "asked", ["9" * 6000, "a" * 20_000, "\0", "a\0b", "'", '"', "\\", "_", "%", "1\n2", "\N{GRINNING FACE}"]
+)
+def test_whatever_is_searched_for_is_an_answer(explorer: str, asked: str) -> None:
+    assert found(explorer, asked).keys() == {"latents", "images", "targets", "missing"}
+
+
+@pytest.mark.parametrize("query", ["", "?q", "?q=%ff", "?q=%ED%A0%80", "?q=a&q=b", "?x=1"])
+def test_a_search_that_is_none_is_an_answer(explorer: str, query: str) -> None:
+    status, _, content = get(f"{explorer}/search.json{query}")
+    assert status == 200
+    assert json.loads(content).keys() == {"latents", "images", "targets", "missing"}
 
 
 def test_pictures(explorer: str) -> None:
     status, headers, content = get(f"{explorer}/pictures/0.webp")
     assert (status, headers["Content-Type"]) == (200, "image/webp")
     assert Image.open(io.BytesIO(content)).size == (192, 192)
-    for none in (album.N_IMAGES - 1, 77, 10**40, "9" * 6000):  # refused, and never there
+    for none in (album.N_IMAGES - 1, 77, 10**40, "9" * 6000, "x"):  # refused, and never there
         status, headers, content = get(f"{explorer}/pictures/{none}.webp")
         assert (status, headers["Content-Type"]) == (200, "image/svg+xml")
         assert b"picture not found" in content

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 # A module imports from the lines above its own only.
 ORDER = [
-    ["fit", "sites", "spellings", "untrusted", "hub", "effort", "columns"],
+    ["fit", "sites", "spellings", "untrusted", "hub", "effort", "columns", "terminal"],
     ["hooks", "storage", "schema", "spec", "methods", "kernels", "display", "localisation", "maps", "search"],
     ["card", "demo.scenes"],
     ["listing", "images", "isolation", "runs", "recipe", "soundness", "model_files", "histograms"],

@@ -134,6 +134,46 @@ def test_what_is_against_is_named(
     assert [found[1][name] for name in ("against", "against_row", "against_column")] == [None] * 3
 
 
+def test_what_was_found_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri = planted.write(tmp_path / "run")
+    named = {"latent": pa.array([0, 2], pa.int32()), "name": ["circle", "dark red"], "valid": [False, True]}
+    latents.merge(uri, pa.table(named | {"words": [["circle", "Red", "infrared", "blue"], ["dark red", "wine"]]}))
+    monkeypatch.setenv("COLUMNS", "80")
+    assert query.main(["find", uri, "RED"]) == 0
+    header, *rows = (line.split() for line in capsys.readouterr().out.splitlines()[:3])
+    assert header == ["latent", "name", "also"]
+    assert rows == [["2", "dark", "red"], ["0", "circle", "?", "Red"]]
+    assert query.main(["find", uri, "frar"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == ["0", "circle", "?", "infrared"]
+    assert query.main(["find", uri, "green"]) == 0
+    assert "0 rows" in capsys.readouterr().out
+
+
+def test_latents_without_a_name_among_others_with_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Latent 3 alone has a name that is not valid: an answer without it explains no mark, one without names has no column."""
+    uri = planted.write(tmp_path / "run")
+    named = {"latent": pa.array([0, 1, 3], pa.int32()), "name": [None, "sky", "sea"], "valid": [False, True, False]}
+    latents.merge(uri, pa.table(named))
+    monkeypatch.setenv("COLUMNS", "200")
+    assert query.main(["image", uri, "a.jpg"]) == 0
+    said = capsys.readouterr().out
+    assert "sky" in said
+    assert "?" not in said
+    assert query.main(["image", uri, "d.jpg"]) == 0
+    assert "sea ?" in capsys.readouterr().out
+    assert query.main(["image", uri, "c.jpg"]) == 0
+    assert "name" not in capsys.readouterr().out.splitlines()[0]
+
+
+def test_maps_to_where_no_file_can_be(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert query.main(["maps", run, "b.jpg", "--npy", str(tmp_path / "no" / "maps.npy")]) == 2
+    assert capsys.readouterr().err == f"error: --npy {tmp_path}/no/maps.npy: No such file or directory\n"
+
+
 def test_a_target_is_what_was_typed(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     said = []
     for spelling in ("text:x", "text: x", " text :  x"):
