@@ -54,7 +54,7 @@ class Shape(NamedTuple):
 
 
 def _bounds(contrib_grad: float) -> dict[str, float]:
-    last_layer = {"chefer": 1.10, "legrad cls": 1.10, "gradeclip": 1.10}
+    last_layer = {"chefer": 1.10, "legrad cls, 1 layer": 1.10, "gradeclip": 1.10}
     return {"contrib": 1.10, "contrib_grad": contrib_grad, **last_layer, "dense": 1.05, "attention": 1.0}
 
 
@@ -188,7 +188,7 @@ def tower_in(dtype: str, model: Any, shape: Shape) -> ClipTower:
 def variants(method: str, tower: ClipTower) -> list[tuple[str, Options]]:
     """The ways of a method that cost differently: what they are called, and their options."""
     if method == "legrad":
-        return [("legrad", DEFAULT_OPTIONS), ("legrad cls", Options(legrad_target="cls"))]
+        return [("legrad", DEFAULT_OPTIONS), ("legrad cls, 1 layer", Options(legrad_target="cls", layers=1))]
     if method == "occlusion":  # per patch it would be 196 forwards on B/16
         side = max(1, tower.grid[0] // 7)
         across = -(-tower.grid[0] // side)

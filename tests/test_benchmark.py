@@ -107,7 +107,13 @@ def test_a_table_of_every_way(capsys: pytest.CaptureFixture[str]) -> None:
     assert table == {"shape": "demo", "batch_size": 2, "device": "cpu", "threads": 1}
     assert list(rows)[:2] == ["forward", "transformers"]
     assert {*benchmark.METHODS} - {*rows} == {"occlusion"}
-    assert {*rows} - {*benchmark.METHODS} == {"forward", "transformers", "legrad cls", "occlusion 8x8", *timing.NAIVE}
+    assert {*rows} - {*benchmark.METHODS} == {
+        "forward",
+        "transformers",
+        "legrad cls, 1 layer",
+        "occlusion 8x8",
+        *timing.NAIVE,
+    }
     assert all(row[name] > 0 for row in rows.values() for name in ("seconds", "forwards", "transformers", "cheaper"))
     assert rows["forward"]["forwards"] == rows["transformers"]["transformers"] == rows["naive each"]["cheaper"] == 1
     assert {row["bound"] for row in rows.values()} == {None}  # bounds are on 32 latents of the large shapes

@@ -308,6 +308,10 @@ def test_explain_on_a_saved_model(
     given += ["--method", ",".join(METHODS), "--targets", "kept", "text:a Red circle", "concept:blue"]
     assert explain.main([*given, "--embeddings", "--limit", "6", "--local"]) == 0
     record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (
+        f"{record['worst_completeness_error']:.1e} worst error of map + remainder, in float32"
+        in capsys.readouterr().out
+    )
     assert record["status"] == "complete"
     assert record["worst_completeness_error"] < 1e-5
     assert record["grid"] == [4, 4]

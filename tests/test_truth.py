@@ -4,11 +4,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from jobs import benchmark
 from saecore import localisation
 from saecore.demo import scenes, truth
+from saecore.inference import explain
 from saecore.localisation import mean_over_images
+from saecore.methods import Options
 from saecore.stages import load_models
 
 N_SCENES = 192
@@ -78,11 +81,38 @@ def test_a_table_marks_the_best_and_what_cannot_be_told_from_it(found: truth.Fou
     assert text[3].endswith("|  |")
 
 
+def test_variants_have_rows_of_their_own(found: truth.Found) -> None:
+    """What bears a published name is scored as published; frozen variants say so, and differ."""
+    titles = [row.title for row in truth.rows(METHODS)]
+    assert titles[4:10] == [
+        "chefer",
+        "chefer, frozen norm",
+        "legrad",
+        "legrad of the embedding",
+        "legrad, frozen norm",
+        "legrad of the embedding, frozen norm",
+    ]
+    assert list(found.latents.maps) == [*titles, "centre", "edges", "random"]
+    maps = found.latents.maps
+    for name in ("chefer", "legrad", "gradeclip"):
+        assert np.abs(maps[name] - maps[f"{name}, frozen norm"]).max() > 0.05 * maps[name].max(), name
+    assert [row.title for row in truth.rows(["contrib", "chefer"], Options(norm="frozen"))] == ["contrib", "chefer"]
+    tower, sae = load_models("demo", "demo")
+    seen = truth.sample(1, truth.FIRST_MEASURED)
+    latents = torch.tensor([list(found.followers)])
+    with torch.inference_mode():
+        pixels = torch.from_numpy(seen.pixels)
+        frozen = explain(tower, sae, pixels, latents, ("chefer",), Options(norm="frozen"))["chefer"].relevance[0]
+    for map_ in maps["chefer, frozen norm"][found.latents.image == 0]:
+        assert (frozen - torch.from_numpy(map_)).abs().amax(-1).min() < 1e-5
+
+
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main(["truth", "--scenes", "64", "--method", "contrib,attention", "--layers", "1"]) == 0
     said = capsys.readouterr()
     assert said.err == ""
     assert "| contrib | " in said.out
+    assert "| contrib, exact norm | " in said.out
     assert "words, mixed scenes: " in said.out
     for wrong in (["--scenes", "5"], ["--method", "tea-leaves"], ["--layers", "9", "--method", "chefer"]):
         assert benchmark.main(["truth", *wrong]) == 2
