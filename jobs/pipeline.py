@@ -215,14 +215,14 @@ def complete(job: Job, arguments: Arguments, watch: Callable[[Fit], None] = no_a
     `watch` is told how well the images so far are reconstructed, those of earlier sessions too, and may raise an `AlarmError`.
     """
     done = job.run.commits()
-    pending = job.run.pending(done)
+    pending, fit = job.run.pending(done), runs.fit_of(done)
+    del done  # one for every chunk: not to be held for hours
     if not pending.num_rows:
         print(f"{arguments.out} is complete: nothing to do")
         if job.run.record()["status"] == "complete":
             return False
         job.run.finish(0, 0.0)  # stopped between the last chunk and the end
         return True
-    fit = runs.fit_of(done)
     watch(fit)
     total, left = (pc.sum(pc.subtract(chunks["end"], chunks["start"])).as_py() for chunks in (job.run.plan(), pending))
     if left < total:
