@@ -90,10 +90,17 @@ def units(method: str, kind: str) -> str:
     return UNITS.get(method, "").replace("pre-activation units", "cosine" if kind == "text" else "pre-activation units")
 
 
+def name_unit(row: Mapping[str, Any], naming: Mapping[str, Any]) -> str:
+    """What the score and the margin of a latent's name are in; nothing where nobody knows."""
+    if row["by_data"]:
+        return "standard deviations"
+    return "cosine" if naming.get("by") in ("data", "decoder", "decoder+mean") else ""
+
+
 def doubt(row: Mapping[str, Any], naming: Mapping[str, Any]) -> str:
     """Why a latent's name is not valid, in words and numbers. naming: of `saecore.holdings.naming`."""
     least: Mapping[str, float] = naming.get("valid", {})
-    unit = " standard deviations" if row["by_data"] else ""
+    unit = " standard deviations" if row["by_data"] else ""  # a cosine needs none
     reasons = []
     if naming.get("by") == "data" and not row["by_data"]:
         reasons.append(
@@ -163,19 +170,19 @@ def chart(
     """
     if not bins.counts:
         return None
-    total, most = _count(sum(bins.counts), unit), max([*bins.counts, 1])
+    total, most = counted(sum(bins.counts), unit), max([*bins.counts, 1])
     lengths = [round(112 * count / most, 1) for count in bins.counts]
     if alike(bins.edges[0], bins.edges[-1]):
         value, among = write(bins.edges[0]), "all " if sum(bins.counts) > 1 else ""
         bar = Bar(230, round(130 - lengths[0], 1), 20, lengths[0], value, f"{bins.counts[0]:,}", f"{value}: {total}")
         summary = f"Histogram of {of}: {total}, {among}at {value}"
-        return Chart(title, of, unit, summary, [bar], [(240, value, "middle")], _count(most, unit))
+        return Chart(title, of, unit, summary, [bar], [(240, value, "middle")], counted(most, unit))
     step = 480 / len(bins.counts)
     bars = []
     for place, (count, length) in enumerate(zip(bins.counts, lengths, strict=True)):
         between = f"{write(bins.edges[place])} to {write(bins.edges[place + 1])}"
         box = (round(place * step + 1, 1), round(130 - length, 1), round(step - 2, 1), length)
-        bars.append(Bar(*box, between, f"{count:,}", f"{between}: {_count(count, unit)}"))
+        bars.append(Bar(*box, between, f"{count:,}", f"{between}: {counted(count, unit)}"))
     low, high = bins.edges[0], bins.edges[-1]
     peak = int(np.argmax(bins.counts))
     summary = f"Histogram of {of}: {total} from {write(low)} to {write(high)}, most of them from {bars[peak].between}"
@@ -187,8 +194,9 @@ def chart(
         )
         for mark in range(ticks + 1)
     ]
-    return Chart(title, of, unit, summary, bars, marks, _count(most, unit))
+    return Chart(title, of, unit, summary, bars, marks, counted(most, unit))
 
 
-def _count(n: int, unit: str) -> str:
+def counted(n: int, unit: str) -> str:
+    """`1 image`, `2,000 images`: a unit is given in its plural."""
     return f"{n:,} {unit.removesuffix('s') if n == 1 else unit}"

@@ -104,7 +104,7 @@ def _names(run: Results) -> Holding:
     named = run.n_latents - run.latents["name"].null_count
     made_by = naming(run)
     by = f", by {made_by['by']}, from the vocabulary {made_by['vocabulary']}" if made_by else ""
-    return Holding("Names", f"of {named:,} of {run.n_latents:,} latents, {sure:,} of them valid{by}", "", "")
+    return Holding("Names", f"for {named:,} of {run.n_latents:,} latents, {sure:,} names valid{by}", "", "")
 
 
 def _index(run: Results) -> Holding:
@@ -118,9 +118,16 @@ def _index(run: Results) -> Holding:
 
 
 def _again(run: Results, *more: str) -> str:
-    """The run's own command with more to it, into another folder: of options that are given twice, the last one counts."""
-    command = run.record.get("command")
-    return f"{command} {shlex.join([*more, '--out'])} NEW_FOLDER" if command else ""
+    """The run's own command with other values for some options, into another folder."""
+    if "command" not in run.record:
+        return ""
+    replaced, kept, skipped = {"--out", more[0]}, list[str](), False
+    for word in shlex.split(run.record["command"]):
+        if word.startswith("--"):
+            skipped = word.partition("=")[0] in replaced
+        if not skipped:
+            kept.append(word)
+    return f"{shlex.join([*kept, *more])} --out NEW_FOLDER"
 
 
 def _job(run: Results, job: str) -> str:

@@ -93,6 +93,7 @@ class Site:
         )
         """What stands where a map would."""
         self._strongest = strongest
+        self._naming = naming(run)
         self._latents = None if latents is None else frozenset(latents)
         self._images = images
         self._image_places = {} if images is None else {image_id: place for place, image_id in enumerate(images)}
@@ -103,7 +104,7 @@ class Site:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self._env.filters |= {"number": number, "percent": percent, "count": "{:,}".format}
+        self._env.filters |= {"number": number, "percent": percent, "count": "{:,}".format, "counted": captions.counted}
 
     def has_latent(self, latent: int) -> bool:
         """Whether it has a page."""
@@ -148,21 +149,20 @@ class Site:
     def latent(self, latent: int, view: LatentView | None = None) -> str:
         """latents/{latent}.html."""
         view = view or self.views.latent(latent, self._strongest, SPREAD)
-        groups, data = self._drawn(view.sections)
+        row, (groups, data) = view.latent, self._drawn(view.sections)
         title = "Activations of the images for which it fires"
         chart = captions.chart(title, "activation", "images", view.activations)
         before, after = self._neighbours(latent)
         return self._html(
             "latent",
             "../",
-            row=view.latent,
+            row=row,
             chart=chart,
             groups=groups,
             data=data,
             co_firing=view.co_firing,
-            doubt=captions.doubt(view.latent, naming(self.run))
-            if view.latent["name"] and not view.latent["valid"]
-            else "",
+            unit=captions.name_unit(row, self._naming),
+            doubt=captions.doubt(row, self._naming) if row["name"] and not row["valid"] else "",
             before=before,
             after=after,
         )
@@ -288,7 +288,11 @@ class Site:
         record, figures = self.run.record, self.views.overview.figures
         refused, firing = sum(record["refused"].values()), len(self.views.by_rate)
         cards = [
-            {"value": self.images, "unit": "images", "note": f"explained; {refused:,} refused"},
+            {
+                "value": self.images,
+                "unit": "image" if self.run.n_images == 1 else "images",
+                "note": f"explained; {refused:,} refused",
+            },
             {
                 "value": f"{firing:,}",
                 "unit": f"of {self.n_latents} latents fire",

@@ -15,19 +15,23 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 from PIL import Image
 
-from saecore import display, images, runs, shards
+from saecore import captions, display, images, runs, shards
 from saecore.fit import Fit
 from saecore.storage import filesystem_of, join_uri, split_settings, write_atomic
 
 
 class Example(NamedTuple):
-    """One image of a run with its first maps: of the strongest latents, where those were kept."""
+    """One image of a run with its first maps by the first method: of latents, where it has some, else of texts, or of concepts.
+
+    Maps of one kind have one unit, so that they can share a scale.
+    """
 
     key: str
     picture: np.ndarray  # uint8 (height, width, 3): the crop that CLIP saw, in the file's own pixels
     targets: list[str]
     pre_activations: list[float]
-    maps: np.ndarray  # float32 (n targets, H, W), in the units of the run's first method
+    maps: np.ndarray  # float32 (n targets, H, W), in the method's units
+    meaning: str  # of the maps' colours
 
 
 def examples(run: runs.Run, n_images: int, n_maps: int) -> Iterator[Example]:
@@ -51,13 +55,14 @@ def _examples(run: runs.Run, n_maps: int) -> Iterator[Example]:
                 except images.ImageError:  # another file by now
                     continue
                 left, top, right, bottom = (image[f"crop_{side}"] for side in ("left", "top", "right", "bottom"))
-                maps = _rows_of(tables["maps"], row["image_id"])[:n_maps]  # by method, then by target
+                maps = _alike(_rows_of(tables["maps"], row["image_id"]))[:n_maps]
                 yield Example(
                     key=row["key"],
                     picture=np.asarray(picture.crop((left, top, right, bottom))),
                     targets=[found["target"] or f"latent {found['latent']}" for found in maps],
                     pre_activations=[found["pre_activation"] for found in maps],
                     maps=np.stack([_decode(found, grid) for found in maps]),
+                    meaning=captions.meaning(maps[0]["method"], _kind(maps[0])),
                 )
 
 
@@ -67,6 +72,15 @@ def _read(chunk: Mapping[str, Any]) -> Iterator[pa.Table]:
         yield from shards.read_chunk(chunk)
     except OSError:
         return
+
+
+def _alike(maps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of an image's rows of MAPS, which come by method, then by target: those of the first one's method and kind of target."""
+    return [found for found in maps if (found["method"], _kind(found)) == (maps[0]["method"], _kind(maps[0]))]
+
+
+def _kind(row: Mapping[str, Any]) -> str:
+    return "latent" if row["target"] is None else row["target"].partition(":")[0]
 
 
 def _decode(row: Mapping[str, Any], grid: tuple[int, int]) -> np.ndarray:
@@ -94,7 +108,7 @@ def preview(found: list[Example], side: int = 232) -> Image.Image:
             for target, value, relevance in named
         ]
         rows.append([(picture, example.key.rsplit("/", 1)[-1][-32:]), *maps])
-    return display.mosaic(rows, foot=f"{display.MEANING}; one scale per row")
+    return display.mosaic(rows, foot=f"{found[0].meaning}; one scale per row")
 
 
 def write_preview(run: runs.Run, n_images: int = 3, n_maps: int = 3) -> str | None:

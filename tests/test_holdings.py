@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from jobs import explain, index, name, report
-from saecore import results
+from saecore import captions, results, runs
+from saecore import report as preview
 from saecore.holdings import Holding, holdings, maps_in_words
 from tests import planted
 from tests.conftest import command
@@ -23,11 +24,35 @@ def test_a_text_adds_to_the_kept_latents(shards: Path, tmp_path: Path, capsys: p
     assert run.sql(counted).to_pylist() == [{"latents": 12, "maps": 14}]
     assert maps_in_words(run) == "the kept latents, 1 text and 1 concept"
     assert maps_in_words(run, named=True) == "the kept latents, the text: a red square and the concept: red"
+    added = {one.what: one.command for one in holdings(run)}["Methods"]
+    assert added.endswith(" concept:red --method contrib,contrib_grad --out NEW_FOLDER")
+    assert added.count("--out") == 1  # the run's own folder is not in it any more
     capsys.readouterr()
     assert run_of(shards, tmp_path / "run", "concept:red", "kept", "text: a red square ") == 0
     assert "is complete: nothing to do" in capsys.readouterr().out
     assert run_of(shards, tmp_path / "run", "text:a red square") == 2
     assert "targets was ['kept', 'text:a red square', 'concept:red']" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("targets", "methods", "shown"),
+    [
+        (("no-kept", "text:a red square", "concept:red"), "contrib,attention", ["text: a red square"]),
+        (("latents:70,9", "text:x"), "attention,contrib", ["latent 70", "latent 9"]),
+    ],
+)
+def test_a_preview_puts_on_one_scale_what_has_one_unit(
+    shards: Path, tmp_path: Path, targets: tuple[str, ...], methods: str, shown: list[str]
+) -> None:
+    """One method's maps, of latents or of texts, and what their colours mean."""
+    out = tmp_path / "run"
+    assert (
+        explain.main(command(shards, out, "--local", "--limit", "8", "--method", methods, "--targets", *targets)) == 0
+    )
+    first = next(preview.examples(runs.Run(str(out), {}, ""), 1, 3))
+    assert first.targets == shown
+    assert len(first.maps) == len(shown)
+    assert first.meaning == captions.meaning(methods.partition(",")[0], shown[0].partition(":")[0].partition(" ")[0])
 
 
 @pytest.mark.parametrize(

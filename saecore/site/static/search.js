@@ -96,7 +96,8 @@ function latentItem([number, name, others, images, valid, , strongest], words, m
   sign.setAttribute("aria-hidden", "true");
   const unsure = [sign, element("span", "hidden", " (not certain)")];
   const called = name ? [", ", element("span", valid ? "" : "unsure", name, ...(valid ? [] : unsure))] : [];
-  const also = rank(words, name, []) < INSIDE ? [] : others.filter((other) => words.some((word) => rankOfWord(word, other, []) < Infinity));
+  const least = rank(words, name, others) < INSIDE ? INSIDE : Infinity; // “checkered” says nothing where “red” is found itself
+  const also = rank(words, name, []) < least ? [] : others.filter((other) => words.some((word) => rankOfWord(word, other, []) < least));
   const more = `${images.toLocaleString("en")} image${images === 1 ? "" : "s"}${also.length ? `; also ${also.join(", ")}` : ""}`;
   return item(`latents/${number}.html`, strongest === null ? null : thumbnail(strongest, missing), [`latent ${number}`, ...called], more);
 }
@@ -121,7 +122,8 @@ async function show() {
   const targets = found.targets.slice(0, MOST).map(([place, name]) => item(`targets/${place}.html`, null, [name], ""));
   const images = found.images.slice(0, MOST).map(([number, name]) => item(`images/${number}.html`, thumbnail(number, found.missing), [name], ""));
   document.getElementById("results").replaceChildren(...list("Latents", latents), ...list("Texts and concepts", targets), ...list("Images", images));
-  const counts = `${count(found.latents, "latent")}, ${found.targets.length ? `${count(found.targets, "target")}, ` : ""}${count(found.images, "image")}`;
+  const others = found.targets.length ? `${found.targets.length} ${found.targets.length === 1 ? "text or concept" : "texts and concepts"}, ` : "";
+  const counts = `${count(found.latents, "latent")}, ${others}${count(found.images, "image")}`;
   document.getElementById("found").textContent = text ? `${counts} for “${text}”` : NOTHING;
 }
 
