@@ -16,6 +16,7 @@ answers are the same and take longer.
 """
 
 import dataclasses
+import io
 import json
 import math
 import sys
@@ -34,6 +35,7 @@ from rich.text import Text
 from jobs import session
 from saecore import results
 from saecore.results import Results
+from saecore.storage import write_atomic
 
 WIDEST = 28
 """Characters of a column: what is longer is cut."""
@@ -120,9 +122,13 @@ class OfMaps(Question):
 
     def ask(self, run: Results) -> pa.Table:
         """See `Question.ask`."""
+        if self.npy:
+            session.check_file("--npy", self.npy)
         found = run.maps(number_or_key(self.image), self.method or None)
         if self.npy:
-            np.save(self.npy, found.maps)
+            sink = io.BytesIO()
+            np.save(sink, found.maps)
+            write_atomic(self.npy if self.npy.endswith(".npy") else f"{self.npy}.npy", sink.getvalue())
         return found.table()
 
 
