@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from jobs import pipeline, session
+from jobs import cluster, pipeline, session
 from saecore import memmaps, report, runs, schema
 from saecore.schema import TEXTS_FILE
 from saecore.stages import Decode, Embed, EmbedConfig
@@ -74,21 +74,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def embed(argv: list[str]) -> int:
     """Check everything, run what is pending, say what came of it."""
+    clock = session.Clock()
     with session.mistakes():
         arguments = session.parse(Arguments, argv, "jobs.embed")
-    with session.quiet(arguments.out):
+    with session.quiet() as log:
         if arguments.text:
             return embed_vocabulary(arguments)
         with session.mistakes():
             job = prepare(arguments, argv)
         if job is None:
             return 0
-        pipeline.complete(job, arguments)
+        log.run = job.run.uri
+        worked = pipeline.complete(job, arguments, clock)
         record = job.run.record()
         shape = record["images"] - sum(record["refused"].values()), record["n_outputs"]
         said = write_memory_map(
             arguments, record["config"]["clip"], arguments.split, "image", shape, memmaps.image_rows(job.run.uri)
         )
+        if worked:
+            record = pipeline.close(job, clock)
     print(report.summary(arguments.out, record))
     print(said)
     return 0
@@ -98,19 +102,21 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
     """Resolve the arguments to a job, or print what it would be for --dry-run; ValueError for what the user can mend."""
     from saecore.clip import load_tower
 
+    pipeline.check_outside(arguments)
     clip = pipeline.address(arguments.clip)
     tower = load_tower(clip)
     shards = pipeline.listed(arguments, arguments.images)
-    pool = session.make_pool(arguments.replicas, arguments.gpus_per_replica, arguments.local or arguments.dry_run)
+    make_plan = functools.cache(functools.partial(pipeline.plan, arguments, shards))
+    pool = pipeline.make_pool(arguments, shards, make_plan)
     config = EmbedConfig(clip=clip, batch_size=arguments.batch_size, device=pool.device, threads=pool.threads)
     parts = {"kind": "embed"} | pipeline.parts(arguments, shards, pool) | {"clip": tower.sha256()[:16]}
     tags = {"clip": clip, "clip_sha256": parts["clip"]}
     if arguments.dry_run:
         how = [f"with CLIP {clip}, {tower.n_outputs} numbers per image"]
-        print(report.outline(pipeline.plan(arguments, shards), "embed", arguments.out, how))
+        print(report.outline(make_plan(), "embed", arguments.out, how))
         return None
     made_by = pipeline.made_by("jobs.embed", argv, config, arguments.images, pool) | {"n_outputs": tower.n_outputs}
-    run = pipeline.open_run(arguments, parts, made_by, shards)
+    run = pipeline.open_run(arguments, parts, made_by, shards, make_plan)
     decode = Decode(tower.preprocess, arguments.max_pixels)
     return pipeline.Job(run, decode, functools.partial(Embed, config), tags, pool)
 
@@ -124,7 +130,7 @@ def embed_vocabulary(arguments: Arguments) -> int:
         words = vocabulary.words[: arguments.limit or None]
         clip = pipeline.address(arguments.clip)
         tower = text.load_text_tower(clip)
-        device = session.make_pool(0, arguments.gpus_per_replica, local=True).device
+        device = cluster.here(arguments.gpus_per_replica).device
         parts = {
             "kind": "texts",
             "schema": schema.VERSION,
@@ -133,6 +139,8 @@ def embed_vocabulary(arguments: Arguments) -> int:
             "words": f"{len(words)}, {runs.listing_hash(zip(words, strict=True))[:16]}",
         }
         done = holds_texts(arguments.out, parts)
+        if not (done or arguments.dry_run):
+            session.check_writable("--out", arguments.out)
     print(f"{len(words):,} words; dropped: {vocabulary.blank:,} blank lines, {vocabulary.repeated:,} repeated words")
     if arguments.dry_run:
         print(f"would embed them in {len(arguments.templates)} templates into {arguments.out}\nwith CLIP {clip}")

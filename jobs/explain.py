@@ -7,11 +7,13 @@ The flow is `jobs.pipeline`'s, with `saecore.stages.Explain` in its replicas:
 
     plan -> decode (CPU tasks) -> CLIP, SAE, maps (replicas) -> write (CPU tasks) -> progress -> preview
 
-The same command again resumes, or says that the run is complete. `--local` runs the same three steps in this process.
+The same command again resumes, or says that the run is complete. A small collection takes the same three steps in this process,
+since Ray would take longer to start; `--local` and `--ray` choose.
 """
 
 import dataclasses
 import functools
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -26,6 +28,7 @@ from saecore.fit import ENOUGH, Fit, advice
 from saecore.methods import DEFAULT_OPTIONS, Options, dtype_of, parse_methods, parse_targets
 from saecore.spellings import Model, check_same, telling
 from saecore.stages import Decode, Explain, ExplainConfig, load_models, load_words
+from saecore.storage import writing
 
 DEFAULT_K = 32
 
@@ -81,16 +84,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def explain(argv: list[str]) -> int:
     """Check everything, run what is pending, say what came of it."""
+    clock = session.Clock()
     with session.mistakes():
         arguments = session.parse(Arguments, argv, "jobs.explain")
-    with session.quiet(arguments.out):
+    with session.quiet() as log:
         with session.mistakes():
             job = prepare(arguments, argv)
         if job is None:
             return 0
+        log.run = job.run.uri
         try:
-            if pipeline.complete(job, arguments, functools.partial(watch, job, arguments)):
+            if pipeline.complete(job, arguments, clock, functools.partial(watch, job, arguments)):
                 report.write_preview(job.run)
+                pipeline.close(job, clock)
         except pipeline.AlarmError as alarm:
             print(f"stopped: {alarm}")
             return POOR_FIT
@@ -118,6 +124,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
     from saecore.inference import check_fits
 
     methods, targets = parse_methods(arguments.method), parse_targets(arguments.targets)
+    pipeline.check_outside(arguments)
     images = arguments.images or demo_images(arguments.out)
     clip, sae_address = pipeline.address(arguments.clip or "demo"), pipeline.address(arguments.sae or "demo")
     tower, sae = load_models(clip, sae_address, arguments.site)
@@ -132,7 +139,8 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
     check_fits(tower, methods, arguments.options)
     k = arguments.k or min(DEFAULT_K, most)
     shards = pipeline.listed(arguments, images)
-    pool = session.make_pool(arguments.replicas, arguments.gpus_per_replica, arguments.local or arguments.dry_run)
+    make_plan = functools.cache(functools.partial(pipeline.plan, arguments, shards))
+    pool = pipeline.make_pool(arguments, shards, make_plan)
     config = ExplainConfig(
         clip=clip,
         sae=sae_address,
@@ -183,14 +191,14 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
             f"with CLIP {clip} and SAE {sae_address}, which reads {sae.config.site}",
             f"{k} latents per image, maps of {', '.join(targets.specs())} by {', '.join(methods)}",
         ]
-        print(report.outline(pipeline.plan(arguments, shards), "explain", arguments.out, how))
+        print(report.outline(make_plan(), "explain", arguments.out, how))
         return None
     made_by = pipeline.made_by("jobs.explain", argv, config, images, pool) | {
         "grid": [height, width],
         "n_latents": sae.config.n_latents,
         "sae": sae.describe(),
     }
-    run = pipeline.open_run(arguments, parts, made_by, shards)
+    run = pipeline.open_run(arguments, parts, made_by, shards, make_plan)
     decode = Decode(tower.preprocess, arguments.max_pixels)
     return pipeline.Job(run, decode, functools.partial(Explain, config), tags, pool)
 
@@ -202,9 +210,13 @@ def demo_images(out: str) -> tuple[str, ...]:
     folder = Path(out + "-images")
     if not folder.exists():
         # Under another name until all of it is there: an interrupted start must not leave half of the images.
-        unfinished = Path(tempfile.mkdtemp(prefix=folder.name, dir=_made(folder.parent)))
-        scenes.write_shards(unfinished, DEMO_SCENES, DEMO_SHARDS)
-        unfinished.rename(folder)
+        with writing(str(folder)):
+            unfinished = Path(tempfile.mkdtemp(prefix=folder.name, dir=_made(folder.parent)))
+            try:
+                scenes.write_shards(unfinished, DEMO_SCENES, DEMO_SHARDS)
+                unfinished.rename(folder)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)  # still there only if something above failed
     return (str(folder),)
 
 

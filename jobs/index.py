@@ -15,10 +15,11 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from jobs import session
+from jobs import cluster, session
 from saecore import by_latent, card, indexing, latents, results, runs, statistics
 from saecore.by_latent import Segment
 from saecore.storage import join_uri, resolved
@@ -65,21 +66,12 @@ def index(argv: list[str]) -> int:
         record = read_record(arguments.run)
         before = None if arguments.rebuild else by_latent.read_index(arguments.run, record["fingerprint"])
         plan = indexing.plan(runs.read_manifest(arguments.run), before, arguments.top, arguments.segments)
-        if arguments.segments > 1:
-            connect(arguments)
-    build = functools.partial(
-        indexing.build_segment, resolved(arguments.run), record["fingerprint"], record["n_latents"], arguments.top
-    )
-    if before is not None and not plan.groups and plan.kept == before.segments:
-        held = before
-    else:
-        started, make = time.perf_counter(), on_ray if arguments.segments > 1 else in_process
-        made = make(build, plan.groups, arguments)
-        held = by_latent.Index(record["fingerprint"], arguments.top, [*plan.kept, *made])
-        by_latent.write_index(arguments.run, held)
-        print(outline(made, held, time.perf_counter() - started), flush=True)
+    whole = not plan.groups and before is not None and plan.kept == before.segments
+    held = before if whole and before is not None else make(arguments, record, plan)
     started = time.perf_counter()
     if not statistics.written(arguments.run, held):
+        with session.mistakes():
+            session.check_writable("--run", arguments.run)
         run = results.open(arguments.run)
         statistics.write(run)
         seconds, where = time.perf_counter() - started, join_uri(arguments.run, latents.NAME)
@@ -90,6 +82,23 @@ def index(argv: list[str]) -> int:
     return 0
 
 
+def make(arguments: Arguments, record: dict[str, Any], plan: indexing.Plan) -> by_latent.Index:
+    """The segments that are not there yet, and the index that names all of them."""
+    build = functools.partial(
+        indexing.build_segment, resolved(arguments.run), record["fingerprint"], record["n_latents"], arguments.top
+    )
+    with session.mistakes():
+        session.check_writable("--run", arguments.run)
+        if arguments.folder:
+            session.check_writable("--folder", arguments.folder)
+    started, work = time.perf_counter(), on_ray if arguments.segments > 1 else in_process
+    made = work(build, plan.groups, arguments)
+    held = by_latent.Index(record["fingerprint"], arguments.top, [*plan.kept, *made])
+    by_latent.write_index(arguments.run, held)
+    print(outline(made, held, time.perf_counter() - started), flush=True)
+    return held
+
+
 def in_process(build: Build, groups: list[np.ndarray], arguments: Arguments) -> list[Segment]:
     """One segment after the other."""
     budget = indexing.Budget(arguments.memory, arguments.threads, arguments.folder)
@@ -98,17 +107,20 @@ def in_process(build: Build, groups: list[np.ndarray], arguments: Arguments) -> 
 
 def on_ray(build: Build, groups: list[np.ndarray], arguments: Arguments) -> list[Segment]:
     """Each segment a task of its own."""
-    import ray
+    with session.quiet():
+        with session.mistakes():
+            connect(arguments)
+        import ray
 
-    threads = arguments.threads or 1
-    budget = indexing.Budget(arguments.memory, threads, arguments.folder)
-    task = ray.remote(num_cpus=threads, memory=needed(arguments))(lambda group: build(group, budget))
-    return ray.get([task.remote(group) for group in groups])
+        threads = arguments.threads or 1
+        budget = indexing.Budget(arguments.memory, threads, arguments.folder)
+        task = ray.remote(num_cpus=threads, memory=needed(arguments))(lambda group: build(group, budget))
+        return ray.get([task.remote(group) for group in groups])
 
 
 def connect(arguments: Arguments) -> None:
     """Join or start Ray; ValueError if none of its nodes can take a segment: its task would wait for ever."""
-    session.connect(replicas=1)
+    cluster.connect(replicas=1)
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -189,10 +189,15 @@ def read_labels(path: str, source: Embeddings, words: list[str]) -> np.ndarray:
 
 
 def check_folder(arguments: Arguments) -> None:
-    """ValueError if --save names a folder in which other files lie; the SAE's own may be written again, with its threshold."""
+    """ValueError if --save names a folder in which other files lie, or that cannot be written.
+
+    The SAE's own may be written again, with its threshold, and so may what a full disk left of one.
+    """
     filesystem, path = filesystem_of(arguments.save)
+    session.check_writable("--save", arguments.save)
     held = filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
-    if held and resolved(arguments.save) != resolved(arguments.sae):
+    left = {info.base_name for info in held} <= {"README.md", "sae.safetensors"}  # its config.json comes last
+    if not left and resolved(arguments.save) != resolved(arguments.sae):
         raise ValueError(f"--save {arguments.save} holds other files; name a new or empty folder")
 
 

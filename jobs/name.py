@@ -26,6 +26,7 @@ from saecore import card, latents, report, results, runs, spellings
 from saecore.embeddings import draw, open_embeddings
 from saecore.sites import check_embedding
 from saecore.storage import write_atomic
+from saecore.tables import read_record
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,9 +116,11 @@ def name(argv: list[str]) -> int:
     """Check everything, find names, write them, say what came of it."""
     with session.mistakes():
         arguments = session.parse(Arguments, argv, "jobs.name")
-    with session.quiet(arguments.run or arguments.out):
+    with session.quiet() as log:
         with session.mistakes():
+            check_place(arguments)
             job = prepare(arguments)
+        log.run = arguments.run
         table = names(job, arguments)
     metadata = {"naming": json.dumps(job.made_by)}
     if job.run:
@@ -128,6 +131,15 @@ def name(argv: list[str]) -> int:
         write_atomic(arguments.out, data)
     print(report.named(table, job.made_by, arguments.run, arguments.out))
     return 0
+
+
+def check_place(arguments: Arguments) -> None:
+    """ValueError if the names cannot be written where they are to go: before anything is loaded."""
+    if arguments.run:
+        read_record(arguments.run)
+        session.check_writable("--run", arguments.run)
+    else:
+        session.check_file("--out", arguments.out)
 
 
 class Job(NamedTuple):

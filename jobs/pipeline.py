@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs import session
+from jobs import cluster, session
 from saecore import runs, schema
 from saecore.changes import since
 from saecore.fit import Fit
@@ -64,12 +64,18 @@ class Arguments:
     max_pixels: int = MAX_PIXELS
     """Pixels above which an image is refused before it is decoded."""
     local: bool = False
-    """Run in this process, without Ray."""
+    """Run in this process, without Ray, as a small collection does by itself."""
+    ray: bool = False
+    """Run on Ray, as a large collection does by itself."""
     dry_run: bool = False
     """Say what would be done, and do nothing."""
 
     def check(self) -> None:
         """ValueError for what contradicts itself. Not at construction: tyro would draw a box around the sentence."""
+        if self.local and self.ray:
+            raise ValueError("--local is without Ray: give either --local or --ray")
+        if self.local and self.replicas > 1:
+            raise ValueError(f"--replicas {self.replicas} needs Ray: leave --local away")
         session.at_least(self, batch_size=1, chunk_size=1, replicas=0, limit=0, max_pixels=1)
         if self.max_pixels > MAX_PIXELS:
             raise ValueError(
@@ -156,15 +162,17 @@ class Job(NamedTuple):
     stage: functools.partial[Any]
     """Makes a replica's `Stage` in the replica's own process."""
     tags: dict[str, str]
-    pool: session.Pool
+    pool: cluster.Pool
 
 
 def on_ray(job: Job, pending: pa.Table) -> Iterator[dict[str, Any]]:
     """The three steps as a Ray Data pipeline; yields the rows of `write_chunk` as they come."""
     import ray.data
 
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    witness = session.RemoteSuspects()
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.raise_original_map_exception = True  # Ray's own would lose it on the way
+    witness = cluster.RemoteSuspects()
     per_block = math.ceil(pending.num_rows / MAX_BLOCKS)
     blocks = [pending.slice(start, per_block) for start in range(0, pending.num_rows, per_block)]
     results = (
@@ -209,8 +217,8 @@ def no_alarm(fit: Fit) -> None:
     """Of a job that has nothing to judge."""
 
 
-def complete(job: Job, arguments: Arguments, watch: Callable[[Fit], None] = no_alarm) -> bool:
-    """Run what is pending and close the run; False if it was complete before.
+def complete(job: Job, arguments: Arguments, clock: session.Clock, watch: Callable[[Fit], None] = no_alarm) -> bool:
+    """Run what is pending and close the run; False if it was complete before. `clock` runs since the command began.
 
     `watch` is told how well the images so far are reconstructed, those of earlier sessions too, and may raise an `AlarmError`.
     """
@@ -227,26 +235,78 @@ def complete(job: Job, arguments: Arguments, watch: Callable[[Fit], None] = no_a
     total, left = (pc.sum(pc.subtract(chunks["end"], chunks["start"])).as_py() for chunks in (job.run.plan(), pending))
     if left < total:
         print(f"resuming: {total - left:,} of {total:,} images are done")
-    flow = in_process if arguments.local else on_ray
+    if job.pool.why:
+        print(job.pool.why, flush=True)
+    flow = on_ray if job.pool.on_ray else in_process
+    clock.lap("start")
     progress = session.Progress(total, total - left)
     try:
         for row in flow(job, pending):
             progress.add(row["images"], row["refused"])
             fit = fit.plus(Fit(*row["fit"]))
             watch(fit)
+        progress.close()
+        clock.lap("images")
+        job.run.finish(left, clock.seconds["images"])
     except AlarmError:
         progress.close()
         raise
-    except (Exception, KeyboardInterrupt):
-        progress.close()
-        print("stopped: the same command resumes from here")
-        raise
-    progress.close()
-    job.run.finish(left, progress.seconds())
+    except (Exception, KeyboardInterrupt) as error:
+        progress.leave()
+        raise session.UnfinishedError(session.RESUMES) from error
     return True
 
 
+def close(job: Job, clock: session.Clock) -> dict[str, Any]:
+    """Note what the session that completed the run took; returns the run's record."""
+    clock.lap("close")
+    job.run.update(session_seconds={part: round(seconds, 3) for part, seconds in clock.seconds.items()})
+    return job.run.record()
+
+
 # ---- What a job's `prepare` puts together.
+
+
+SMALL_IMAGES, SMALL_BYTES, SMALL_AT_ANY_SIZE = 2000, 250 << 20, 100
+"""What one process does in the time that Ray takes to start, 10 s: of the demo's scenes 200 a second on the least of two cores,
+of larger JPEGs 25 MB a second, of 12 megapixels 6 to 10 a second. With --limit, the bytes are those of whole shards."""
+
+
+def check_outside(arguments: Arguments) -> None:
+    """ValueError for an --out that takes no run, or a cluster that does not answer: before anything is loaded."""
+    if not arguments.dry_run:
+        runs.check_place(resolved(arguments.out))
+        if not arguments.local:
+            cluster.check_answers()
+
+
+def make_pool(arguments: Arguments, shards: Sequence[Shard], make_plan: Callable[[], pa.Table]) -> cluster.Pool:
+    """Where the replicas run: as told, or in this process if the images are few. Results do not depend on it."""
+    import torch
+
+    told = arguments.ray or arguments.replicas > 1 or arguments.gpus_per_replica not in (-1, 0, 1)
+    if arguments.dry_run or arguments.local:
+        return cluster.here(arguments.gpus_per_replica if arguments.local else min(arguments.gpus_per_replica, 0))
+    if told or cluster.asked_for() or torch.cuda.device_count() > 1:
+        return cluster.make_pool(arguments.replicas, arguments.gpus_per_replica)
+    if images := few(arguments, shards, make_plan):
+        why = f"in this process: {images:,} images take less time than the start of Ray (--ray takes it nevertheless)"
+        return cluster.here(arguments.gpus_per_replica)._replace(why=why)
+    why = "on Ray: there are more images than it takes time to start (--local stays in this process)"
+    return cluster.make_pool(arguments.replicas, arguments.gpus_per_replica)._replace(why=why)
+
+
+def few(arguments: Arguments, shards: Sequence[Shard], make_plan: Callable[[], pa.Table]) -> int:
+    """How many images the plan has, if one process is through with them before Ray has started; 0 if there are more.
+
+    The plan of a large collection, which takes long to make, is not made for this.
+    """
+    small = sum(shard.bytes for shard in shards) <= SMALL_BYTES
+    if not small and not 0 < arguments.limit <= SMALL_AT_ANY_SIZE:
+        return 0
+    planned = make_plan()
+    images = int(pc.sum(pc.subtract(planned["end"], planned["start"])).as_py() or 0)
+    return images if images <= SMALL_IMAGES else 0
 
 
 def address(name: str) -> str:
@@ -266,7 +326,7 @@ def plan(arguments: Arguments, shards: Sequence[Shard]) -> pa.Table:
     return plan_chunks(shards, arguments.chunk_size, arguments.limit or None, arguments.image_column or None)
 
 
-def parts(arguments: Arguments, shards: Sequence[Shard], pool: session.Pool) -> dict[str, Any]:
+def parts(arguments: Arguments, shards: Sequence[Shard], pool: cluster.Pool) -> dict[str, Any]:
     """What every run's fingerprint is made of, beside its models."""
     return {
         "schema": schema.VERSION,
@@ -278,7 +338,13 @@ def parts(arguments: Arguments, shards: Sequence[Shard], pool: session.Pool) -> 
     }
 
 
-def open_run(arguments: Arguments, parts: dict[str, Any], made_by: dict[str, Any], shards: Sequence[Shard]) -> runs.Run:
+def open_run(
+    arguments: Arguments,
+    parts: dict[str, Any],
+    made_by: dict[str, Any],
+    shards: Sequence[Shard],
+    make_plan: Callable[[], pa.Table],
+) -> runs.Run:
     """The run at --out, new or taken up; of a complete one it is said what has changed in its inputs since.
 
     ValueError if it was made otherwise, if inputs are new, or if they have changed before it was complete.
@@ -286,7 +352,7 @@ def open_run(arguments: Arguments, parts: dict[str, Any], made_by: dict[str, Any
     out = resolved(arguments.out)
     run = runs.run_at(out)
     if run is None or {**run.parts, "inputs": parts["inputs"]} != parts or run.parts == parts:
-        return runs.open_run(out, parts, made_by, functools.partial(plan, arguments, shards))
+        return runs.open_run(out, parts, made_by, make_plan)
     changes = since(run.plan(), shards, is_limited=arguments.limit > 0)
     what = str(changes) or f"inputs beyond --limit {arguments.limit} are others"
     if run.pending().num_rows:
@@ -303,7 +369,7 @@ def open_run(arguments: Arguments, parts: dict[str, Any], made_by: dict[str, Any
     return run
 
 
-def made_by(module: str, argv: Sequence[str], config: Any, images: Sequence[str], pool: session.Pool) -> dict[str, Any]:
+def made_by(module: str, argv: Sequence[str], config: Any, images: Sequence[str], pool: cluster.Pool) -> dict[str, Any]:
     """What run.json says of a run's making, whatever it makes."""
     return {
         "command": shlex.join(["python", "-m", module, *argv]),

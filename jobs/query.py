@@ -16,6 +16,7 @@ answers are the same and take longer.
 """
 
 import dataclasses
+import io
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from jobs import session
 from saecore import results
 from saecore.results import Results
 from saecore.search import matching
+from saecore.storage import write_atomic
 from saecore.terminal import plain, printable, show
 
 MOST = {"n": results.LARGEST, "bins": 10_000}
@@ -124,12 +126,13 @@ class OfMaps(Question):
 
     def ask(self, run: Results) -> pa.Table:
         """See `Question.ask`."""
+        if self.npy:
+            session.check_file("--npy", self.npy)
         found = run.maps(id_or_key(self.image), self.method or None)
         if self.npy:
-            try:
-                np.save(self.npy, found.maps)
-            except OSError as error:
-                raise ValueError(f"--npy {self.npy}: {error.strerror or error}") from error
+            sink = io.BytesIO()
+            np.save(sink, found.maps)
+            write_atomic(self.npy if self.npy.endswith(".npy") else f"{self.npy}.npy", sink.getvalue())
         return found.table()
 
     def drawn(self, answer: pa.Table) -> pa.Table:

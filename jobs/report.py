@@ -76,6 +76,9 @@ def write(run: Results, arguments: Arguments) -> int:
     out = Path(arguments.out or f"{arguments.run}/report").absolute()
     with session.mistakes():
         check_place(out)
+        session.check_writable("--out", str(out.parent))  # it is written beside its place
+        if out.is_dir():
+            session.check_writable("--out", str(out))
     pages = Report(run, arguments.choice)
     progress = session.Progress(len(pages), 0, "files")
     for _ in pages.write(out):

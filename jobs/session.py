@@ -1,10 +1,10 @@
-"""What every job needs around its pipeline: clear mistakes, a Ray session that keeps quiet, a progress line."""
+"""What every job needs around its work: clear mistakes, an end in good order, quiet libraries, a progress line."""
 
+import contextlib
+import dataclasses
 import importlib.metadata
-import logging
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,14 +12,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import IO, Any, Protocol, TypeVar
 
 import tyro
 from rich.console import Console
 
-from saecore.isolation import Suspects, Work
+from jobs import signals
+from saecore import storage
+from saecore.storage import WriteError, check_address
 
 T = TypeVar("T")
+E = TypeVar("E", bound=BaseException)
 
 LINES_EVERY = 10.0
 """Seconds between progress lines where the output is not a terminal."""
@@ -38,13 +41,52 @@ def mistakes() -> Iterator[None]:
         raise MistakeError(str(error)) from error
 
 
+class UnfinishedError(Exception):
+    """Work that ended before its end. str() is what is done, and what the same command does next; `__cause__` is why."""
+
+
+AGAIN = "the same command starts again"
+
+RESUMES = "the same command resumes from here"
+
+
 def run_job(job: Callable[[], int]) -> int:
-    """A job's exit code: its own, or 2 with one sentence for a mistake."""
-    try:
-        return job()
-    except MistakeError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        return 2
+    """A job's exit code: its own; 2 with one sentence for a mistake, 1 for a place that refuses what is written.
+
+    Asked to end by Ctrl-C or SIGTERM it is 130 or 143, with one line that says what the same command does next. A bug is loud.
+    """
+    with signals.listening() as asked:
+        try:
+            return job()
+        except MistakeError as mistake:
+            print(f"error: {mistake}", file=sys.stderr)
+            return 2
+        except (Exception, KeyboardInterrupt) as error:
+            then = str(error) if isinstance(error, UnfinishedError) else AGAIN
+            if asked.number is not None or _behind(error, KeyboardInterrupt):
+                print(f"stopped: {then}", file=sys.stderr, flush=True)
+                if asked.number is not None and "ray" in sys.modules:
+                    os._exit(asked.exit_code)  # Ray Data's threads would go on while Python ends, and complain
+                return asked.exit_code
+            if refused := _behind(error, WriteError):
+                said = str(refused).splitlines()[0]  # Ray Data adds advice about its own retries
+                print(f"error: {said}; {then}", file=sys.stderr)
+                return 1
+            if isinstance(error, UnfinishedError):
+                print(f"failed: {then}", file=sys.stderr)
+            raise
+
+
+def _behind(error: BaseException | None, kind: type[E]) -> E | None:
+    """The exception of a kind that made another: Ray brings what a worker raised as the `cause` of its own."""
+    while error is not None:
+        if (cause := getattr(error, "cause", None)) is not None:
+            error = cause  # before Ray's own, which is of the same kind too and says a traceback
+        elif isinstance(error, kind):
+            return error
+        else:
+            error = error.__cause__
+    return None
 
 
 class Checked(Protocol):
@@ -67,8 +109,37 @@ def at_least(arguments: Any, **least: float) -> None:
 def parse(kind: type[A], argv: list[str], module: str) -> A:
     """The command line's arguments; SystemExit 2 for one that does not exist, ValueError for one that cannot be."""
     arguments = tyro.cli(kind, args=argv, prog=f"python -m {module}", config=(tyro.conf.FlagCreatePairsOff,))
+    check_addresses(arguments)
     arguments.check()
     return arguments
+
+
+def check_addresses(arguments: Any) -> None:
+    """ValueError for an argument that is almost an address, or empty where something has to be named."""
+    for field in dataclasses.fields(arguments):
+        given = getattr(arguments, field.name)
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        for text in given if isinstance(given, tuple) else (given,):
+            if isinstance(text, str) and (text or required or isinstance(given, tuple)):
+                try:
+                    check_address(text)
+                except ValueError as error:
+                    raise ValueError(f"--{field.name.replace('_', '-')}: {error}") from error
+
+
+def check_writable(flag: str, folder: str) -> None:
+    """ValueError, naming the flag, if no file can be written into the folder."""
+    try:
+        storage.check_writable(folder)
+    except ValueError as error:
+        raise ValueError(f"{flag} {error}") from error
+
+
+def check_file(flag: str, file: str) -> None:
+    """ValueError, naming the flag, if the file cannot be written."""
+    check_writable(flag, storage.parent(file))
+    if storage.is_folder(file):
+        raise ValueError(f"{flag} {file} is a folder; name a file")
 
 
 def hush() -> None:
@@ -87,27 +158,54 @@ def check_templates(templates: Sequence[str]) -> None:
         raise ValueError("--templates: give at least one")
 
 
-@contextmanager
-def quiet(out: str) -> Iterator[None]:
-    """Send everything on standard error, Ray's C++ parts included, to run.log in a local run; tracebacks are not touched.
+class Log:
+    """Where `quiet` keeps what was said."""
 
-    Standard output is left to the job. What is said before there is a run folder, or on an object store, is not kept.
+    run: str = ""
+    """A run of ours, once it is known to be one; nothing is kept elsewhere."""
+
+    def keep(self, said: IO[bytes]) -> None:
+        """Append to RUN/run.log, if that is a local folder; less what only looks like an error."""
+        lines = [line for line in said.read().splitlines(keepends=True) if not any(noise in line for noise in NOISE)]
+        if lines and self.run and "://" not in self.run and Path(self.run).is_dir():
+            # A disk that is full, or read-only, has been told of where it mattered.
+            with contextlib.suppress(OSError), (Path(self.run) / "run.log").open("ab") as log:
+                log.writelines(lines)
+
+
+NOISE = (
+    # Ray Data 2.60 starts its own pools in this way and holds on to the arguments that its core warns of, at level error.
+    b"has constructor arguments in the object store and max_restarts > 0",
+    # Jobs have a progress line of their own.
+    b"Progress bars disabled.",
+)
+"""Of lines that a good run brings, and that say nothing of it."""
+
+
+@contextmanager
+def quiet() -> Iterator[Log]:
+    """Send everything on standard error, Ray's C++ parts included, to the log of a run; tracebacks are not touched.
+
+    Standard output is left to the job. What is said where there is no run, or to one on an object store, is not kept. Asked to
+    end, Ray goes down in here: it has much to say then.
     """
     hush()
     sys.stderr.flush()
-    terminal = os.dup(2)
+    terminal, log = os.dup(2), Log()
     with tempfile.TemporaryFile() as said:
         os.dup2(said.fileno(), 2)
         try:
-            yield
+            yield log
+        except BaseException as error:
+            if "ray" in sys.modules and _behind(error, KeyboardInterrupt):
+                sys.modules["ray"].shutdown()
+            raise
         finally:
             sys.stderr.flush()
             os.dup2(terminal, 2)
             os.close(terminal)
             said.seek(0)
-            if "://" not in out and Path(out).is_dir():
-                with (Path(out) / "run.log").open("ab") as log:
-                    shutil.copyfileobj(said, log)
+            log.keep(said)
 
 
 def versions() -> dict[str, str]:
@@ -128,71 +226,6 @@ def git_commit() -> str | None:
     if any(answer.returncode for answer in answers):
         return None
     return answers[0].stdout.strip() + ("+" if answers[1].stdout else "")
-
-
-class Pool(NamedTuple):
-    """Where the replicas run."""
-
-    replicas: int
-    device: str
-    """`cpu` or `cuda`."""
-    cpus_per_replica: float
-    gpus_per_replica: float
-    threads: int
-    """CPU threads of one replica's forward; 0 leaves PyTorch's choice."""
-
-
-def make_pool(replicas: int, gpus_per_replica: float, local: bool) -> Pool:
-    """As many replicas as the GPUs carry, or one on the CPU; connects to Ray unless `local`. ValueError if they do not fit."""
-    import torch
-
-    if local:
-        if replicas > 1:
-            raise ValueError(f"--replicas {replicas} needs Ray: leave --local away")
-        return Pool(1, "cuda" if torch.cuda.is_available() and gpus_per_replica else "cpu", 0.0, 0.0, 0)
-    connect(replicas or 1)
-    import ray
-
-    cluster = ray.cluster_resources()
-    cpus, gpus = int(cluster.get("CPU", 0)), cluster.get("GPU", 0.0)
-    share = gpus_per_replica if gpus_per_replica >= 0 else (1.0 if gpus else 0.0)
-    if share:
-        wanted = replicas or int(gpus / share)
-        if wanted < 1 or wanted * share > gpus:
-            raise ValueError(
-                f"{max(wanted, 1)} replicas of {share:g} GPUs need more than the {gpus:g} GPUs of this cluster"
-            )
-        cpus_each, threads, device = 1.0, 0, "cuda"
-    else:
-        wanted = replicas or 1
-        # An eighth of the CPUs, at least one, is left to read, decode and write: a guess, not a measurement.
-        cpus_each = float(max(1, (cpus - max(1, cpus // 8)) // wanted))
-        threads, device = max(1, cpus // wanted), "cpu"
-    if wanted * cpus_each + 1 > cpus:
-        raise ValueError(
-            f"{wanted} replicas of {cpus_each:g} CPUs leave none of the cluster's {cpus} CPUs to read images"
-        )
-    return Pool(wanted, device, cpus_each, share, threads)
-
-
-def connect(replicas: int) -> None:
-    """Join the cluster this job was submitted to (RAY_ADDRESS, set by `ray job submit`), or start Ray on this machine."""
-    import ray
-
-    if ray.is_initialized():
-        return
-    # Ray 2.60 warns of a coming default for GPU visibility in tasks without GPUs; ours is that coming default.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if os.environ.get("RAY_ADDRESS"):
-        try:
-            ray.init(address=os.environ["RAY_ADDRESS"], **quiet)
-        except ConnectionError as error:
-            raise ValueError(f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {error}") from error
-    else:
-        # A replica holds a CPU for its whole life: on a single-core machine the tasks would wait for ever.
-        cpus = max(os.cpu_count() or 1, replicas + 1)
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
 
 
 class Clock:
@@ -217,34 +250,6 @@ class Clock:
         self.lap(waiting)
 
 
-class RemoteSuspects:
-    """A `saecore.isolation.Suspects` in an actor of its own, as the `Witness` that workers talk to."""
-
-    def __init__(self) -> None:
-        import ray
-
-        # num_cpus=0: it only keeps books, and must never wait for a CPU.
-        self._actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Suspects).remote()
-
-    def begin(self, step: str, chunk_id: int, n_images: int) -> Work:
-        """See `Suspects.begin`."""
-        return _answer(self._actor.begin.remote(step, chunk_id, n_images))
-
-    def enter(self, step: str, chunk_id: int, start: int, end: int) -> None:
-        """See `Suspects.enter`; waits, since what is entered must be known before the worker can die of it."""
-        _answer(self._actor.enter.remote(step, chunk_id, start, end))
-
-    def done(self, step: str, chunk_id: int) -> None:
-        """See `Suspects.done`."""
-        _answer(self._actor.done.remote(step, chunk_id))
-
-
-def _answer(reference: Any) -> Any:
-    import ray
-
-    return ray.get(reference)
-
-
 class Progress:
     """One line a person can read: images done of total, images/s, refused, time left. Of `words`, none is ever refused."""
 
@@ -254,7 +259,8 @@ class Progress:
         self.before = self.done = done
         self.refused = 0
         self.started = time.perf_counter()
-        self._console = Console(highlight=False)
+        self._out = sys.stdout
+        self._console = Console(file=self._out)
         self._last_line = self.started
 
     def add(self, done: int, refused: int) -> None:
@@ -285,6 +291,11 @@ class Progress:
     def rate(self) -> float:
         """Images, or words, per second of this session."""
         return (self.done - self.before) / max(self.seconds(), 1e-9)
+
+    def leave(self) -> None:
+        """What is printed next goes below the line, where there is one."""
+        if self._console.is_terminal:
+            print(file=self._out, flush=True)
 
     def close(self) -> None:
         """Leave the line standing."""

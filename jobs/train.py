@@ -23,8 +23,8 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 import tyro
 
-from jobs import session
-from saecore import report
+from jobs import cluster, session, signals
+from saecore import report, storage
 from saecore.recipe import Recipe
 from saecore.storage import filesystem_of, join_uri, resolved, write_atomic
 
@@ -32,9 +32,6 @@ LINES_EVERY = 10.0
 """Seconds between progress lines where there is nothing new to say."""
 
 PLOT_FILE = "training.png"
-
-STOPPED = 130
-"""Exit code of a training that was asked to stop, as shells have it for Ctrl-C."""
 
 MAX_FAILURES = 3
 """Times that Ray Train starts again from the last checkpoint after a worker is lost."""
@@ -83,11 +80,15 @@ def train(argv: list[str]) -> int:
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     out = resolved(arguments.out)  # the workers of Ray Train run elsewhere
-    with session.quiet(out):
+    with session.quiet() as log:
         from saecore import training  # and with it PyTorch: --help does without
 
         course = training.Course(arguments.held_out, arguments.evaluations, arguments.checkpoint_minutes)
         with session.mistakes():
+            if arguments.workers:
+                cluster.check_answers()
+            if not storage.exists(join_uri(out, training.TRAINING_FILE)):
+                session.check_writable("--out", out)
             plan = training.make_plan(
                 arguments.recipe,
                 resolved(arguments.embeddings),
@@ -96,26 +97,33 @@ def train(argv: list[str]) -> int:
                 course,
                 max(1, arguments.workers),
             )
+        log.run = out
         record = training.completed(plan)
         if record is not None:
             print(f"{arguments.out} is complete: nothing to do")
-        elif arguments.workers:
-            record = on_ray(plan, made_by, arguments.workers)
         else:
-            record = in_process(plan, made_by)
-        if record is None:
-            print("stopped: the same command resumes from here")
-            return STOPPED
+            record = work(plan, made_by, arguments.workers)
         write_atomic(join_uri(out, PLOT_FILE), report.training_plot(read_metrics(out)))
     print(report.training_summary(record, arguments.out))
     return 0
+
+
+def work(plan: Any, made_by: dict[str, Any], workers: int) -> dict[str, Any]:
+    """Train to the end; `session.UnfinishedError` if it was stopped, or failed, before."""
+    try:
+        return on_ray(plan, made_by, workers) if workers else in_process(plan, made_by)
+    except session.MistakeError:
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        raise session.UnfinishedError("the same command resumes from the last checkpoint") from error
 
 
 class Lines:
     """A `saecore.training.Progress` that prints a line now and then, and every evaluation; stops on Ctrl-C."""
 
     def __init__(self) -> None:
-        self.stopping = False
+        self.asked: int | None = None
+        """The signal that asked to stop."""
         self._began: tuple[float, int] | None = None
         self._last = 0.0
 
@@ -137,31 +145,27 @@ class Lines:
             )
 
     def stop(self) -> bool:
-        return self.stopping
+        return self.asked is not None
 
 
 @contextmanager
 def stopping_on_signals(lines: Lines) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask for a checkpoint; a second one ends the process as usual."""
+    """Ctrl-C and SIGTERM ask for a checkpoint; a second one ends the process at once."""
 
-    def ask(number: Any, frame: Any) -> None:
-        lines.stopping = True
-        signal.signal(number, before[number])
+    def ask(number: int, frame: Any) -> None:
+        lines.asked = number
+        for each in signals.SIGNALS:
+            signal.signal(each, signals.end_at_once)
 
-    before: dict[Any, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    if threading.current_thread() is threading.main_thread():
-        for number in before:
-            signal.signal(number, ask)
-    try:
-        yield
-    finally:
+    with signals.kept():
         if threading.current_thread() is threading.main_thread():
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for each in signals.SIGNALS:
+                signal.signal(each, ask)
+        yield
 
 
-def in_process(plan: Any, made_by: dict[str, Any]) -> dict[str, Any] | None:
-    """Train here; the record, or None if stopped before the end."""
+def in_process(plan: Any, made_by: dict[str, Any]) -> dict[str, Any]:
+    """Train here; where it is asked to stop, it saves, and then ends as every job does."""
     import torch
 
     from saecore.trainer import Worker
@@ -171,12 +175,16 @@ def in_process(plan: Any, made_by: dict[str, Any]) -> dict[str, Any] | None:
     with session.mistakes():
         training = Training(plan, Worker(device="cuda" if torch.cuda.is_available() else "cpu"))
     with stopping_on_signals(lines):
-        return training.run(lines, made_by)
+        record = training.run(lines, made_by)
+    if lines.asked is not None and record is None:
+        signal.raise_signal(lines.asked)
+    assert record is not None
+    return record
 
 
 def on_ray(plan: Any, made_by: dict[str, Any], workers: int) -> dict[str, Any]:
     """The same on Ray Train, data parallel; started again from the last checkpoint if a worker is lost."""
-    session.connect(workers)
+    cluster.connect(workers)
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer

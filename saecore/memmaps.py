@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from saecore import runs
-from saecore.storage import atomic_file
+from saecore.storage import atomic_file, writing
 
 
 def file_name(name: str, clip: str, split: str, kind: str, shape: tuple[int, int]) -> str:
@@ -37,7 +37,8 @@ def write(target: Path, rows: Iterable[np.ndarray], shape: tuple[int, int]) -> N
     written = 0
     with atomic_file(target) as file:
         for piece in rows:
-            file.write(np.ascontiguousarray(piece, "<f4").data)
+            with writing(str(target)):
+                file.write(np.ascontiguousarray(piece, "<f4").data)
             written += piece.size
         if written != shape[0] * shape[1]:
             raise RuntimeError(f"{target.name}: {written} numbers came for {shape[0]} rows of {shape[1]}")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from saecore import captions
+from saecore import captions, durations
 from saecore.captions import number, percent
 from saecore.finding import find_images, find_latents, find_targets, index, numbered, strongest_images
 from saecore.holdings import holdings, maps_in_words, naming
@@ -320,7 +320,8 @@ class Site:
             "SAE": f"{config['sae']} ({parts.get('sae')})" if "sae" in config else None,
             "site": record.get("sae", {}).get("site"),
             "started": record.get("started"),
-            "seconds": number(sum(record.get("step_seconds", {}).values())),
+            "time": durations.waited(record) if "session_seconds" in record else None,
+            "work": durations.worked(record) if "step_seconds" in record else None,
             "versions": ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items()),
             "commit": record.get("git_commit"),
             "fingerprint": record.get("fingerprint"),

@@ -15,7 +15,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 from PIL import Image
 
-from saecore import captions, display, images, runs, shards
+from saecore import captions, display, durations, images, runs, shards
 from saecore.fit import Fit
 from saecore.storage import filesystem_of, join_uri, split_settings, write_atomic
 
@@ -123,16 +123,13 @@ def write_preview(run: runs.Run, n_images: int = 3, n_maps: int = 3) -> str | No
 
 def summary(uri: str, record: Mapping[str, Any]) -> str:
     """run.json of a complete run, as a person reads it."""
-    refused, steps, size = record["refused"], record["step_seconds"], record["bytes"]
+    refused, size = record["refused"], record["bytes"]
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(refused.items())) or "none"
-    total = sum(steps.values()) or 1.0
-    shares = ", ".join(f"{step} {seconds / total:.0%}" for step, seconds in steps.items())
     sizes = ", ".join(f"{table} {_bytes(count)}" for table, count in size.items())
     lines = [
         f"images        {record['images']:,}, refused: {reasons}",
-        f"speed         {record['session_images'] / max(record['session_seconds'], 1e-9):,.1f} images/s "
-        f"over {record['session_seconds']:.1f} s, models' loading included",
-        f"time by step  {shares}",
+        f"time          {durations.waited(record)}",
+        f"work          {durations.worked(record)}",
     ]
     if "worst_completeness_error" in record:
         worst = record["worst_completeness_error"]

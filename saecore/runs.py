@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 
 from saecore import card, schema
 from saecore.fit import Fit, judged
-from saecore.storage import filesystem_of, join_uri, write_atomic
+from saecore.storage import check_writable, filesystem_of, join_uri, reason, write_atomic
 
 TABLES = ("images", "activations", "maps")
 """All that a run may have; the payload that is written says which it has."""
@@ -173,10 +173,10 @@ class Run:
         """Add to, or replace in, run.json."""
         _write_json(join_uri(self.uri, "run.json"), {**self.record(), **fields})
 
-    def finish(self, images: int, wall_seconds: float) -> dict[str, Any]:
+    def finish(self, images: int, seconds: float) -> dict[str, Any]:
         """Check that every planned image was written once, write manifest and card, complete run.json; returns its content.
 
-        `images` and `wall_seconds` are those of the session that ends here: a resumed run had others before.
+        `images`, and the `seconds` they took, are those of the session that ends here: a resumed run had others before.
         """
         commits, plan = self.commits(), self.plan()
         lengths = pc.subtract(plan["end"], plan["start"])
@@ -190,7 +190,7 @@ class Run:
         rows = [{"chunk_id": commit.chunk_id, **file} for commit in commits for file in commit.files]
         manifest = pa.Table.from_pylist(rows, schema=MANIFEST)
         write_atomic(join_uri(self.uri, "manifest.parquet"), parquet_bytes(manifest, 65_536))
-        session = {"session_images": images, "session_seconds": round(wall_seconds, 3)}
+        session = {"session_images": images, "session_seconds": {"images": round(seconds, 3)}}
         done = {"status": "complete", **session, **summarise(commits), **missing(plan, commits)}
         card.write(self.uri, self.record() | done)
         self.update(**done)
@@ -252,11 +252,7 @@ def open_run(uri: str, parts: dict[str, Any], made_by: dict[str, Any], make_plan
     only. ValueError if the folder holds a run with another fingerprint (the sentence names what differs), or anything else.
     """
     run = Run(uri, parts, fingerprint(parts))
-    names = {info.base_name for info in _listing(uri)}
-    if "run.json" not in names:
-        # These alone are a start that was interrupted, or refused.
-        if names - {"plan.parquet", "run.log"} - {name for name in names if name.startswith(".")}:
-            raise ValueError(f"--out {uri} holds other files and no run; name a new or empty folder")
+    if not holds_run(uri):
         write_atomic(join_uri(uri, "plan.parquet"), parquet_bytes(make_plan(), 65_536))
         record = {"status": "running", "fingerprint": run.fingerprint, "parts": parts, **made_by}
         _write_json(join_uri(uri, "run.json"), record)
@@ -266,11 +262,33 @@ def open_run(uri: str, parts: dict[str, Any], made_by: dict[str, Any], make_plan
 
 
 def run_at(uri: str) -> Run | None:
-    """The run that a folder holds, as it was made; None if there is none."""
-    if not any(info.base_name == "run.json" for info in _listing(uri)):
+    """The run that a folder holds, as it was made; None if there is none; ValueError as of `holds_run`."""
+    if not holds_run(uri):
         return None
     parts = json.loads(_read_bytes(join_uri(uri, "run.json")))["parts"]
     return Run(uri, parts, fingerprint(parts))
+
+
+def holds_run(uri: str) -> bool:
+    """Whether there is a run at `uri`; ValueError if something else is: other files, or a file instead of a folder."""
+    try:
+        names = {info.base_name for info in _listing(uri)}
+    except OSError as error:
+        raise ValueError(f"--out {uri} is no folder that can be read: {reason(error)}") from error
+    # These alone are a start that was interrupted, or refused.
+    started = {"plan.parquet", "run.log"} | {name for name in names if name.startswith(".")}
+    if "run.json" not in names and names - started:
+        raise ValueError(f"--out {uri} holds other files and no run; name a new or empty folder")
+    return "run.json" in names
+
+
+def check_place(uri: str) -> None:
+    """ValueError unless a run may be written at `uri`; one that is complete needs no more writing."""
+    if not (holds_run(uri) and json.loads(_read_bytes(join_uri(uri, "run.json"))).get("status") == "complete"):
+        try:
+            check_writable(uri)
+        except ValueError as error:
+            raise ValueError(f"--out {error}") from error
 
 
 def refuse_other(uri: str, before: Mapping[str, Any], parts: Mapping[str, Any]) -> None:

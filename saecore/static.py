@@ -21,6 +21,7 @@ from jinja2.utils import htmlsafe_json_dumps
 
 from saecore.pages import FOLDER, SPREAD, Site
 from saecore.results import Results
+from saecore.storage import reason, writing
 from saecore.views import ImageView, Views
 
 MARK = "report.json"
@@ -55,7 +56,11 @@ DEFAULT_CHOICE = Choice()
 
 def check_place(out: Path) -> None:
     """ValueError if there is something at `out` that is no report."""
-    if out.exists() and not (out / MARK).is_file() and (not out.is_dir() or any(out.iterdir())):
+    try:
+        other = out.exists() and not (out / MARK).is_file() and (not out.is_dir() or any(out.iterdir()))
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be read: {reason(error)}") from error
+    if other:
         raise ValueError(f"--out {out} holds something other than a report; name a new or empty folder")
 
 
@@ -89,14 +94,16 @@ class Report:
         for left in (folder, before):  # by one that was stopped
             shutil.rmtree(left, ignore_errors=True)
         try:
-            shutil.copytree(FOLDER / "static", folder / "static")
-            for name in ("pictures", "latents", "targets", "images", "data"):
-                (folder / name).mkdir()
+            with writing(str(out)):
+                shutil.copytree(FOLDER / "static", folder / "static")
+                for name in ("pictures", "latents", "targets", "images", "data"):
+                    (folder / name).mkdir()
             yield from self._pictures(folder / "pictures")
             yield from self._pages(folder)
-            if out.exists():
-                out.rename(before)
-            folder.rename(out)
+            with writing(str(out)):
+                if out.exists():
+                    out.rename(before)
+                folder.rename(out)
             shutil.rmtree(before, ignore_errors=True)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -106,7 +113,8 @@ class Report:
             if picture is None:
                 self.site.missing.add(image_id)
             else:
-                (folder / f"{image_id}.webp").write_bytes(picture)
+                with writing(str(folder)):
+                    (folder / f"{image_id}.webp").write_bytes(picture)
             yield
 
     def _pages(self, folder: Path) -> Iterator[None]:
@@ -142,4 +150,5 @@ class Report:
 
 
 def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")
+    with writing(str(path.parent)):
+        path.write_text(text, encoding="utf-8", newline="\n")

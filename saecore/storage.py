@@ -1,10 +1,11 @@
 """Paths and addresses on any pyarrow filesystem, and files that appear whole or not at all."""
 
 import os
+import posixpath
 import re
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,12 +15,91 @@ import pyarrow.fs
 # s3://bucket/path?endpoint_override=host:9000&scheme=http: settings, where a bare `?` is a wildcard or part of a name.
 _ADDRESS = re.compile(r"(?P<root>\w+://[^/?]*)(?P<path>/.*?)?(?P<settings>\?\w+=.*)?", re.DOTALL)
 
+# What begins like an address and is none: it would be taken for a folder called `s3:`.
+_ALMOST = re.compile(r"(?P<scheme>file|s3|gs|gcs|hf|https?|hdfs|abfss?):(?!//)/?(?P<rest>.*)", re.DOTALL)
+
+
+class WriteError(OSError):
+    """What could not be written, and why: a disk that is full or may not be written, or a store that refuses. One sentence."""
+
+
+@contextmanager
+def writing(uri: str) -> Iterator[None]:
+    """Whatever the storage says while the block writes `uri` becomes a `WriteError` that names it."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        raise WriteError(f"{uri} cannot be written: {reason(error)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """What the system says, in one line. pyarrow's own sentences name the place and bring the reason as a detail."""
+    said = getattr(error, "strerror", None) or str(error)
+    return " ".join(said.rsplit("Detail: ", 1)[-1].split())
+
+
+def check_address(uri: str) -> None:
+    """ValueError for an address that lacks a slash, and for nothing at all, which would be the current folder."""
+    if not uri.strip():
+        raise ValueError("nothing is named; name a folder or an address")
+    if almost := _ALMOST.fullmatch(uri):
+        meant = f"{almost['scheme']}://{'/' if almost['scheme'] == 'file' else ''}{almost['rest']}"
+        raise ValueError(
+            f"{uri} has too few slashes for an address: write {meant}, or ./{uri} for a folder of that name"
+        )
+
+
+def check_writable(uri: str) -> None:
+    """ValueError if no file can be written into the folder `uri`, made if need be; tries it, and leaves nothing behind.
+
+    On an object store that lets nothing be deleted, the empty file that was tried stays.
+    """
+    check_address(uri)
+    filesystem, path = filesystem_of(uri)
+    local = isinstance(filesystem, pyarrow.fs.LocalFileSystem)
+    missing = [folder for folder in (Path(path), *Path(path).parents) if local and not folder.exists()]
+    name = f".tried-{uuid.uuid4().hex}"
+    try:
+        write_atomic(join_uri(uri, name), b"1")  # one byte: a full disk takes empty files
+    except WriteError as error:
+        raise ValueError(f"{uri} cannot be written: {reason(error.__cause__ or error)}") from error
+    else:
+        with suppress(OSError):
+            filesystem.delete_file(f"{path}/{name}")
+    finally:
+        for folder in missing:
+            with suppress(OSError):  # never made, or another process has put something there
+                folder.rmdir()
+
+
+def exists(uri: str) -> bool:
+    """Whether there is a file, or a folder."""
+    filesystem, path = filesystem_of(uri)
+    return filesystem.get_file_info(path).type != pyarrow.fs.FileType.NotFound
+
+
+def is_folder(uri: str) -> bool:
+    """Whether there is a folder."""
+    filesystem, path = filesystem_of(uri)
+    return filesystem.get_file_info(path).type == pyarrow.fs.FileType.Directory
+
+
+def parent(uri: str) -> str:
+    """The folder that holds `uri`; an address keeps its settings."""
+    address, settings = split_settings(uri)
+    return f"{posixpath.dirname(address.rstrip('/')) or '.'}{settings}"
+
 
 def filesystem_of(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
     """The filesystem that holds `uri`, and the path inside it. Anything without `://` is local and made absolute.
 
-    The path of an address is taken as it stands: pyarrow alone would decode `%20` in it and refuse a blank.
+    The path of an address is taken as it stands: pyarrow alone would decode `%20` in it and refuse a blank. ValueError for
+    what is almost an address.
     """
+    if _ALMOST.fullmatch(uri):
+        check_address(uri)
     address = _ADDRESS.fullmatch(uri)
     if address is None:
         return pyarrow.fs.LocalFileSystem(), os.path.abspath(uri)
@@ -51,29 +131,39 @@ def split_settings(uri: str) -> tuple[str, str]:
 def write_atomic(uri: str, data: bytes | pa.Buffer) -> None:
     """Write a file so that it appears under its name whole or not at all, also if the machine goes down.
 
-    Locally: `atomic_file`. Object store: one complete PUT, which is atomic there.
+    Locally: `atomic_file`. Object store: one complete PUT, which is atomic there. `WriteError` if it cannot be.
     """
     filesystem, path = filesystem_of(uri)
-    if isinstance(filesystem, pyarrow.fs.LocalFileSystem):
-        with atomic_file(Path(path)) as file:
-            file.write(data)
-    else:
-        with filesystem.open_output_stream(path) as stream:
-            stream.write(data)
+    with writing(uri):
+        if isinstance(filesystem, pyarrow.fs.LocalFileSystem):
+            with atomic_file(Path(path)) as file:
+                file.write(data)
+        else:
+            with filesystem.open_output_stream(path) as stream:
+                stream.write(data)
 
 
 @contextmanager
 def atomic_file(target: Path) -> Iterator[BinaryIO]:
-    """A local file to write piece by piece: a temporary file beside it, synced and renamed over when the block ends well."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    """A local file to write piece by piece: a temporary file beside it, synced and renamed over when the block ends well.
+
+    `WriteError` where the system refuses; the block puts its own writes under `writing`.
+    """
     temporary = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex}")
+    with writing(str(target)):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = temporary.open("wb")
     try:
-        with temporary.open("wb") as file:
-            yield file
+        yield file
+        with writing(str(target)):
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(target)
+            temporary.replace(target)
     finally:
+        with suppress(
+            OSError
+        ):  # after a write that failed, closing tries it again; after one that did not, all is synced
+            file.close()
         temporary.unlink(missing_ok=True)  # still there only if something above failed
     folder = os.open(target.parent, os.O_RDONLY)
     try:

@@ -29,7 +29,7 @@ import torch
 from saecore.embeddings import Batches, Survey, open_embeddings, survey
 from saecore.quality import quality, recovery
 from saecore.recipe import Recipe, pace
-from saecore.sae import SAE
+from saecore.sae import CONFIG_FILE, SAE
 from saecore.sites import Site
 from saecore.spellings import published
 from saecore.storage import filesystem_of, join_uri, write_atomic
@@ -220,10 +220,10 @@ class _Log:
 
 
 def save_sae(sae: SAE, out: str) -> None:
-    """Write an SAE's files into a folder on any pyarrow filesystem, each whole or not at all."""
+    """Write an SAE's files into a folder on any pyarrow filesystem, each whole or not at all; its config.json last."""
     with tempfile.TemporaryDirectory() as folder:
         sae.save(folder)
-        for path in sorted(Path(folder).iterdir()):
+        for path in sorted(Path(folder).iterdir(), key=lambda path: (path.name == CONFIG_FILE, path.name)):
             write_atomic(join_uri(out, path.name), path.read_bytes())
 
 

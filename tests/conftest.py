@@ -17,6 +17,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import transformers.utils.logging
 
+from tests import disks
+
 transformers.utils.logging.set_verbosity_error()
 
 N_SCENES = 48
@@ -28,9 +30,9 @@ def ray_session() -> Iterator[None]:
     """A real Ray on this machine, started once: it takes seconds."""
     import ray
 
-    from jobs import session
+    from jobs import cluster
 
-    session.connect(replicas=2)
+    cluster.connect(replicas=2)
     yield
     ray.shutdown()
 
@@ -78,6 +80,13 @@ def explorer(album_run: Path) -> Iterator[str]:
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 0
         assert process.stdout.read() == ""
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of few megabytes, to be filled (`tests.disks`)."""
+    with disks.mounted(tmp_path / "disk") as folder:
+        yield folder
 
 
 @pytest.fixture

@@ -90,7 +90,7 @@ def test_an_sae_that_does_not_fit_stops_its_run(
 def test_on_ray_too(
     ray_session: None, many: Path, random: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert explain.main(given(many, random, tmp_path / "out")) == 1
+    assert explain.main(given(many, random, tmp_path / "out", "--ray")) == 1
     said = capsys.readouterr().out.splitlines()[-1]
     assert said.startswith("stopped: ")
     assert "does not fit --clip demo" in said

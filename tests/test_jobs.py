@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -152,8 +153,12 @@ def test_rows_do_not_depend_on_batches_or_replicas(
     batch_size: int, replicas: int, ray_session: None, shards: Path, local_run: Path, tmp_path: Path
 ) -> None:
     more = ("--batch-size", str(batch_size), "--replicas", str(replicas))
-    assert explain.main(command(shards, tmp_path / "run", *more)) == 0
+    assert explain.main(command(shards, tmp_path / "run", "--ray", *more)) == 0
     assert_same_rows(tmp_path / "run", local_run)
+    prints = [json.loads((run / "run.json").read_text())["fingerprint"] for run in (tmp_path / "run", local_run)]
+    assert prints[0] == prints[1]
+    log = tmp_path / "run" / "run.log"
+    assert not re.search(r" E |ERROR|Traceback", log.read_text() if log.exists() else "")
 
 
 def test_an_msae_file_explains_as_the_sae_it_was_made_of(shards: Path, local_run: Path, tmp_path: Path) -> None:
@@ -279,7 +284,7 @@ def test_killed_in_the_middle_and_run_again(tmp_path: Path) -> None:
     """SIGKILL of the driver and of every Ray process, then the same command: the rest is done, and nothing else."""
     folder, out = tmp_path / "scenes", tmp_path / "run"
     scenes.write_shards(folder, 192, 4)
-    arguments = command(folder, out, "--batch-size", "4")
+    arguments = command(folder, out, "--batch-size", "4", "--ray")
     with (tmp_path / "output").open("w") as output:
         job = subprocess.Popen(
             [sys.executable, "-m", "jobs.explain", *arguments], cwd=ROOT, stdout=output, stderr=output
@@ -298,6 +303,7 @@ def test_killed_in_the_middle_and_run_again(tmp_path: Path) -> None:
     assert 3 <= len(done) < 24
     assert json.loads((out / "run.json").read_text())["status"] == "running"
 
+    arguments.remove("--ray")
     assert explain.main([*arguments, "--local"]) == 0
     assert {name: (out / "commits" / name).stat().st_mtime_ns for name in done} == done
     assert explain.main([*command(folder, tmp_path / "unbroken", "--batch-size", "4"), "--local"]) == 0
@@ -329,7 +335,7 @@ class DeadlyExplain(Explain):
 def test_an_image_that_kills_its_worker_becomes_a_row(
     step: str, ray_session: None, shards: Path, local_run: Path, tmp_path: Path
 ) -> None:
-    arguments = command(shards, tmp_path / "run", "--limit", "32")
+    arguments = command(shards, tmp_path / "run", "--limit", "32", "--ray")
     arguments[arguments.index("--chunk-size") + 1] = (
         "2"  # four deaths and not six: a replica takes seconds to come back
     )
@@ -384,7 +390,7 @@ def test_an_image_for_which_a_step_raises_becomes_a_row_and_a_bug_does_not(
     tmp_path: Path,
 ) -> None:
     for step in ("decode", "explain", "bug"):
-        arguments = command(shards, tmp_path / step, "--limit", "32")
+        arguments = command(shards, tmp_path / step, "--limit", "32", "--ray")
         job = explain.prepare(session.parse(explain.Arguments, arguments, "jobs.explain"), arguments)
         assert job is not None
         if step == "bug":
@@ -410,7 +416,7 @@ def test_an_image_for_which_a_step_raises_becomes_a_row_and_a_bug_does_not(
         assert rows(tmp_path / step, "maps").keys() == {key for key in rows(local_run, "maps") if key[0] in fine}
 
 
-@pytest.mark.parametrize("more", [["--local"], []], ids=["local", "ray"])
+@pytest.mark.parametrize("more", [["--local"], ["--ray"]], ids=["local", "ray"])
 def test_a_palette_png_without_its_palette_is_one_row(more: list[str], ray_session: None, tmp_path: Path) -> None:
     """Alone and among others: 71 bytes that ended whole jobs."""
     folder = tmp_path / "images"
@@ -462,7 +468,7 @@ def test_photographs_with_a_broken_file_of_each_kind(ray_session: None, tmp_path
     Image.new("L", (20_000, 20_000)).save(folder / "bomb.png")
     gif = folder / "wrong-extension.png"
     Image.new("P", (30, 40)).save(gif, "GIF")
-    assert explain.main(command(folder, tmp_path / "run", "--k", "4")) == 0
+    assert explain.main(command(folder, tmp_path / "run", "--k", "4", "--ray")) == 0
     found = {row["key"]: row for row in rows(tmp_path / "run", "images").values()}
     assert {name: row["error"] for name, row in found.items() if row["error"]} == {
         "bomb.png": "too-large",
@@ -592,7 +598,7 @@ def test_a_run_that_is_not_complete_needs_its_inputs_as_they_were(
     assert explain.main(arguments) == 0
 
 
-@pytest.mark.parametrize("more", [["--local"], []], ids=["local", "ray"])
+@pytest.mark.parametrize("more", [["--local"], ["--ray"]], ids=["local", "ray"])
 def test_a_shard_that_is_lost_after_the_plan_is_told_at_the_end(
     more: list[str], ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -607,7 +613,7 @@ def test_a_shard_that_is_lost_after_the_plan_is_told_at_the_end(
     one.unlink()
     two.write_bytes(whole[: len(whole) // 2])
     capsys.readouterr()
-    assert pipeline.complete(job, session.parse(explain.Arguments, arguments, "jobs.explain"))
+    assert pipeline.complete(job, session.parse(explain.Arguments, arguments, "jobs.explain"), session.Clock())
     record = job.run.record()
     said = report.summary(str(out), record)
     errors = Counter(row["error"] for row in rows(out, "images").values())

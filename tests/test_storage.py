@@ -1,5 +1,6 @@
 import errno
 import os
+import pickle
 from pathlib import Path
 
 import pyarrow as pa
@@ -7,6 +8,7 @@ import pyarrow.fs
 import pytest
 
 from saecore import storage
+from tests.disks import fill
 
 
 def test_a_path_is_local_and_absolute_and_an_address_is_taken_as_it_stands(
@@ -52,3 +54,45 @@ def test_an_object_store_gets_one_put(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(storage, "filesystem_of", lambda uri: (store, uri.removeprefix("s3://")))
     storage.write_atomic("s3://file", b"content")
     assert (tmp_path / "file").read_bytes() == b"content"
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("s3:/bucket/x", "s3://bucket/x"),
+        ("s3:bucket/x", "s3://bucket/x"),
+        ("gs:/bucket", "gs://bucket"),
+        ("hf:/owner/name", "hf://owner/name"),
+        ("file:/tmp/x", "file:///tmp/x"),
+    ],
+)
+def test_an_address_that_lacks_a_slash_is_no_folder_of_that_name(written: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=rf"write {meant}, or \./{written}"):
+        storage.filesystem_of(written)
+    for name in (meant, f"./{written}", f"/a/{written}", "c:/x", "a s3:/x"):
+        storage.check_address(name)
+    with pytest.raises(ValueError, match="nothing is named"):
+        storage.check_address(" ")
+
+
+def test_trying_a_place_leaves_nothing_behind(tmp_path: Path, small_disk: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    storage.check_writable(str(tmp_path / "a" / "b"))
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "disk"}
+    (tmp_path / "held").mkdir()
+    storage.check_writable(str(tmp_path / "held"))
+    assert list((tmp_path / "held").iterdir()) == []
+    for place, why in ((tmp_path / "file", "exists"), (tmp_path / "file" / "x", "Not a directory")):
+        with pytest.raises(ValueError, match=f"{place} cannot be written: .*{why}"):
+            storage.check_writable(str(place))
+    fill(small_disk)
+    with pytest.raises(ValueError, match=f"{small_disk} cannot be written: No space left on device"):
+        storage.check_writable(str(small_disk))
+
+
+def test_a_write_that_fails_says_where_and_why_also_when_it_has_travelled(small_disk: Path) -> None:
+    with pytest.raises(storage.WriteError) as told:
+        storage.write_atomic(str(small_disk / "x"), bytes(32 << 20))
+    assert str(told.value) == f"{small_disk / 'x'} cannot be written: No space left on device"
+    assert str(pickle.loads(pickle.dumps(told.value))) == str(told.value)
+    assert list(small_disk.iterdir()) == []

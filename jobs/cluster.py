@@ -1,0 +1,173 @@
+"""Ray around a job: the cluster that it joins or starts, the pool of replicas, the books about images that end their worker."""
+
+import logging
+import os
+import socket
+from typing import Any, NamedTuple
+
+from jobs import signals
+from saecore.isolation import Suspects, Work
+
+ANSWER_SECONDS = 5.0
+"""To be let in, and as many to be greeted: by then a cluster is gone. Ray itself waits for two minutes, in silence."""
+
+CLIENT = "ray://"
+"""Begins the address of a cluster that is joined from outside."""
+
+SETTINGS = b"\x04"
+"""The type of the frame with which HTTP/2 begins."""
+
+
+class Pool(NamedTuple):
+    """Where the replicas run."""
+
+    replicas: int
+    device: str
+    """`cpu` or `cuda`."""
+    cpus_per_replica: float
+    gpus_per_replica: float
+    threads: int
+    """CPU threads of one replica's forward; 0 leaves PyTorch's choice."""
+    on_ray: bool
+    why: str = ""
+    """A line that says where they run, and how to choose otherwise, where nobody has told."""
+
+
+def here(gpus_per_replica: float) -> Pool:
+    """One replica in this process. ValueError if it is to have a GPU and there is none."""
+    import torch
+
+    if gpus_per_replica > 0 and not torch.cuda.is_available():
+        raise ValueError(f"--gpus-per-replica {gpus_per_replica:g}: there is no GPU on this machine")
+    return Pool(1, "cuda" if torch.cuda.is_available() and gpus_per_replica else "cpu", 0.0, 0.0, 0, False)
+
+
+def make_pool(replicas: int, gpus_per_replica: float) -> Pool:
+    """On Ray, as many replicas as the GPUs carry, or one on the CPU. ValueError if they do not fit."""
+    connect(replicas or 1)
+    import ray
+
+    cluster = ray.cluster_resources()
+    cpus, gpus = int(cluster.get("CPU", 0)), cluster.get("GPU", 0.0)
+    share = gpus_per_replica if gpus_per_replica >= 0 else (1.0 if gpus else 0.0)
+    if share:
+        wanted = replicas or int(gpus / share)
+        if wanted < 1 or wanted * share > gpus:
+            raise ValueError(
+                f"{max(wanted, 1)} replicas of {share:g} GPUs need more than the {gpus:g} GPUs of this cluster"
+            )
+        cpus_each, threads, device = 1.0, 0, "cuda"
+    else:
+        wanted = replicas or 1
+        # An eighth of the CPUs, at least one, is left to read, decode and write: a guess, not a measurement.
+        cpus_each = float(max(1, (cpus - max(1, cpus // 8)) // wanted))
+        threads, device = max(1, cpus // wanted), "cpu"
+    if wanted * cpus_each + 1 > cpus:
+        raise ValueError(
+            f"{wanted} replicas of {cpus_each:g} CPUs leave none of the cluster's {cpus} CPUs to read images"
+        )
+    return Pool(wanted, device, cpus_each, share, threads, True)
+
+
+def connect(replicas: int) -> None:
+    """Join the cluster this job was submitted to (RAY_ADDRESS, set by `ray job submit`), or start Ray on this machine.
+
+    ValueError, within seconds, if there is no such cluster.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return
+    check_answers()
+    # Ray 2.60 warns of a coming default for GPU visibility in tasks without GPUs; ours is that coming default.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    with signals.kept():
+        if address := asked_for():
+            try:
+                ray.init(address=address, **quiet)
+            except (OSError, RuntimeError, SystemExit) as error:  # the last when its first processes stay silent
+                raise ValueError(f"RAY_ADDRESS={address} cannot be joined: {' '.join(str(error).split())}") from error
+        else:
+            # A replica holds a CPU for its whole life: on a single-core machine the tasks would wait for ever.
+            cpus = max(os.cpu_count() or 1, replicas + 1)
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+
+
+def asked_for() -> str:
+    """The cluster that RAY_ADDRESS names; "" where Ray is to be started here, if at all."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    return "" if address == "local" else address
+
+
+def check_answers() -> None:
+    """ValueError unless something that may be a Ray cluster answers at RAY_ADDRESS, if it is set; takes at most 10 s.
+
+    Ray speaks gRPC, whose servers greet with a SETTINGS frame of HTTP/2 (RFC 9113, section 3.4) before they know who asks.
+    """
+    address = asked_for()
+    if not address:
+        return
+    if address.startswith(("http://", "https://")):
+        raise ValueError(
+            f"RAY_ADDRESS={address} is a dashboard's, for `ray job submit`: a job joins a cluster at HOST:6379; unset it to "
+            "start Ray on this machine"
+        )
+    from ray._private.services import canonicalize_bootstrap_address  # what Ray will really connect to
+
+    try:
+        found = address[len(CLIENT) :] if address.startswith(CLIENT) else canonicalize_bootstrap_address(address)
+        host, _, port = found.rpartition(":")
+        with socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS) as connection:
+            greeting = b"" if encrypted() else _greeting(connection)
+    except (OSError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"RAY_ADDRESS={address}: no cluster answers there ({' '.join(str(error).split())}); unset it to start Ray on this "
+            "machine"
+        ) from error
+    if not encrypted() and greeting[3:4] != SETTINGS:
+        raise ValueError(
+            f"RAY_ADDRESS={address}: what answers there is no Ray cluster; a cluster's port is 6379 by default"
+        )
+
+
+def encrypted() -> bool:
+    """Whether Ray greets after a handshake of TLS only; then all that is asked is whether somebody listens."""
+    return os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+
+
+def _greeting(connection: socket.socket) -> bytes:
+    """The head of the first frame that a server of HTTP/2 sends; less of it if the server ends the connection."""
+    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + SETTINGS + bytes(5))
+    head = b""
+    while len(head) < 9 and (more := connection.recv(9 - len(head))):
+        head += more
+    return head
+
+
+class RemoteSuspects:
+    """A `saecore.isolation.Suspects` in an actor of its own, as the `Witness` that workers talk to."""
+
+    def __init__(self) -> None:
+        import ray
+
+        # num_cpus=0: it only keeps books, and must never wait for a CPU.
+        self._actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Suspects).remote()
+
+    def begin(self, step: str, chunk_id: int, n_images: int) -> Work:
+        """See `Suspects.begin`."""
+        return _answer(self._actor.begin.remote(step, chunk_id, n_images))
+
+    def enter(self, step: str, chunk_id: int, start: int, end: int) -> None:
+        """See `Suspects.enter`; waits, since what is entered must be known before the worker can die of it."""
+        _answer(self._actor.enter.remote(step, chunk_id, start, end))
+
+    def done(self, step: str, chunk_id: int) -> None:
+        """See `Suspects.done`."""
+        _answer(self._actor.done.remote(step, chunk_id))
+
+
+def _answer(reference: Any) -> Any:
+    import ray
+
+    return ray.get(reference)

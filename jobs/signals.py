@@ -1,0 +1,76 @@
+"""Ctrl-C and SIGTERM: what was asked to end ends in good order, and at once when it is asked again.
+
+A handler raises `Stopped` where the process stands; `session.run_job` turns it into one line and an exit code. Ray and DuckDB
+may turn it into exceptions of their own on the way: `Asked` remembers that it was not they who failed.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(KeyboardInterrupt):
+    """The process was asked to end. A KeyboardInterrupt, so that whatever lets go for Ctrl-C lets go for SIGTERM too."""
+
+
+class Asked:
+    """Which signal asked this process to end; None so far."""
+
+    number: int | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """As shells have it: 130 for Ctrl-C, also where it came without a signal, 143 for SIGTERM."""
+        return 128 + (self.number or signal.SIGINT)
+
+
+@contextmanager
+def listening() -> Iterator[Asked]:
+    """Within the block the first signal raises `Stopped`, and the second ends the process at once.
+
+    After the first, what is printed goes to standard error: Ray reports every actor that it ends to standard output.
+    """
+    asked, stdout = Asked(), sys.stdout
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if asked.number is not None:
+            end_at_once(number, frame)
+        asked.number = number
+        sys.stdout = sys.stderr
+        raise Stopped
+
+    with kept():
+        if threading.current_thread() is threading.main_thread():
+            for each in SIGNALS:
+                signal.signal(each, stop)
+        try:
+            yield asked
+        finally:
+            sys.stdout = stdout
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Whatever the block does to the handlers is undone after it: Ray takes SIGTERM for itself when it starts.
+
+    They are the main thread's alone; elsewhere Python sets none, and nothing happens.
+    """
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                if handler is not None:  # set by a library, not by Python: it cannot be set again from here
+                    signal.signal(number, handler)
+
+
+def end_at_once(number: int, frame: FrameType | None) -> None:
+    """A handler that waits for nothing. Ray's processes on this machine end when they miss this one."""
+    os._exit(128 + number)
