@@ -24,13 +24,15 @@ from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Redire
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from saecore.finding import number_of
 from saecore.pages import FOLDER, LISTED_IMAGES, LISTED_LATENTS, Site
 from saecore.results import Results
 from saecore.views import Views
 
 FOUND = 60
 """Most latents, and most images, of one answer of the search; search.js knows of it."""
+
+MOST = 2**63 - 1
+"""The largest number that an image can have."""
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'",
@@ -67,11 +69,11 @@ def application(run: Results, hosts: Sequence[str], strongest: int = 12) -> Star
         Route("/favicon.ico", lambda request: RedirectResponse("static/icon.svg")),
         Route("/index.html", answers.overview),
         Route("/latents.html", answers.latents),
-        Route("/latents/{number}.html", answers.latent),
-        Route("/targets/{number}.html", answers.target),
+        Route("/latents/{number:int}.html", answers.latent),
+        Route("/targets/{number:int}.html", answers.target),
         Route("/images.html", answers.images),
-        Route("/images/{number}.html", answers.image),
-        Route("/pictures/{number}.webp", answers.picture),
+        Route("/images/{number:int}.html", answers.image),
+        Route("/pictures/{number:int}.webp", answers.picture),
         Route("/search.html", answers.search),
         Route("/search.json", answers.found),
         Mount("/static", StaticFiles(directory=FOLDER / "static")),
@@ -101,16 +103,16 @@ class Answers:
             return _html(self.site.latent_list(rows, {}, first))
 
     def latent(self, request: Request) -> Response:
-        number = _number(request)
-        if number is None or not self.site.has_latent(number):
-            raise HTTPException(404, f"this run has no such latent: they are 0 to {self.site.run.n_latents - 1}")
+        number = request.path_params["number"]
+        if not self.site.has_latent(number):
+            raise HTTPException(404, f"this run has no latent {number}: they are 0 to {self.site.run.n_latents - 1}")
         with self._alone:
             return _html(self.site.latent(number))
 
     def target(self, request: Request) -> Response:
-        number, held = _number(request), len(self.site.targets)
-        if number is None or number >= held:
-            raise HTTPException(404, f"this run has no such target: it has {held} texts and concepts")
+        number, held = request.path_params["number"], len(self.site.targets)
+        if number >= held:
+            raise HTTPException(404, f"this run has no target {number}: it has {held} texts and concepts")
         with self._alone:
             return _html(self.site.target(number))
 
@@ -122,17 +124,16 @@ class Answers:
             return _html(self.site.image_list(list(self.site.views.images(image_ids)), first))
 
     def image(self, request: Request) -> Response:
-        number = _number(request)
+        number = request.path_params["number"]
         with self._alone:
-            view = None if number is None else next(self.site.views.images(np.array([number])), None)
+            view = next(self.site.views.images(np.array([min(number, MOST)])), None)
             if view is None:
-                raise HTTPException(404, "this run has no such image")
+                raise HTTPException(404, f"this run has no image {number}")
             return _html(self.site.image(view))
 
     def picture(self, request: Request) -> Response:
-        number = _number(request)
         with self._alone:
-            picture = None if number is None else self.site.pictures.get(number)
+            picture = self.site.pictures.get(min(request.path_params["number"], MOST))
         if picture is None:
             return FileResponse(FOLDER / "static" / "no-picture.svg")
         return Response(picture, media_type="image/webp", headers={"Cache-Control": "max-age=3600"})
@@ -156,12 +157,6 @@ def _html(text: str, status: int = 200) -> Response:
 def _first(request: Request, total: int) -> int:
     """Where a page of a list begins."""
     text = request.query_params.get("from", "0")
-    first = number_of(text)
-    if first is None or first >= max(total, 1):
-        raise HTTPException(404, f"from={text[:20]}: the list has {total} entries, the first is 0")
-    return first
-
-
-def _number(request: Request) -> int | None:
-    """That of a page. Not Starlette's own `int`: Python converts no more than 4,300 digits, and raises."""
-    return number_of(request.path_params["number"])
+    if not text.isdecimal() or int(text) >= max(total, 1):
+        raise HTTPException(404, f"from={text}: the list has {total} entries, the first is 0")
+    return int(text)

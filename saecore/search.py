@@ -16,7 +16,8 @@ import functools
 import re
 from collections.abc import Iterable, Sequence
 
-WHOLE, OTHER_WHOLE, BEGINNING, OTHER_BEGINNING, INSIDE = range(5)
+INSIDE = 4
+"""The last rank."""
 
 Called = tuple[str | None, Sequence[str]]
 """A latent's name, and its other words."""
@@ -39,6 +40,8 @@ def _rank(wanted: Sequence[str], called: Called) -> int | None:
 
 
 def _rank_of_word(word: str, name: str | None, others: Sequence[str]) -> int | None:
+    if not any(word in text.casefold() for text in (name or "", *others)):
+        return None  # most of them: parting all names of 24,576 latents into words would take half a second
     own = words_of(name or "")
     more = frozenset().union(*map(words_of, others))
     occurs = (
@@ -46,9 +49,8 @@ def _rank_of_word(word: str, name: str | None, others: Sequence[str]) -> int | N
         word in more,
         any(one.startswith(word) for one in own),
         any(one.startswith(word) for one in more),
-        any(word in text.casefold() for text in (name or "", *others)),
     )
-    return next((rank for rank, true in enumerate(occurs) if true), None)
+    return next((rank for rank, true in enumerate(occurs) if true), INSIDE)
 
 
 @functools.lru_cache(65_536)

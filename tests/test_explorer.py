@@ -65,14 +65,11 @@ def test_any_latent_and_any_image_has_a_page(explorer: str) -> None:
 @pytest.mark.parametrize(
     ("page", "words"),
     [
-        ("latents/80.html", "this run has no such latent: they are 0 to 79"),
-        ("targets/1.html", "this run has no such target: it has 1 texts and concepts"),
-        (f"images/{album.N_IMAGES}.html", "this run has no such image"),
-        ("images/4294967296.html", "this run has no such image"),
-        (f"images/{10**40}.html", "this run has no such image"),
-        *((f"{kind}/{'9' * 6000}.html", f"no such {kind[:-1]}") for kind in ("latents", "targets", "images")),
-        (f"latents.html?from={'9' * 6000}", "from=99999999999999999999: the list has"),
-        ("latents/053.html", "this run has no such latent"),
+        ("latents/80.html", "this run has no latent 80: they are 0 to 79"),
+        ("targets/1.html", "this run has no target 1: it has 1 texts and concepts"),
+        (f"images/{album.N_IMAGES}.html", f"this run has no image {album.N_IMAGES}"),
+        ("images/4294967296.html", "this run has no image 4294967296"),
+        (f"images/{10**40}.html", "this run has no image"),
         ("images.html?from=x", "from=x"),
         (f"images.html?from={album.N_IMAGES}", "the list has 25 entries"),
         ("static/../../pages.py", "Not Found"),
@@ -91,7 +88,7 @@ def test_pictures(explorer: str) -> None:
     status, headers, content = get(f"{explorer}/pictures/0.webp")
     assert (status, headers["Content-Type"]) == (200, "image/webp")
     assert Image.open(io.BytesIO(content)).size == (192, 192)
-    for none in (album.N_IMAGES - 1, 77, 10**40, "9" * 6000):  # refused, and never there
+    for none in (album.N_IMAGES - 1, 77, 10**40):  # refused, and never there
         status, headers, content = get(f"{explorer}/pictures/{none}.webp")
         assert (status, headers["Content-Type"]) == (200, "image/svg+xml")
         assert b"picture not found" in content
@@ -109,8 +106,18 @@ def test_search(explorer: str) -> None:
         f"{index:06d}.jpg"
         for index in (*range(10, 20), 1)  # those that begin so first
     ]
-    for nothing in ("no such thing", "053", "' OR 1 = 1 --", "9" * 50, "9" * 6000, "%"):
-        assert found(explorer, nothing) == {"latents": [], "images": [], "targets": [], "missing": []}
+    for nothing in (
+        "no such thing",
+        "053",
+        "' OR 1 = 1 --",
+        "9" * 50,
+        "9" * 6000,
+        "a" * 20_000,
+        "\0",
+        "a\0b",
+        "%",
+    ):
+        assert found(explorer, nothing) == {"latents": [], "images": [], "targets": []}
 
 
 def test_other_sites_do_not_read_along(explorer: str) -> None:
