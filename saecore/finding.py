@@ -5,7 +5,7 @@ report. Of a file's name, anything that is no letter and no digit parts words: f
 then those with words that begin so, then those where it occurs anywhere. All words of a query must occur.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from saecore.results import Results, number
@@ -69,12 +69,11 @@ def index(
     strongest: Mapping[int, int],
     images: Sequence[tuple[int, str | None]],
     targets: Sequence[tuple[int, str]],
-    missing: Collection[int],
 ) -> dict[str, list[Any]]:
     """What `site/static/search.js` takes.
 
     latents: [number, name, other words, images, whether the name is valid, score, strongest image]. images: [number, name of
-    the file]. targets: [place, words]. missing: the numbers of images without a picture.
+    the file]. targets: [place, words]. A written report adds `missing`, the numbers of images without a picture.
     """
     return {
         "latents": [
@@ -91,5 +90,4 @@ def index(
         ],
         "images": [[image_id, key or f"image {image_id}"] for image_id, key in images],
         "targets": [list(target) for target in targets],
-        "missing": sorted(missing),
     }

@@ -224,15 +224,11 @@ class Site:
         )
 
     def index(
-        self,
-        latents: Sequence[int],
-        images: Sequence[tuple[int, str | None]],
-        targets: Sequence[int],
-        missing: Collection[int] = (),
+        self, latents: Sequence[int], images: Sequence[tuple[int, str | None]], targets: Sequence[int]
     ) -> dict[str, list[Any]]:
-        """What search.js looks through, or shows; see `saecore.finding.index`. missing: the images without a picture."""
+        """What search.js looks through, or shows; see `saecore.finding.index`."""
         rows = [self.views.latents[latent] for latent in latents]
-        return index(rows, self._strongest_images, images, [(place, self.targets[place]) for place in targets], missing)
+        return index(rows, self._strongest_images, images, [(place, self.targets[place]) for place in targets])
 
     @functools.cached_property
     def _strongest_images(self) -> dict[int, int]:

@@ -146,7 +146,8 @@ class Report:
         keys = [(view.image["image_id"], view.image["key"]) for view in listed]
         missing = self.site.missing | {view.image["image_id"] for view in listed if view.image["error"]}
         places = range(len(self.targets))
-        return htmlsafe_json_dumps(self.site.index(list(self.latents), keys, places, missing))
+        index = self.site.index(list(self.latents), keys, places)
+        return htmlsafe_json_dumps(index | {"missing": sorted(missing)})
 
 
 def _write(path: Path, text: str) -> None:

@@ -132,8 +132,18 @@ def test_search(explorer: str) -> None:
         f"{index:06d}.jpg"
         for index in (*range(10, 20), 1)  # those that begin so first
     ]
-    for nothing in ("no such thing", "053", "' OR 1 = 1 --", "9" * 50, "9" * 6000, "%"):
-        assert found(explorer, nothing) == {"latents": [], "images": [], "targets": [], "missing": []}
+    for nothing in (
+        "no such thing",
+        "053",
+        "' OR 1 = 1 --",
+        "9" * 50,
+        "9" * 6000,
+        "a" * 20_000,
+        "\0",
+        "a\0b",
+        "%",
+    ):
+        assert found(explorer, nothing) == {"latents": [], "images": [], "targets": []}
 
 
 def test_other_sites_do_not_read_along(explorer: str) -> None:

@@ -6,7 +6,7 @@ const PAUSE = 120; // ms without a key, after which the explorer is asked
 const box = document.getElementById("search");
 const NOTHING = document.getElementById("found").textContent;
 const live = "live" in document.documentElement.dataset;
-const EMPTY = { latents: [], images: [], targets: [], missing: [] };
+const EMPTY = { latents: [], images: [], targets: [] };
 
 // ---- The rule, as in saecore/search.py and saecore/finding.py.
 
@@ -48,7 +48,7 @@ function rankOfFile(words, [number, name], text) {
 }
 
 // {latents: [[number, name, other words, images, valid, score, strongest image]], images: [[number, name]], targets: [[place, words]],
-// missing: images without a picture}, the best first.
+// missing: in a written report, images without a picture}, the best first.
 async function find(text) {
   if (live) return (await fetch(`search.json?q=${encodeURIComponent(text)}`)).json();
   const { latents, images, targets, missing } = window.searchIndex;
@@ -117,10 +117,10 @@ async function show() {
   history.replaceState(null, "", address);
   const found = text ? await find(text) : EMPTY;
   if (turn !== asked) return; // an answer to what was typed before
-  const words = split(text);
-  const latents = found.latents.slice(0, MOST).map((one) => latentItem(one, words, found.missing));
+  const [words, missing] = [split(text), found.missing ?? []];
+  const latents = found.latents.slice(0, MOST).map((one) => latentItem(one, words, missing));
   const targets = found.targets.slice(0, MOST).map(([place, name]) => item(`targets/${place}.html`, null, [name], ""));
-  const images = found.images.slice(0, MOST).map(([number, name]) => item(`images/${number}.html`, thumbnail(number, found.missing), [name], ""));
+  const images = found.images.slice(0, MOST).map(([number, name]) => item(`images/${number}.html`, thumbnail(number, missing), [name], ""));
   document.getElementById("results").replaceChildren(...list("Latents", latents), ...list("Texts and concepts", targets), ...list("Images", images));
   const others = found.targets.length ? `${found.targets.length} ${found.targets.length === 1 ? "text or concept" : "texts and concepts"}, ` : "";
   const counts = `${count(found.latents, "latent")}, ${others}${count(found.images, "image")}`;
