@@ -100,14 +100,14 @@ def test_what_there_is_not(explorer: str, page: str, words: str) -> None:
     "asked", ["9" * 6000, "a" * 20_000, "\0", "a\0b", "'", '"', "\\", "_", "%", "1\n2", "\N{GRINNING FACE}"]
 )
 def test_whatever_is_searched_for_is_an_answer(explorer: str, asked: str) -> None:
-    assert found(explorer, asked).keys() == {"latents", "images", "targets", "missing"}
+    assert found(explorer, asked).keys() == {"latents", "images", "targets"}
 
 
 @pytest.mark.parametrize("query", ["", "?q", "?q=%ff", "?q=%ED%A0%80", "?q=a&q=b", "?x=1"])
 def test_a_search_that_is_none_is_an_answer(explorer: str, query: str) -> None:
     status, _, content = get(f"{explorer}/search.json{query}")
     assert status == 200
-    assert json.loads(content).keys() == {"latents", "images", "targets", "missing"}
+    assert json.loads(content).keys() == {"latents", "images", "targets"}
 
 
 def test_pictures(explorer: str) -> None:
