@@ -18,6 +18,10 @@ SETTINGS = b"\x04"
 """The type of the frame with which HTTP/2 begins."""
 
 
+taken = False
+"""Whether `connect` has joined or started Ray for this process."""
+
+
 class Pool(NamedTuple):
     """Where the replicas run."""
 
@@ -72,8 +76,9 @@ def make_pool(replicas: int, gpus_per_replica: float) -> Pool:
 def connect(replicas: int) -> None:
     """Join the cluster this job was submitted to (RAY_ADDRESS, set by `ray job submit`), or start Ray on this machine.
 
-    ValueError, within seconds, if there is no such cluster.
+    ValueError, within seconds, if there is no such cluster. Where this process uses Ray already, it goes on with that.
     """
+    global taken
     import ray
 
     if ray.is_initialized():
@@ -92,6 +97,17 @@ def connect(replicas: int) -> None:
             # A replica holds a CPU for its whole life: on a single-core machine the tasks would wait for ever.
             cpus = max(os.cpu_count() or 1, replicas + 1)
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+    taken = True
+
+
+def leave() -> None:
+    """Leave the cluster that `connect` has joined, or end the Ray that it has started. One that others use is let alone."""
+    global taken
+    if taken:
+        import ray
+
+        ray.shutdown()
+        taken = False
 
 
 def asked_for() -> str:

@@ -17,7 +17,7 @@ from typing import IO, Any, Protocol, TypeVar
 import tyro
 from rich.console import Console
 
-from jobs import signals
+from jobs import cluster, signals
 from saecore import storage
 from saecore.storage import WriteError, check_address
 
@@ -197,8 +197,8 @@ def quiet() -> Iterator[Log]:
         try:
             yield log
         except BaseException as error:
-            if "ray" in sys.modules and _behind(error, KeyboardInterrupt):
-                sys.modules["ray"].shutdown()
+            if _behind(error, KeyboardInterrupt):
+                cluster.leave()
             raise
         finally:
             sys.stderr.flush()

@@ -11,7 +11,7 @@ from typing import Any
 
 WORDS = {
     "start": "to start",
-    "images": "for {images} images ({rate} a second, loading of models included)",
+    "images": "for {images} ({rate} a second, loading of models included)",
     "close": "to close",
 }
 
@@ -20,8 +20,9 @@ def waited(record: Mapping[str, Any]) -> str:
     """By the clock, from the command to its last word; without the start of Python and the end of Ray."""
     seconds, images = record["session_seconds"], record["session_images"]
     rate = f"{images / max(seconds.get('images', 0.0), 1e-9):,.1f}"
+    counted = "1 image" if images == 1 else f"{images:,} images"
     parts = [
-        f"{seconds[part]:.1f} s {words.format(images=f'{images:,}', rate=rate)}"
+        f"{seconds[part]:.1f} s {words.format(images=counted, rate=rate)}"
         for part, words in WORDS.items()
         if part in seconds
     ]

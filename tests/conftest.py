@@ -33,6 +33,7 @@ def ray_session() -> Iterator[None]:
     from jobs import cluster
 
     cluster.connect(replicas=2)
+    cluster.taken = False  # a job that is interrupted must not end it for the tests that follow
     yield
     ray.shutdown()
 

@@ -90,8 +90,16 @@ def test_the_memory_map_has_the_rows_of_the_table_without_the_refused(
 
 
 def test_an_interrupted_run_is_resumed(
-    shards: Path, embedded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ray_session: None,
+    shards: Path,
+    embedded: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """And the Ray that others use in this process goes on."""
+    import ray
+
     whole, out = runs.Run.write_chunk, tmp_path / "run"
 
     def stop_at_3(self: runs.Run, chunk_id: int, *rest: Any) -> runs.Commit:
@@ -102,6 +110,7 @@ def test_an_interrupted_run_is_resumed(
     with monkeypatch.context() as patch:
         patch.setattr(runs.Run, "write_chunk", stop_at_3)
         assert embed.main(arguments(shards, out, "--local")) == 130
+    assert ray.is_initialized()
     done = {path: path.stat().st_mtime_ns for path in (out / "images").iterdir()}
     assert len(done) == 3
     assert embed.main(arguments(shards, out, "--local")) == 0

@@ -169,11 +169,6 @@ def test_latents_without_a_name_among_others_with_one(
     assert "name" not in capsys.readouterr().out.splitlines()[0]
 
 
-def test_maps_to_where_no_file_can_be(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert query.main(["maps", run, "b.jpg", "--npy", str(tmp_path / "no" / "maps.npy")]) == 2
-    assert capsys.readouterr().err == f"error: --npy {tmp_path}/no/maps.npy: No such file or directory\n"
-
-
 def test_a_target_is_what_was_typed(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     said = []
     for spelling in ("text:x", "text: x", " text :  x"):
