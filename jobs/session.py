@@ -53,11 +53,14 @@ RESUMES = "the same command resumes from here"
 def run_job(job: Callable[[], int]) -> int:
     """A job's exit code: its own; 2 with one sentence for a mistake, 1 for a place that refuses what is written.
 
-    Asked to end by Ctrl-C or SIGTERM it is 130 or 143, with one line that says what the same command does next. A bug is loud.
+    Asked to end by Ctrl-C or SIGTERM it is 130 or 143, with one line that says what the same command does next; 141, without a
+    word, where nobody reads on, as after `| head`. A bug is loud.
     """
     with signals.listening() as asked:
         try:
-            return job()
+            code = job()
+            sys.stdout.flush()  # not while Python ends: a reader that has gone is an exception that nobody catches there
+            return code
         except MistakeError as mistake:
             print(f"error: {mistake}", file=sys.stderr)
             return 2
@@ -68,6 +71,8 @@ def run_job(job: Callable[[], int]) -> int:
                 if asked.number is not None and "ray" in sys.modules:
                     os._exit(asked.exit_code)  # Ray Data's threads would go on while Python ends, and complain
                 return asked.exit_code
+            if _behind(error, BrokenPipeError) and signals.nobody_reads():
+                return signals.unread()
             if refused := _behind(error, WriteError):
                 said = str(refused).splitlines()[0]  # Ray Data adds advice about its own retries
                 print(f"error: {said}; {then}", file=sys.stderr)

@@ -1,10 +1,11 @@
-"""Ctrl-C and SIGTERM: what was asked to end ends in good order, and at once when it is asked again.
+"""Ctrl-C, SIGTERM, and readers that have gone: what was asked to end ends in good order, and at once when it is asked again.
 
 A handler raises `Stopped` where the process stands; `session.run_job` turns it into one line and an exit code. Ray and DuckDB
 may turn it into exceptions of their own on the way: `Asked` remembers that it was not they who failed.
 """
 
 import os
+import select
 import signal
 import sys
 import threading
@@ -69,6 +70,19 @@ def kept() -> Iterator[None]:
             for number, handler in before.items():
                 if handler is not None:  # set by a library, not by Python: it cannot be set again from here
                     signal.signal(number, handler)
+
+
+def nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader has gone."""
+    poll = select.poll()
+    poll.register(sys.__stdout__ or 1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def unread() -> int:
+    """The exit code of a program whose output nobody reads, as shells have it. What is still in a buffer goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return 128 + signal.SIGPIPE
 
 
 def end_at_once(number: int, frame: FrameType | None) -> None:

@@ -94,7 +94,8 @@ def list_shards(
             )
     for links, what in ((folders.again, "links to folders that are listed already"), (folders.nowhere, "dead links")):
         if links:
-            say(f"passed over {len(links):,} {what}: {', '.join(sorted(links)[:3])}{', ..' if len(links) > 3 else ''}")
+            first = ", ".join(sorted(links)[:3]) + (", .." if len(links) > 3 else "")
+            say(f"passed over {what} ({len(links):,}): {first}")
     assert len(shards) + len(loose) < 1 << 31, "shard ids take 31 bits"
     by_base: dict[str, list[_Loose]] = {}
     for uri in sorted(loose):

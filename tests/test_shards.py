@@ -186,7 +186,7 @@ def test_links_in_circles_are_not_followed(tmp_path: Path) -> None:
     files, said = listed(p)
     assert files == own
     assert said.startswith(
-        f"passed over 5 links to folders that are listed already: {p}/a/first, {p}/a/other, {p}/b/other, .."
+        f"passed over links to folders that are listed already (5): {p}/a/first, {p}/a/other, {p}/b/other, .."
     )
     for paths in ([f"{p}/**/*.jpg"], [f"{p}/*"], [f"{p}/**"], [p, p / "self"], [p, p / "a"], [p, p / "0.jpg"], [p, p]):
         files, said = listed(*paths)
@@ -208,7 +208,7 @@ def test_links_to_elsewhere_are_followed_once(tmp_path: Path) -> None:
     (tmp_path / "else" / "on").symlink_to(tmp_path / "many")
     files, said = listed(p)
     assert files == ["p/0.jpg", "p/x/4.jpg", "p/x/deep/5.jpg", "p/x/on/6.jpg"]
-    assert said == f"passed over 2 links to folders that are listed already: {p}/x/back, {p}/y"
+    assert said == f"passed over links to folders that are listed already (2): {p}/x/back, {p}/y"
     assert listed(p, tmp_path / "else")[0] == ["else/4.jpg", "else/deep/5.jpg", "else/on/6.jpg", "p/0.jpg"]
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "self").symlink_to(".")
@@ -223,7 +223,7 @@ def test_links_that_lead_nowhere_are_said(tmp_path: Path) -> None:
     (tmp_path / "p" / "again.jpg").symlink_to("1.jpg")  # another name of a file is another image
     files, said = listed(tmp_path / "p")
     assert files == ["p/1.jpg", "p/again.jpg"]
-    assert said == f"passed over 2 dead links: {tmp_path}/p/gone.jpg, {tmp_path}/p/me.jpg"
+    assert said == f"passed over dead links (2): {tmp_path}/p/gone.jpg, {tmp_path}/p/me.jpg"
 
 
 # ---- Tar.

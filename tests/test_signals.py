@@ -136,3 +136,18 @@ def test_a_training_saves_before_it_stops(tmp_path: Path) -> None:
 
         assert stopped(words, trains, tmp_path, number) == (code, expected)
         assert (out / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("reads", [0, 2], ids=["nobody reads", "two lines are read"])
+def test_a_reader_that_goes_is_no_error(reads: int, local_run: Path, tmp_path: Path) -> None:
+    """As after `| head -2`: whatever part of the output is lost, the end is quiet, and a bug behind it would not be."""
+    many = "SELECT activations.* FROM activations, range(20)"  # more than a pipe holds
+    words = [sys.executable, "-m", "jobs.query", "sql", str(local_run), many, "--json"]
+    with (tmp_path / "stderr").open("w") as stderr:
+        job = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr)
+        assert job.stdout is not None
+        for _ in range(reads):
+            assert job.stdout.readline()
+        job.stdout.close()
+        assert job.wait(60) == 128 + signal.SIGPIPE
+    assert (tmp_path / "stderr").read_text() == ""
