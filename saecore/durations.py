@@ -19,6 +19,8 @@ WORDS = {
 def waited(record: Mapping[str, Any]) -> str:
     """By the clock, from the command to its last word; without the start of Python and the end of Ray."""
     seconds, images = record["session_seconds"], record["session_images"]
+    if not isinstance(seconds, Mapping):  # runs from before the others were counted
+        seconds = {"images": seconds}
     rate = f"{images / max(seconds.get('images', 0.0), 1e-9):,.1f}"
     counted = "1 image" if images == 1 else f"{images:,} images"
     parts = [

@@ -167,7 +167,7 @@ class Run:
 
     def record(self) -> dict[str, Any]:
         """The content of run.json."""
-        return json.loads(_read_bytes(join_uri(self.uri, "run.json")))
+        return record_at(self.uri)
 
     def update(self, **fields: Any) -> None:
         """Add to, or replace in, run.json."""
@@ -265,8 +265,24 @@ def run_at(uri: str) -> Run | None:
     """The run that a folder holds, as it was made; None if there is none; ValueError as of `holds_run`."""
     if not holds_run(uri):
         return None
-    parts = json.loads(_read_bytes(join_uri(uri, "run.json")))["parts"]
+    parts = record_at(uri)["parts"]
     return Run(uri, parts, fingerprint(parts))
+
+
+def record_at(uri: str) -> dict[str, Any]:
+    """run.json of the run at `uri`; ValueError, which names the file, if no run wrote that; OSError if there is none."""
+    where = join_uri(uri, "run.json")
+    try:
+        record = json.loads(_read_bytes(where))
+    except ValueError as error:
+        raise ValueError(f"{where} is damaged: {error}") from error
+    if (
+        not isinstance(record, dict)
+        or not {"parts", "status"} <= record.keys()
+        or not isinstance(record["parts"], dict)
+    ):
+        raise ValueError(f"{where} is not what a run writes: {uri} holds no run")
+    return record
 
 
 def holds_run(uri: str) -> bool:
@@ -284,7 +300,7 @@ def holds_run(uri: str) -> bool:
 
 def check_place(uri: str) -> None:
     """ValueError unless a run may be written at `uri`; one that is complete needs no more writing."""
-    if not (holds_run(uri) and json.loads(_read_bytes(join_uri(uri, "run.json"))).get("status") == "complete"):
+    if not (holds_run(uri) and record_at(uri)["status"] == "complete"):
         try:
             check_writable(uri)
         except ValueError as error:

@@ -5,7 +5,6 @@ the files that hold them and no others.
 """
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,16 +29,9 @@ def read_record(uri: str) -> dict[str, Any]:
     try:
         if filesystem.get_file_info(path).type != pyarrow.fs.FileType.File:
             raise ValueError(f"{uri} holds no run: there is no run.json")
-        with filesystem.open_input_stream(path) as stream:
-            said = stream.read()
+        record = runs.record_at(uri)
     except OSError as error:
         raise ValueError(f"{uri} cannot be read: {error}") from error
-    try:
-        record: dict[str, Any] = json.loads(said)
-    except ValueError as error:
-        raise ValueError(f"{join_uri(uri, 'run.json')} is damaged: {error}") from error
-    if not isinstance(record, dict) or not record.keys() >= {"parts", "status"}:
-        raise ValueError(f"{join_uri(uri, 'run.json')} is not what a run writes: {uri} holds no run")
     if record["parts"].get("kind", "explain") != "explain":
         raise ValueError(f"{uri} is a run of another job and holds no latents: jobs.explain makes those")
     if (version := record["parts"]["schema"]) != VERSION:

@@ -31,6 +31,8 @@ def test_by_hand() -> None:
         "the last session took 10.5 s in all: 8.2 s to start, 2.0 s for 12 images"
     )
     assert durations.worked(RECORD | {"step_seconds": {}}) == "0.0 s added up over processes"
+    older = RECORD | {"session_seconds": 2.0}  # before start and close were noted
+    assert durations.waited(older) == f"2.0 s in all: 2.0 s for 512 images ({rate})"
 
 
 def test_record_terminal_and_page_agree(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -527,6 +527,18 @@ def test_another_configuration_into_the_same_run_is_refused(
     assert "k was 12, now 4" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("content", "complaint"), [("", "is damaged: Expecting value"), ("[]", "is not what a run writes")]
+)
+def test_a_damaged_record_is_told_by_the_name_of_its_file(
+    content: str, complaint: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(content)
+    assert explain.main(command(shards, tmp_path / "run", "--local")) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/run/run.json {complaint}")
+
+
 def test_a_complete_run_says_what_has_changed_in_its_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Gone and changed shards take nothing from it: exit code 0, no work. New ones are no part of it: refused."""
     folder, out = tmp_path / "scenes", tmp_path / "run"
