@@ -1,4 +1,4 @@
-"""What the search of pages finds: latents by what they are called, texts and concepts by their words, images by file name.
+"""What the search of pages finds beside latents (`saecore.search`): texts and concepts by their words, images by file name.
 
 Latents, texts and concepts go by the rule of `saecore.search`, and so does `site/static/search.js` in the list of a written
 report. Of a file's name, anything that is no letter and no digit parts words: first come those whose words are the query's,
@@ -20,18 +20,6 @@ def numbered(text: str) -> int | None:
     """The number that a text is, written as pages write it: `053` may be the beginning of a file's name, and is no number."""
     found = number(text)
     return found if str(found) == text else None
-
-
-def find_latents(rows: Sequence[Mapping[str, Any]], text: str) -> list[int]:
-    """Of latents (rows of `Views.latents`) those called so; of equal rank the valid names first, then the highest scores."""
-    found = matching(text, ((row["name"], (row["words"] or [])[1:]) for row in rows))
-    return [
-        place for _, place in sorted(found, key=lambda one: (one[0], not rows[one[1]]["valid"], _score(rows[one[1]])))
-    ]
-
-
-def _score(row: Mapping[str, Any]) -> tuple[float, int]:
-    return -(row["score"] or 0.0), row["latent"]
 
 
 def find_targets(targets: Sequence[str], text: str) -> list[int]:

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from saecore import captions, durations
+from saecore import captions, durations, search
 from saecore.captions import number, percent
-from saecore.finding import find_images, find_latents, find_targets, index, numbered, strongest_images
+from saecore.finding import find_images, find_targets, index, numbered, strongest_images
 from saecore.holdings import holdings, maps_in_words, naming
 from saecore.methods import DECOMPOSE
 from saecore.pictures import Pictures
@@ -216,7 +216,7 @@ class Site:
         """What search.js shows for a text: up to so many latents and images of the whole run, the best first."""
         latent = numbered(text)
         by_number = [latent] if latent is not None and self.has_latent(latent) else []
-        named = find_latents(self.views.latents, text)
+        named = search.latents(text, self.views.latents)
         return self.index(
             list(dict.fromkeys([*by_number, *named]))[:most],
             find_images(self.run, text, most),

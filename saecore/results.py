@@ -20,12 +20,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from saecore import by_latent, histograms
+from saecore import by_latent, histograms, search
 from saecore.by_latent import MAP, SHOWN
 from saecore.contrast import contrast
 from saecore.latents import lookup
 from saecore.maps import Maps
-from saecore.search import matching
 from saecore.tables import Tables, read_record
 
 NAMES = ("name", "score", "valid")
@@ -244,17 +243,12 @@ class Results:
     # ---- All latents.
 
     def find(self, words: str) -> pa.Table:
-        """The latents that are called so: by the rule of `saecore.search`, then by score, margin and number, the best first.
-
-        Names are `name`, and the others of `words`. ValueError where no latent has a name.
-        """
+        """The latents that are called so, the best first: see `saecore.search.latents`. ValueError where none has a name."""
         if "name" not in self.latents.column_names:
             raise ValueError(f"{self.uri}: its latents have no names yet; jobs.name gives them some")
-        held = [name for name in ("name", "words", "score", "margin") if name in self.latents.column_names]
-        rows = self.latents.select(held).to_pylist()
-        found = matching(words, ((row["name"], (row.get("words") or [])[1:]) for row in rows))
-        order = [(rank, -(rows[row].get("score") or 0), -(rows[row].get("margin") or 0), row) for rank, row in found]
-        return self.latents.take(pa.array([row for *_, row in sorted(order)], pa.int64()))
+        held = [name for name in ("name", "words", "valid", "score") if name in self.latents.column_names]
+        places = search.latents(words, self.latents.select(held).to_pylist())
+        return self.latents.take(pa.array(places, pa.int64()))
 
     def compare(self, filter_a: str, filter_b: str = "") -> pa.Table:
         """Which latents fire more on one set of images than on another: SQL conditions on the columns of `images`.

@@ -14,7 +14,8 @@ only where no latent of the run has a better one.
 
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 INSIDE = 4
 """The last rank."""
@@ -30,6 +31,19 @@ def matching(query: str, called: Iterable[Called]) -> list[tuple[int, int]]:
     found = sorted((rank, place) for rank, place in ranks if rank is not None)
     best = found[0][0] if found else INSIDE
     return [(rank, place) for rank, place in found if rank < INSIDE or best == INSIDE]
+
+
+def latents(query: str, rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The places of rows of `latents.parquet`, in the order of their latents, that the query finds by `name` and `words`.
+
+    Of equal rank the valid names come first, then the highest scores, then the lowest numbers.
+    """
+    found = matching(query, ((row["name"], (row.get("words") or [])[1:]) for row in rows))
+    return [place for *_, place in sorted((rank, *_certainty(rows[place]), place) for rank, place in found)]
+
+
+def _certainty(row: Mapping[str, Any]) -> tuple[bool, float]:
+    return not row.get("valid"), -(row.get("score") or 0.0)
 
 
 def _rank(wanted: Sequence[str], called: Called) -> int | None:

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from saecore import results
-from saecore.finding import find_images, find_latents, find_targets
+from saecore import results, search
+from saecore.finding import find_images, find_targets
 from tests import planted
 
 
@@ -42,7 +42,7 @@ ROWS = named(
     ],
 )
 def test_latents(query: str, latents: list[int]) -> None:
-    assert find_latents(ROWS, query) == latents
+    assert search.latents(query, ROWS) == latents
 
 
 def test_texts_and_concepts() -> None:
