@@ -263,9 +263,8 @@ class Results:
         sizes = "SELECT count(*) FILTER (a), count(*) FILTER (b), count(*) FILTER (a AND b)"
         try:
             for condition in (filter_a, other):
-                duckdb.SQLExpression(
-                    condition
-                )  # one expression, that closes no bracket of ours and begins no statement
+                # One expression, which closes no bracket of ours and begins no statement.
+                duckdb.SQLExpression(condition)
             n_a, n_b, n_both = self.tables.sql(f"{sizes} FROM ({sides})").to_pylist()[0].values()
         except duckdb.Error as error:
             raise ValueError(f"no condition on images: {str(error).splitlines()[0]}") from error
