@@ -128,7 +128,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
     images = arguments.images or demo_images(arguments.out)
     clip, sae_address = pipeline.address(arguments.clip or "demo"), pipeline.address(arguments.sae or "demo")
     tower, sae = load_models(clip, sae_address, arguments.site)
-    found = Model(telling(clip), tower.sha256()[:16])
+    found = Model(telling(clip), tower.sha256()[:16])  # once: of L/14 it takes a second
     remark = check_same(sae.config.trained_on, sae_address, f"--clip {clip}", found, arguments.any_clip)
     sae.firing_threshold()  # a BatchTopK SAE may have none yet
     most = sae.config.k if sae.config.architecture == "topk" else sae.config.n_latents
@@ -160,7 +160,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
     norms = {method: arguments.options.norm_of(method) for method in methods}
     parts = pipeline.parts(arguments, shards, pool) | {
         "dtype": dtype_of(pool.device, methods),
-        "clip": tower.sha256()[:16],
+        "clip": found.sha256,
         "sae": sae.sha256()[:16],
         "site": sae.config.site,
         "k": k,

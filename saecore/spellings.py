@@ -22,20 +22,20 @@ class Model(NamedTuple):
 
 # Who trained it, and on what, in the order in which a name is searched: a TinyCLIP may name LAION's data too.
 _FAMILIES = (
-    *(
-        "siglip2",
-        "siglip",
-        "dinov3",
-        "dinov2",
-        "dino",
-        "bioclip",
-        "tinyclip",
-        "metaclip",
-        "datacomp",
-        "commonpool",
-        "dfn",
-    ),
-    *("laion2b", "laion400m", "openai"),
+    "siglip2",
+    "siglip",
+    "dinov3",
+    "dinov2",
+    "dino",
+    "bioclip",
+    "tinyclip",
+    "metaclip",
+    "datacomp",
+    "commonpool",
+    "dfn",
+    "laion2b",
+    "laion400m",
+    "openai",
 )
 
 _SIZES = {"base": "b", "large": "l", "huge": "h", "giant": "g", "small": "s", "tiny": "ti"}
@@ -84,11 +84,10 @@ def _identifier(name: str) -> tuple[str, str] | None:
 def differ(one: str, other: str) -> bool | None:
     """Whether two names mean different models; None where they do not tell."""
     ids = _identifier(one), _identifier(other)
-    same = _plain(one) == _plain(other)
-    if same or (
-        ids[0] is not None and ids[1] is not None and ids[0][1] == ids[1][1]
-    ):  # the latter: a copy by another owner
+    if _plain(one) == _plain(other):
         return False
+    if ids[0] is not None and ids[1] is not None and ids[0][1] == ids[1][1]:
+        return False  # a copy by another owner
     traits = _traits(one), _traits(other)
     if any(a is not None and b is not None and a != b for a, b in zip(*traits, strict=True)):
         return True
