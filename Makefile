@@ -23,7 +23,7 @@ format: .venv/.test
 	$(BIN)/ruff check --fix
 
 bench: .venv/.installed
-	$(BIN)/python -m jobs.benchmark maps
+	$(BIN)/python -m benchmarks maps
 
 # The package is installed in place (-e), so that an edit needs no second installation.
 .venv/.installed: pyproject.toml constraints.txt

@@ -5,8 +5,9 @@ import os
 import socket
 from typing import Any, NamedTuple
 
-from jobs import signals
-from saecore.isolation import Suspects, Work
+from saecore.pipeline.isolation import Suspects, Work
+
+from . import signals
 
 ANSWER_SECONDS = 5.0
 """To be let in, and as many to be greeted: by then a cluster is gone. Ray itself waits for two minutes, in silence."""
@@ -162,7 +163,7 @@ def _greeting(connection: socket.socket) -> bytes:
 
 
 class RemoteSuspects:
-    """A `saecore.isolation.Suspects` in an actor of its own, as the `Witness` that workers talk to."""
+    """A `saecore.pipeline.isolation.Suspects` in an actor of its own, as the `Witness` that workers talk to."""
 
     def __init__(self) -> None:
         import ray

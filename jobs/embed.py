@@ -3,13 +3,14 @@
     python -m jobs.embed --images photos/ 'shards/*.tar' --clip openai/clip-vit-large-patch14 --out runs/photos-clip
     python -m jobs.embed --text words.txt --clip openai/clip-vit-large-patch14 --out runs/words-clip
 
-Images take the flow of `jobs.pipeline`, with `saecore.stages.Embed` in its replicas, to a run with the table `images` alone:
+Images take the flow of `jobs.pipeline`, with `saecore.pipeline.stages.Embed` in its replicas, to a run with the table
+`images` alone:
 
     plan -> decode (CPU tasks) -> CLIP (replicas) -> write (CPU tasks) -> progress -> memory map
 
-Its memory map, as MSAE's training reads it (`saecore.memmaps`), has a row for every image that was not refused, in the order
-of the run's chunks, which is that of image_id. Words are few: they are embedded in this process, to `texts.parquet` and a
-memory map in the vocabulary's order.
+Its memory map, as MSAE's training reads it (`saecore.training.memmaps`), has a row for every image that was not refused, in
+the order of the run's chunks, which is that of image_id. Words are few: they are embedded in this process, to `texts.parquet`
+and a memory map in the vocabulary's order.
 
 Left out: resuming in the middle of a vocabulary.
 """
@@ -27,14 +28,18 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from jobs import cluster, pipeline, session
-from saecore import memmaps, report, runs, schema
+from saecore import schema
+from saecore.pipeline.stages import Decode, Embed, EmbedConfig
+from saecore.report import preview as report
+from saecore.runs import run as runs
 from saecore.schema import TEXTS_FILE
-from saecore.stages import Decode, Embed, EmbedConfig
 from saecore.storage import filesystem_of, join_uri, write_atomic
+from saecore.training import memmaps
+
+from . import cluster, pipeline, session
 
 if TYPE_CHECKING:
-    from saecore.text import TextTower
+    from saecore.towers.text import TextTower
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +105,7 @@ def embed(argv: list[str]) -> int:
 
 def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
     """Resolve the arguments to a job, or print what it would be for --dry-run; ValueError for what the user can mend."""
-    from saecore.clip import load_tower
+    from saecore.towers.clip import load_tower
 
     pipeline.check_outside(arguments)
     clip = pipeline.address(arguments.clip)
@@ -123,7 +128,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
 
 def embed_vocabulary(arguments: Arguments) -> int:
     """A vocabulary to `texts.parquet` and its memory map; the same command again does nothing."""
-    from saecore import text  # and with it PyTorch
+    from saecore.towers import text  # and with it PyTorch
 
     with session.mistakes():
         vocabulary = text.read_vocabulary(arguments.text)
@@ -161,7 +166,7 @@ def embed_vocabulary(arguments: Arguments) -> int:
 
 def texts(tower: "TextTower", words: list[str], arguments: Arguments, device: str) -> pa.Table:
     """schema.TEXTS, with a progress line; says how many texts were cut."""
-    from saecore.text import embed_words
+    from saecore.towers.text import embed_words
 
     size, templates = arguments.batch_size, arguments.templates
     progress = session.Progress(len(words), 0, "words")

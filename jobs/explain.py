@@ -3,7 +3,7 @@
     python -m jobs.explain --demo --out runs/demo
     python -m jobs.explain --images photos/ 'shards/*.tar' --clip openai/clip-vit-base-patch16 --sae SAE --out runs/photos
 
-The flow is `jobs.pipeline`'s, with `saecore.stages.Explain` in its replicas:
+The flow is `jobs.pipeline`'s, with `saecore.pipeline.stages.Explain` in its replicas:
 
     plan -> decode (CPU tasks) -> CLIP, SAE, maps (replicas) -> write (CPU tasks) -> progress -> preview
 
@@ -21,14 +21,15 @@ from pathlib import Path
 
 import tyro
 
-from jobs import pipeline, session
-from saecore import report
 from saecore.demo import scenes
-from saecore.fit import ENOUGH, Fit, advice
 from saecore.methods import DEFAULT_OPTIONS, Options, dtype_of, parse_methods, parse_targets
+from saecore.pipeline.stages import Decode, Explain, ExplainConfig, load_models, load_words
+from saecore.report import preview as report
+from saecore.runs.fit import ENOUGH, Fit, advice
 from saecore.spellings import Model, check_same, telling
-from saecore.stages import Decode, Explain, ExplainConfig, load_models, load_words
 from saecore.storage import writing
+
+from . import pipeline, session
 
 DEFAULT_K = 32
 
@@ -121,7 +122,7 @@ def watch(job: pipeline.Job, arguments: Arguments, fit: Fit) -> None:
 
 def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
     """Resolve the arguments to a job, or print what it would be for --dry-run; ValueError for what the user can mend."""
-    from saecore.inference import check_fits
+    from saecore.pipeline.inference import check_fits
 
     methods, targets = parse_methods(arguments.method), parse_targets(arguments.targets)
     pipeline.check_outside(arguments)

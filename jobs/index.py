@@ -3,7 +3,8 @@
     python -m jobs.index --run runs/photos
     ray job submit --working-dir . -- python -m jobs.index --run s3://bucket/run --segments 16
 
-    plan -> sort new chunks by latent, copy what showing the first images takes (`saecore.indexing`) -> index -> statistics
+    plan -> sort new chunks by latent, copy what showing the first images takes (`saecore.query.indexing`) -> index ->
+    statistics
 
 The same command again does nothing, or, for a run that grew, what is new. One machine sorts out of core, and should do for 10^8
 images by the rates in BENCHMARKS.md; `--segments` above 1 sorts parts side by side on Ray: a look-up then reads one place in
@@ -19,11 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from jobs import cluster, session
-from saecore import by_latent, card, indexing, latents, results, runs, statistics
-from saecore.by_latent import Segment
+from saecore.query import by_latent, indexing, results, statistics
+from saecore.query.by_latent import Segment
+from saecore.query.tables import read_record
+from saecore.runs import card, latents
+from saecore.runs import run as runs
 from saecore.storage import join_uri, resolved
-from saecore.tables import read_record
+
+from . import cluster, session
 
 Build = Callable[[np.ndarray, indexing.Budget], Segment]
 

@@ -1,4 +1,4 @@
-"""How good any SAE is, on embeddings: `saecore.quality` in one command, for one's own SAEs and for other people's alike.
+"""How good any SAE is, on embeddings: `saecore.evaluation.quality` in one command, for any SAE.
 
     python -m jobs.measure --sae runs/sae --embeddings runs/photos
     python -m jobs.measure --sae demo --embeddings val.npy --labels val.txt --texts runs/classes --against runs/sae2 --json
@@ -21,16 +21,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.fs
 
-from jobs import session
-from saecore import report
-from saecore.embeddings import Embeddings, draw, open_embeddings, unit_length
-from saecore.recipe import doubled
-from saecore.sites import check_embedding
+from saecore.report import preview as report
+from saecore.sae.sites import check_embedding
 from saecore.spellings import check_same, telling
 from saecore.storage import filesystem_of, resolved
+from saecore.training.embeddings import Embeddings, draw, open_embeddings, unit_length
+from saecore.training.recipe import doubled
+
+from . import session
 
 if TYPE_CHECKING:
-    from saecore.sae import SAE
+    from saecore.sae.model import SAE
 
 FIRST_K, LAST_K = 16, 1024
 """Where the recovery curve begins by default, as MSAE's does, and where it ends: beyond, decoding outweighs all else."""
@@ -90,7 +91,7 @@ def measure(argv: list[str]) -> int:
         source = open_embeddings(arguments.embeddings, arguments.column)
         words, classes = list[str](), np.zeros((0, 0), np.float32)
         if arguments.texts:
-            from saecore.text import read_texts  # and with it PyTorch: --help does without
+            from saecore.towers.text import read_texts  # and with it PyTorch: --help does without
 
             words, classes, _ = read_texts(arguments.texts)
         labels = read_labels(arguments.labels, source, words) if arguments.labels else None
@@ -105,8 +106,8 @@ def measure(argv: list[str]) -> int:
             )
     import torch
 
-    from saecore import quality
-    from saecore.training import save_sae
+    from saecore.evaluation import quality
+    from saecore.training.loop import save_sae
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x, sae = torch.from_numpy(rows).to(device), sae.to(device)
@@ -148,7 +149,7 @@ def measure(argv: list[str]) -> int:
 
 def load(arguments: Arguments, address: str, site: str, source: Embeddings) -> "tuple[SAE, str]":
     """The SAE at `address`, and what remains unsure of its model; ValueError if there is none, or not for these embeddings."""
-    from saecore.checkpoints import load_sae  # and with it PyTorch: --help does without
+    from saecore.sae.checkpoints import load_sae  # and with it PyTorch: --help does without
 
     sae, embeddings = load_sae(address, site), f"--embeddings {arguments.embeddings}"
     check_embedding(sae.config.site, sae.config.model, address)

@@ -7,7 +7,7 @@
 
     vocabulary -> text embeddings -> scores, a block of words at a time -> the nearest words -> names
 
-How names are found, and which of the ways tells the truth: `saecore.naming`. The same command again does the same again.
+How names are found, and which of the ways tells the truth: `saecore.naming.names`. The same command again does the same again.
 By data, the embeddings of all top images are held at once: at most 1.5 GB for 24,576 latents of width 768.
 """
 
@@ -21,19 +21,24 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from jobs import session
-from saecore import card, latents, report, results, runs, spellings
-from saecore.embeddings import draw, open_embeddings
-from saecore.sites import check_embedding
+from saecore import spellings
+from saecore.query import results
+from saecore.query.tables import read_record
+from saecore.report import preview as report
+from saecore.runs import card, latents
+from saecore.runs import run as runs
+from saecore.sae.sites import check_embedding
 from saecore.storage import write_atomic
-from saecore.tables import read_record
+from saecore.training.embeddings import draw, open_embeddings
+
+from . import session
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from saecore.naming import Valid
-    from saecore.sae import SAE
-    from saecore.text import TextTower
+    from saecore.naming.names import Valid
+    from saecore.sae.model import SAE
+    from saecore.towers.text import TextTower
 
 WAYS = ("data", "decoder", "decoder+mean")
 
@@ -164,7 +169,8 @@ def prepare(arguments: Arguments) -> Job:
     run = results.open(arguments.run) if arguments.run else None
     if arguments.by == "data" and not has_embeddings(run):
         raise ValueError("--by data needs a run of jobs.explain --embeddings; --by decoder needs none")
-    from saecore import naming, text  # and with them PyTorch: --help does without
+    from saecore.naming import names as naming
+    from saecore.towers import text  # and with them PyTorch: --help does without
 
     sae = load_sae(arguments, run)
     way = arguments.by or ("data" if has_embeddings(run) else "decoder")
@@ -210,7 +216,7 @@ def has_embeddings(run: results.Results | None) -> bool:
 
 def load_sae(arguments: Arguments, run: results.Results | None) -> "SAE":
     """The SAE; ValueError if there is none, or it is not the run's."""
-    from saecore import checkpoints
+    from saecore.sae import checkpoints
 
     address = arguments.sae or (run.record["config"]["sae"] if run else "")
     sae = checkpoints.load_sae(address, arguments.site or (run.record["config"].get("site", "") if run else ""))
@@ -221,7 +227,7 @@ def load_sae(arguments: Arguments, run: results.Results | None) -> "SAE":
 
 def check_model(arguments: Arguments, sae: "SAE") -> None:
     """ValueError if the SAE was trained on another model than --clip; says so where that cannot be told."""
-    from saecore.clip import load_tower
+    from saecore.towers.clip import load_tower
 
     clip = arguments.clip
     digest = load_tower(clip).sha256()[:16] if sae.config.model_sha256 else ""
@@ -233,8 +239,8 @@ def check_model(arguments: Arguments, sae: "SAE") -> None:
 
 def load_tower(clip: str, run: results.Results | None) -> "TextTower":
     """CLIP's text tower; ValueError if there is none, or its other half is not the run's."""
-    from saecore import text
-    from saecore.clip import load_tower
+    from saecore.towers import text
+    from saecore.towers.clip import load_tower
 
     if run:
         check_same("clip", clip, load_tower(clip).sha256(), run)
@@ -243,7 +249,7 @@ def load_tower(clip: str, run: results.Results | None) -> "TextTower":
 
 def words_of(arguments: Arguments, tower: "TextTower", clip: str) -> tuple[list[str], np.ndarray | None]:
     """The vocabulary, and its embeddings where --texts holds them; ValueError if there is none, or it is of another CLIP."""
-    from saecore import text
+    from saecore.towers import text
 
     if arguments.texts:
         words, embeddings, digest = text.read_texts(arguments.texts)
@@ -267,8 +273,8 @@ def names(job: Job, arguments: Arguments) -> pa.Table:
     """schema.NAMES of the SAE's latents."""
     import torch
 
-    from saecore import naming
-    from saecore.text import embed_words
+    from saecore.naming import names as naming
+    from saecore.towers.text import embed_words
 
     n = arguments.words
     if job.tower is None:
@@ -296,7 +302,7 @@ def evidence(run: results.Results, seed: int) -> "tuple[Tensor, Tensor, Tensor]"
     """What `naming.by_data` takes: the embeddings of all top images, whose they are, and those of random images."""
     import torch
 
-    from saecore.naming import TOP_IMAGES
+    from saecore.naming.names import TOP_IMAGES
 
     found = run.sql(
         """SELECT latent, image_id, row_number() OVER (PARTITION BY latent ORDER BY activation DESC, image_id) AS place

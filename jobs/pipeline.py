@@ -4,7 +4,8 @@ One row of Ray Data per chunk of images; a job brings the stage that its replica
 
     plan -> decode_chunk (CPU tasks) -> Replica (actors) -> write_chunk (CPU tasks) -> progress
 
-Left out: what a stage computes (`saecore.stages`), and what a job does before and after (`jobs.explain`, `jobs.embed`).
+Left out: what a stage computes (`saecore.pipeline.stages`), and what a job does before and after (`jobs.explain`,
+`jobs.embed`).
 """
 
 import dataclasses
@@ -20,17 +21,19 @@ from typing import Any, NamedTuple, Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs import cluster, session
-from saecore import runs, schema
-from saecore.changes import since
-from saecore.fit import Fit
-from saecore.images import MAX_PIXELS, blank
-from saecore.isolation import Suspects, Witness, pieces, refuse, survive
-from saecore.listing import Shard, list_shards
+from saecore import schema
+from saecore.images.changes import since
+from saecore.images.chunks import plan_chunks, read_chunk
+from saecore.images.decode import MAX_PIXELS, blank
+from saecore.images.listing import Shard, list_shards
 from saecore.methods import dtype_of
-from saecore.shards import plan_chunks, read_chunk
-from saecore.stages import Decode
+from saecore.pipeline.isolation import Suspects, Witness, pieces, refuse, survive
+from saecore.pipeline.stages import Decode
+from saecore.runs import run as runs
+from saecore.runs.fit import Fit
 from saecore.storage import resolved
+
+from . import cluster, session
 
 MAX_BLOCKS = 10_000
 """Blocks of the pipeline's input: one per chunk up to here, then several chunks each, since Ray's driver tracks every block."""

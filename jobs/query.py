@@ -1,4 +1,4 @@
-"""Questions to a finished run on the command line: `saecore.results`, one sub-command a question.
+"""Questions to a finished run on the command line: `saecore.query.results`, one sub-command a question.
 
     python -m jobs.query top runs/photos 53                         the images for which latent 53 fires most strongly
     python -m jobs.query image runs/photos 000036.jpg               the latents that fire for an image
@@ -26,12 +26,13 @@ import numpy as np
 import pyarrow as pa
 import tyro
 
-from jobs import session
-from saecore import results
-from saecore.results import Results
-from saecore.search import matching
+from saecore.query import results
+from saecore.query.results import Results
+from saecore.query.search import matching
 from saecore.storage import write_atomic
-from saecore.terminal import plain, printable, show
+
+from . import session
+from .terminal import plain, printable, show
 
 MOST = {"n": results.LARGEST, "bins": 10_000}
 """Of what is counted in numbers: more bins than that are a table that nobody reads."""

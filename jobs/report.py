@@ -4,8 +4,8 @@
     python -m jobs.report --run s3://bucket/run --out report --latents 1000 --images 2000
     python -m jobs.report --run runs/photos --serve        # http://127.0.0.1:8000
 
-    run -> what there is to see (`saecore.views`) -> pages (`saecore.pages`) -> files (`saecore.static`)
-                                                                             or answers (`saecore.explorer`)
+    run -> what there is to see (`saecore.report.views`) -> pages (`saecore.report.pages`) -> files (`saecore.report.static`)
+                                                                             or answers (`saecore.report.explorer`)
 
 Pictures are read from the run's own input; one that is gone since is shown as not found.
 """
@@ -17,10 +17,12 @@ from pathlib import Path
 
 import tyro
 
-from jobs import session
-from saecore import report, results
-from saecore.results import Results
-from saecore.static import DEFAULT_CHOICE, Choice, Report, check_place
+from saecore.query import results
+from saecore.query.results import Results
+from saecore.report import preview as report
+from saecore.report.static import DEFAULT_CHOICE, Choice, Report, check_place
+
+from . import session
 
 SLOW_ROWS = 1_000_000
 """Rows of activations from which on one should know of jobs.index: of 200,000 images a latent's page took 0.03 s with it and
@@ -91,7 +93,7 @@ def write(run: Results, arguments: Arguments) -> int:
 
 def serve(run: Results, arguments: Arguments) -> int:
     """The pages of the whole run, until Ctrl-C."""
-    from saecore import explorer
+    from saecore.report import explorer
 
     with session.mistakes():
         waiting = explorer.listen(arguments.host, arguments.port)

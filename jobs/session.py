@@ -17,9 +17,10 @@ from typing import IO, Any, Protocol, TypeVar
 import tyro
 from rich.console import Console
 
-from jobs import cluster, signals
 from saecore import storage
 from saecore.storage import WriteError, check_address
+
+from . import cluster, signals
 
 T = TypeVar("T")
 E = TypeVar("E", bound=BaseException)

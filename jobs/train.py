@@ -3,8 +3,8 @@
     python -m jobs.train --embeddings runs/cc3m --architecture matryoshka --latents 6144 --out runs/sae
     python -m jobs.train --embeddings s3://bucket/cc3m --latents 24576 --workers 8 --out s3://bucket/sae
 
-In this process, or with --workers on Ray Train: the same loop (`saecore.training.fit`), data parallel, and the same result for
-one worker. The same command again resumes from the last checkpoint. Ctrl-C finishes the step, saves and stops.
+In this process, or with --workers on Ray Train: the same loop (`saecore.training.loop.fit`), data parallel, and the same
+result for one worker. The same command again resumes from the last checkpoint. Ctrl-C finishes the step, saves and stops.
 
 Left out: sweeps (run it several times), embeddings made on the fly (`jobs.embed` writes them once).
 """
@@ -23,10 +23,12 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 import tyro
 
-from jobs import cluster, session, signals
-from saecore import report, storage
-from saecore.recipe import Recipe
+from saecore import storage
+from saecore.report import preview as report
 from saecore.storage import filesystem_of, join_uri, resolved, write_atomic
+from saecore.training.recipe import Recipe
+
+from . import cluster, session, signals
 
 LINES_EVERY = 10.0
 """Seconds between progress lines where there is nothing new to say."""
@@ -81,7 +83,7 @@ def train(argv: list[str]) -> int:
     }
     out = resolved(arguments.out)  # the workers of Ray Train run elsewhere
     with session.quiet() as log:
-        from saecore import training  # and with it PyTorch: --help does without
+        from saecore.training import loop as training  # and with it PyTorch: --help does without
 
         course = training.Course(arguments.held_out, arguments.evaluations, arguments.checkpoint_minutes)
         with session.mistakes():
@@ -119,7 +121,7 @@ def work(plan: Any, made_by: dict[str, Any], workers: int) -> dict[str, Any]:
 
 
 class Lines:
-    """A `saecore.training.Progress` that prints a line now and then, and every evaluation; stops on Ctrl-C."""
+    """A `saecore.training.loop.Progress` that prints a line now and then, and every evaluation; stops on Ctrl-C."""
 
     def __init__(self) -> None:
         self.asked: int | None = None
@@ -168,8 +170,8 @@ def in_process(plan: Any, made_by: dict[str, Any]) -> dict[str, Any]:
     """Train here; where it is asked to stop, it saves, and then ends as every job does."""
     import torch
 
-    from saecore.trainer import Worker
-    from saecore.training import Training
+    from saecore.training.loop import Training
+    from saecore.training.trainer import Worker
 
     lines = Lines()
     with session.mistakes():
@@ -189,7 +191,7 @@ def on_ray(plan: Any, made_by: dict[str, Any], workers: int) -> dict[str, Any]:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from saecore import training
+    from saecore.training import loop as training
 
     gpus = ray.cluster_resources().get("GPU", 0) >= workers
     trainer = TorchTrainer(
@@ -220,8 +222,8 @@ def train_on_worker(config: dict[str, Any]) -> None:
     import ray.train
     import ray.train.torch
 
-    from saecore.trainer import Worker
-    from saecore.training import Silence, Training
+    from saecore.training.loop import Silence, Training
+    from saecore.training.trainer import Worker
 
     context = ray.train.get_context()
     device = str(ray.train.torch.get_device())

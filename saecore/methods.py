@@ -12,7 +12,8 @@
     attention      CLS attention                         none              1.00
 
 What bears a published name is computed as published unless an option says otherwise; `RECORDS` says which, and what each
-looks at. What they did cost is in BENCHMARKS.md. Formulas are with the functions, in `saecore.relevance` and `saecore.reruns`.
+looks at. What they did cost is in BENCHMARKS.md. Formulas are with the functions, in `saecore.relevance.maps` and
+`saecore.relevance.reruns`.
 """
 
 import dataclasses

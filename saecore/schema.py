@@ -1,6 +1,7 @@
 """What travels between the stages and what a run leaves on disk: the Arrow schema of every table.
 
-The flow, left to right; each arrow is a stage of `saecore.stages` or a function of `saecore.shards` and `saecore.runs`:
+The flow, left to right; each arrow is a stage of `saecore.pipeline.stages` or a function of `saecore.images.chunks` and
+`saecore.runs.run`:
 
     PLAN row (a chunk) -> RAW (bytes) -> DECODED (pixels) -> EXPLAINED (latents and maps) -> IMAGES, ACTIVATIONS, MAPS files
 
@@ -161,7 +162,7 @@ LATENTS = pa.schema(
         pa.field("maps", pa.int64()),  # with positive relevance
         pa.field(
             "extent", pa.float32()
-        ),  # mean of these maps' extents (`saecore.indexing.extent`): 1 / P is one patch, 1 all
+        ),  # mean of these maps' extents (`saecore.query.indexing.extent`): 1 / P is one patch, 1 all
         pa.field("top_images", pa.list_(pa.int64())),  # image_id, strongest first
         pa.field("top_activations", pa.list_(pa.float32())),
         pa.field("co_latents", pa.list_(pa.int32())),  # that fire for the same images, by Jaccard index
@@ -171,8 +172,9 @@ LATENTS = pa.schema(
 )
 
 
-# What each latent is called, as columns of latents.parquet; what the scores are: `saecore.naming`. `name` is that by data where
-# there is one, else that by direction, and the numbers up to `scores` belong to it. Null where no way gives a name.
+# What each latent is called, as columns of latents.parquet; what the scores are: `saecore.naming.names`. `name` is that by
+# data where there is one, else that by direction, and the numbers up to `scores` belong to it. Null where no way gives a
+# name.
 NAMES = pa.schema(
     [
         pa.field("latent", pa.int32(), nullable=False),
@@ -198,7 +200,7 @@ NAMES = pa.schema(
 def explained_schema(n_patches: int) -> pa.Schema:
     """One row per image: the IMAGES columns, and its rows of ACTIVATIONS and MAPS nested (null where refused).
 
-    `completeness` is the worst `saecore.relevance.completeness_error` of the image's maps, before these are rounded to
+    `completeness` is the worst `saecore.relevance.maps.completeness_error` of the image's maps, before these are rounded to
     8 bits: it feeds the run's record and is not stored per image.
     """
     return pa.schema(

@@ -3,8 +3,8 @@
 Nothing in them runs, nothing is allocated because a file claims it, and whatever is wrong with them is a ValueError of one
 sentence that names the file, what was found and what was expected.
 
-Left out: what the content means (`saecore.spec`, `saecore.formats`, `saecore.model_files`), and whether a model computes
-anything (`saecore.soundness`).
+Left out: what the content means (`saecore.sae.config`, `saecore.sae.formats`, `saecore.towers.model_files`), and whether a
+model computes anything (`saecore.towers.soundness`).
 """
 
 import io
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 MOST = 2**31 - 1
 """The largest size that is believed: ids of latents are 32-bit integers in every table."""
 
+LARGEST = 1e15
+"""No trained weight comes near it. Float32 overflows at 3e38, so of two such numbers the product may be taken, and 10^8 of such
+products added."""
 
 FLOATS = {"torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float32": "F32", "torch.float64": "F64"}
 """Types that weights may have, as torch and safetensors call them. Integers would be quantised weights without their scales."""
@@ -207,3 +210,16 @@ def _why(error: Exception) -> str:
         return f"it holds {found[1]}, which is no tensor, and what could run code is not opened"
     first = "" if "weights_only" in text else text.partition("\n")[0][:120]
     return f"it is damaged, or no file of torch.save ({type(error).__name__}{': ' if first else ''}{first})"
+
+
+def check_values(tensor: "Tensor", what: str, unknown: bool = False) -> None:
+    """ValueError if a tensor holds NaN (unless that is allowed, as `unknown`), an infinity, or numbers that overflow."""
+    if unknown and bool(tensor.isnan().all()):
+        return
+    least, most = (float(end) for end in tensor.aminmax())  # either is NaN where any number is
+    if not max(abs(least), abs(most)) < float("inf"):
+        raise ValueError(f"{what} holds values that are not finite")
+    if max(abs(least), abs(most)) > LARGEST:
+        raise ValueError(
+            f"{what} holds values from {least:.3g} to {most:.3g}, whose products overflow; expected at most {LARGEST:g}"
+        )

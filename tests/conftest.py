@@ -17,7 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import transformers.utils.logging
 
-from tests import disks
+from tests.helpers import disks
 
 transformers.utils.logging.set_verbosity_error()
 
@@ -60,8 +60,8 @@ def local_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def album_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of `tests.album`, with names."""
-    from tests import album
+    """The run of `tests.helpers.album`, with names."""
+    from tests.helpers import album
 
     run = album.write(tmp_path_factory.mktemp("album"))
     album.name(run)
@@ -85,7 +85,7 @@ def explorer(album_run: Path) -> Iterator[str]:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of few megabytes, to be filled (`tests.disks`)."""
+    """A disk of few megabytes, to be filled (`tests.helpers.disks`)."""
     with disks.mounted(tmp_path / "disk") as folder:
         yield folder
 

@@ -17,14 +17,14 @@ import transformers
 from transformers import CLIPConfig, CLIPModel
 
 from jobs import explain, measure, name
-from saecore.checkpoints import load_sae
-from saecore.clip import DEMO, load_tower
-from saecore.images import load_preprocess
-from saecore.stages import load_models
-from saecore.text import load_text_tower, read_texts
-from tests import test_checkpoints as msae
-from tests import test_formats as foreign
-from tests.towers import fill, random_sae
+from saecore.images.decode import load_preprocess
+from saecore.pipeline.stages import load_models
+from saecore.sae.checkpoints import load_sae
+from saecore.towers.clip import DEMO, load_tower
+from saecore.towers.text import load_text_tower, read_texts
+from tests.helpers.towers import fill, random_sae
+from tests.sae import test_checkpoints as msae
+from tests.sae import test_formats as foreign
 
 Damage = Callable[[Path], Path | None]
 """Makes a damaged model in an empty folder, or damages the one that is there; gives its address, if it is not the folder's."""

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from saecore import hub
-from saecore.checkpoints import load_sae
-from saecore.clip import DEMO, load_tower
-from saecore.images import load_preprocess
-from saecore.text import load_text_tower
-from tests.towers import random_sae
+from saecore.images.decode import load_preprocess
+from saecore.sae.checkpoints import load_sae
+from saecore.towers.clip import DEMO, load_tower
+from saecore.towers.text import load_text_tower
+from tests.helpers.towers import random_sae
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LOADERS: list[tuple[Callable[[str], Any], str]] = [
@@ -93,8 +93,8 @@ def served(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
 
 SCRIPT = """
 import sys
-from saecore.clip import load_tower
-from saecore.text import load_text_tower
+from saecore.towers.clip import load_tower
+from saecore.towers.text import load_text_tower
 for address in sys.argv[1:]:
     try:
         print(load_tower(address).sha256(), load_text_tower(address).sha256())

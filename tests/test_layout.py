@@ -1,76 +1,162 @@
-"""What the code promises about itself: imports go one way, the library knows no Ray, importing does no work."""
+"""What the house promises: which wing may know which, that every file says what it is, that importing does no work.
+
+Each rule is tried on a planted import that breaks it: a rule that cannot fail holds nothing.
+"""
 
 import ast
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# A module imports from the lines above its own only.
-ORDER = [
-    ["fit", "sites", "spellings", "untrusted", "hub", "effort", "columns", "terminal", "durations"],
-    ["hooks", "storage", "schema", "spec", "methods", "kernels", "display", "localisation", "maps", "search"],
-    ["card", "demo.scenes"],
-    ["listing", "images", "isolation", "runs", "recipe", "soundness", "model_files", "histograms"],
-    ["shards", "tower", "sae", "memmaps", "embeddings", "latents", "contrast", "by_latent"],
-    ["changes", "formats", "cls_path", "tangent", "targets", "quality", "objectives", "naming", "tables", "synthetic"],
-    ["embedding_formats"],
-    ["checkpoints", "mean_token", "siglip", "trainer", "naive", "naive_maps", "results", "indexing"],
-    ["clip"],
-    ["text"],
-    ["relevance", "training", "statistics", "pictures", "overview", "holdings", "finding"],
-    ["reruns", "query_speed", "views"],
-    ["inference", "training_speed", "captions"],
-    ["stages", "timing", "pages"],
-    ["report", "static", "explorer", "demo.lessons"],
-    ["demo.figures"],
-    ["demo.truth"],
-    ["demo.build"],
+GROUND = [
+    "saecore.schema",
+    "saecore.methods",
+    "saecore.storage",
+    "saecore.untrusted",
+    "saecore.hub",
+    "saecore.spellings",
 ]
-MODULES = [path for path in sorted((ROOT / "saecore").rglob("*.py")) if path.name != "__init__.py"]
+"""What every wing may stand on, and what stands on nothing but itself."""
+
+WINGS = [
+    "images", "towers", "sae", "relevance", "evaluation", "training", "naming", "runs", "pipeline", "query", "report", "demo",
+]  # fmt: skip
 
 
-def name_of(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT / "saecore").with_suffix("").parts)
+def wings(*names: str) -> list[str]:
+    return [f"saecore.{name}" for name in names]
 
 
-def imported(path: Path) -> set[str]:
-    """Dotted names that a file imports, anywhere in it; those for type checkers alone aside."""
+class Rule(NamedTuple):
+    """Files below `who` import nothing below `whom`."""
+
+    who: list[str]
+    whom: list[str]
+    why: str
+    but: tuple[str, ...] = ()
+    """Modules of `who` that the rule is not for."""
+
+
+RULES = [
+    Rule(GROUND, wings(*WINGS), "the ground carries the wings"),
+    Rule(
+        wings("images"),
+        wings("towers", "sae", "query", "runs", "relevance"),
+        "reading images needs no model and no run",
+    ),
+    Rule(wings("runs"), wings(*(name for name in WINGS if name != "runs")), "a run folder stands on the ground alone"),
+    Rule(wings("towers"), wings("sae", "relevance", "runs"), "a tower is what transformers has, run our way"),
+    Rule(wings("sae"), wings("towers", "runs", "training"), "an SAE knows embeddings, not what makes them"),
+    Rule(wings("relevance"), wings("runs", "query", "images"), "mathematics reads and writes no files"),
+    Rule(wings("query", "report"), wings("towers", "sae", "relevance"), "questions and pages depend on files alone"),
+    Rule(wings("pipeline"), wings("query", "report", "training"), "making a run needs nothing that reads one"),
+    Rule(wings("training"), wings("towers", "relevance", "pipeline"), "training sees embeddings only"),
+    Rule(
+        wings(*(name for name in WINGS if name != "demo")),
+        wings("demo"),
+        "nothing works on the demo alone; `saecore.hub` and files beside it resolve the address `demo`",
+    ),
+    Rule(["saecore"], ["ray", "tyro", "rich", "jobs"], "the library is used without jobs and their tools"),
+    Rule(["saecore", "jobs"], ["benchmarks", "tests"], "benchmarks measure the others, and are in no wheel"),
+    Rule(
+        wings("images", "runs", "query"),
+        ["torch", "transformers"],
+        "workers that decode, and questions, load no PyTorch",
+    ),
+]
+
+
+def modules_of(root: Path) -> dict[str, Path]:
+    """Every module of ours below a folder, by its dotted name."""
+    folders = [root / folder for folder in ("saecore", "jobs", "benchmarks")]
+    files = [path for folder in folders for path in sorted(folder.rglob("*.py")) if path.name != "__init__.py"]
+    return {".".join(path.relative_to(root).with_suffix("").parts): path for path in files}
+
+
+MODULES = modules_of(ROOT)
+
+
+def imported(path: Path, root: Path = ROOT) -> set[str]:
+    """Dotted names that a file imports, anywhere in it, except those for type checkers only."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             node.body = [ast.Pass()]
+    package = path.relative_to(root).parent.parts
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            source = ".".join([*above, *([node.module] if node.module else [])])
+            names |= {source} | {f"{source}.{alias.name}" for alias in node.names}
     return names
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_imports_go_one_way(path: Path) -> None:
-    place = {name: line for line, names in enumerate(ORDER) for name in names}
-    own = name_of(path)
-    ours = {name.removeprefix("saecore.") for name in imported(path) if name.startswith("saecore.")} & place.keys()
-    assert own in place, f"{own} has no place in the order"
-    assert {name for name in ours if place[name] >= place[own]} == set()
-    assert not any(name == "ray" or name.startswith(("ray.", "jobs")) for name in imported(path))
+def below(name: str, places: list[str]) -> bool:
+    return any(name == place or name.startswith(place + ".") for place in places)
+
+
+def broken(rule: Rule, modules: dict[str, Path], root: Path = ROOT) -> list[str]:
+    """`module imports module` for every import against a rule."""
+    return [
+        f"{name} imports {found}"
+        for name, path in modules.items()
+        if below(name, rule.who) and name not in rule.but
+        for found in sorted(imported(path, root))
+        if below(found, rule.whom)
+    ]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.why)
+def test_who_may_not_know_whom(rule: Rule) -> None:
+    assert broken(rule, MODULES) == []
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.why)
+def test_a_planted_import_breaks_its_rule(rule: Rule, tmp_path: Path) -> None:
+    """One against the rule in every place that it is for, in every form that Python has for an import."""
+    planted = {}
+    for who in rule.who:
+        folder = tmp_path.joinpath(*who.split("."))
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, form in enumerate(("import {}", "from {} import something", "def late():\n    import {}")):
+            name = f"{who}.planted{number}"
+            planted[name] = folder / f"planted{number}.py"
+            planted[name].write_text("\n".join(form.format(whom) for whom in rule.whom))
+    found = broken(rule, planted, tmp_path)
+    assert {line.split()[0] for line in found} == planted.keys()
+
+
+def test_imports_for_type_checkers_and_to_outsiders_break_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "saecore" / "runs" / "planted.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from saecore.sae import model\nimport raylib\n"
+    )
+    assert [line for rule in RULES for line in broken(rule, {"saecore.runs.planted": file}, tmp_path)] == []
 
 
 def test_no_job_imports_another() -> None:
+    shared = {f"jobs.{name}" for name in SHARED}
     for path in (ROOT / "jobs").glob("*.py"):
-        others = {name for name in imported(path) if name.startswith("jobs.")}
-        assert others <= {"jobs.session", "jobs.signals", "jobs.cluster", "jobs.pipeline"}, path
+        others = {".".join(name.split(".")[:2]) for name in imported(path) if name.startswith("jobs.")}
+        assert others <= shared, path
 
 
-@pytest.mark.parametrize(
-    "job", ["explain", "embed", "train", "measure", "name", "benchmark", "index", "query", "report"]
-)
+SHARED = ["session", "signals", "cluster", "pipeline", "terminal"]
+"""What jobs share; the other files of jobs/ are commands."""
+
+JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("[a-z]*.py") if path.stem not in SHARED)
+
+
+@pytest.mark.parametrize("job", JOBS)
 def test_the_command_line_loads_neither_pytorch_nor_ray(job: str) -> None:
     """So that --help and a wrong argument answer at once, and workers that decode start in a second."""
     code = f"import sys, jobs.{job}; print(sorted({{'torch', 'transformers', 'ray'}} & set(sys.modules)))"
@@ -79,7 +165,31 @@ def test_the_command_line_loads_neither_pytorch_nor_ray(job: str) -> None:
     assert said.stderr == ""
 
 
+def test_the_house_can_be_seen_at_a_glance() -> None:
+    folders = {path.name for path in (ROOT / "saecore").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == set(WINGS)
+    assert {path.stem for path in (ROOT / "saecore").glob("[a-z]*.py")} == {name.split(".")[1] for name in GROUND}
+    for wing in WINGS:
+        files = [path for path in (ROOT / "saecore" / wing).glob("*.py") if path.name != "__init__.py"]
+        assert len(files) <= 10, wing
+
+
+TO_SPLIT = {
+    "saecore.demo.scenes", "saecore.images.chunks", "saecore.report.preview", "saecore.report.views", "saecore.runs.run",
+    "saecore.sae.model", "saecore.training.embeddings", "jobs.pipeline",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_file_says_what_it_is_and_is_short(name: str) -> None:
+    text = MODULES[name].read_text()
+    head = ast.get_docstring(ast.parse(text))
+    assert head, f"{name} has no head"
+    assert head.splitlines()[0].endswith((".", "?", ":")), f"{name}: its head's first line is a sentence"
+    assert len(text.splitlines()) <= 350 or name in TO_SPLIT
+
+
 def test_packages_re_export_nothing() -> None:
-    for path in ROOT.glob("*/**/__init__.py"):
-        if ".venv" not in path.parts:
+    for folder in ("saecore", "jobs", "benchmarks", "tests"):
+        for path in (ROOT / folder).rglob("__init__.py"):
             assert path.read_text().strip() == "", path

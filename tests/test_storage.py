@@ -8,7 +8,7 @@ import pyarrow.fs
 import pytest
 
 from saecore import storage
-from tests.disks import fill
+from tests.helpers.disks import fill
 
 
 def test_a_path_is_local_and_absolute_and_an_address_is_taken_as_it_stands(

@@ -13,7 +13,7 @@ from transformers import CLIPModel, PreTrainedTokenizerFast
 
 from saecore.demo.lessons import FACETS, PROMPTS, TOKEN_KEYS, WORDS, normalise, photo
 from saecore.demo.scenes import Scene
-from saecore.sae import SAE
+from saecore.sae.model import SAE
 
 
 def image_embeddings(model: CLIPModel, pixels: Tensor) -> Tensor:

@@ -1,0 +1,270 @@
+"""What maps of k latents cost on this machine: ratios to a plain forward in the same run, on random weights of the true shapes.
+
+Ways are timed in turn, in another order each round. A ratio is the median over rounds of what two ways took in the same one,
+since a machine's speed drifts. With two threads on B/32, 90 rounds cut into runs of 15, its standard deviation was 0.003 to
+0.007, that of the ratio of least times 0.008 to 0.010; its means were those of the other or up to 0.006 higher.
+
+    forward        `ClipTower.embed`: fused attention, and of the last layer the CLS token alone
+    transformers   its own forward of the same weights, with fused attention: all tokens of all layers
+    a method       the tower with its trace, the SAE's encoder, maps of the k strongest latents
+    naive ..       `benchmarks.naive_maps` with a few latents, scaled to k: a constant part of the cost, and one for each latent
+
+One thread is timed by its CPU time, which other people's work is not in; several, or a GPU, by the clock. A GPU runs bfloat16,
+as jobs do there. Cost does not depend on weights, so nothing is downloaded.
+
+Left out: what a job does beside this: decoding, reconstruction, the check of contrib_grad's gradient (one row a layer: 0.06 of
+a forward for 8 images at once on B/32, where it is most), rounding to 8 bits, tables.
+"""
+
+import copy
+import functools
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from benchmarks import naive_maps
+from saecore.images.decode import Preprocess
+from saecore.methods import DEFAULT_OPTIONS, Options, dtype_of
+from saecore.pipeline.inference import maps_by, trace_needs
+from saecore.relevance.maps import Maps
+from saecore.relevance.targets import Targets, no_words
+from saecore.sae.model import SAE, SAEConfig
+from saecore.towers.clip import ClipTower
+
+
+class Shape(NamedTuple):
+    """An image tower to be made with random weights."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    heads: int
+    layers: int
+    outputs: int
+    batch: int
+    """Images at once, where nothing else is asked for."""
+    bounds: Mapping[str, float]
+    """On the cost of 32 maps, by method or variant, over one forward."""
+
+
+def _bounds(contrib_grad: float) -> dict[str, float]:
+    last_layer = {"chefer": 1.10, "legrad cls, 1 layer": 1.10, "gradeclip": 1.10}
+    return {"contrib": 1.10, "contrib_grad": contrib_grad, **last_layer, "dense": 1.05, "attention": 1.0}
+
+
+SHAPES = {
+    "B/32": Shape(224, 32, 768, 12, 12, 512, 8, _bounds(1.75)),
+    "B/16": Shape(224, 16, 768, 12, 12, 512, 4, _bounds(1.30)),
+    "L/14": Shape(224, 14, 1024, 16, 24, 768, 2, _bounds(1.30)),
+    "demo": Shape(64, 8, 128, 4, 5, 128, 16, {}),
+}
+"""OpenAI's names; `demo` is the embedded model's shape, to try the command on."""
+
+BOUND_K = 32
+
+NAIVE_BOUND = 50.0
+"""A method with a bound must also be this many times cheaper than a forward and a backward for each of 32 latents."""
+
+MEASURABLE = 0.02
+"""attention's bound is the forward itself, which nothing with an SAE behind it can hold but within the noise."""
+
+NAIVE: dict[str, Callable[[Any, SAE, Tensor, Tensor], Tensor]] = {
+    "naive forward": naive_maps.forward_alone,
+    "naive once": naive_maps.once,
+    "naive repeated": naive_maps.repeated,
+    "naive each": naive_maps.each,
+}
+
+DEAR = 3.0
+"""A way is not timed again once it has taken this many forwards for each round: what costs 50 forwards is timed once."""
+
+
+class Row(NamedTuple):
+    """What one way cost."""
+
+    way: str
+    seconds: float
+    """For one image, the least of all rounds."""
+    forwards: float
+    """Ratio to `forward`."""
+    transformers: float
+    """Ratio to `transformers`."""
+    cheaper: float | None
+    """Ratio of `naive each` to this; None if that was not timed."""
+    bound: float | None
+    """On `forwards`; on `transformers` for dense, which like it computes all tokens of the last layer."""
+    met: bool | None
+    """Whether it holds."""
+    cheap: bool | None
+    """Whether `NAIVE_BOUND` holds, where there is a bound."""
+    timed: int
+    """How many times."""
+
+
+def cost_of_maps(
+    shape: Shape,
+    methods: Sequence[str],
+    k: int,
+    n_latents: int,
+    naive_latents: int,
+    rounds: int,
+    threads: int,
+    device: str,
+) -> list[Row]:
+    """Rows of the partners, the methods and, unless `naive_latents` is 0, the naive ways; `threads` are the CPU's."""
+    model, sae = random_models(shape, n_latents, k, device)
+    usual = dtype_of(device)
+    dtypes = {method: dtype_of(device, [method]) for method in methods}
+    towers = {dtype: tower_in(dtype, model, shape) for dtype in {usual, *dtypes.values()}}
+    tower = towers[usual]
+    model.to(getattr(torch, usual))
+    size = (shape.batch, shape.image_size, shape.image_size, 3)
+    pixels = torch.randint(256, size, dtype=torch.uint8, device=device)
+    ways: dict[str, Callable[[], object]] = {
+        "forward": lambda: tower.embed(pixels),
+        "transformers": lambda: model(tower.normalise(pixels)),
+    }
+    for method in methods:
+        for name, options in variants(method, tower):
+            ways[name] = functools.partial(maps_of, towers[dtypes[method]], sae, pixels, k, method, options)
+    ways = {name: torch.inference_mode()(way) for name, way in ways.items()}
+    if naive_latents:
+        plain = naive_maps.with_plain_attention(model)
+        latents = torch.randint(n_latents, (shape.batch, naive_latents), device=device)
+        images = tower.normalise(pixels)
+        ways |= {name: functools.partial(way, plain, sae, images, latents) for name, way in NAIVE.items()}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        timed = time_in_turn(ways, rounds, _clock(device, threads))
+    finally:
+        torch.set_num_threads(before)
+    seconds = {name: [taken / shape.batch for taken in found] for name, found in timed.items()}
+    if naive_latents:
+        more = k / naive_latents
+        pairs = zip(seconds["naive forward"], seconds["naive once"], strict=False)
+        seconds["naive once"] = [forward + (once - forward) * more for forward, once in pairs]
+        for name in ("naive repeated", "naive each"):
+            seconds[name] = [taken * more for taken in seconds[name]]
+    return [row_of(name, seconds, shape.bounds if k == BOUND_K else {}) for name in ways]
+
+
+def random_models(shape: Shape, n_latents: int, k: int, device: str) -> tuple[Any, SAE]:
+    """transformers' image tower with random weights, and a TopK SAE, in float32."""
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=shape.width,
+        intermediate_size=4 * shape.width,
+        projection_dim=shape.outputs,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        image_size=shape.image_size,
+        patch_size=shape.patch_size,
+        attn_implementation="sdpa",
+    )
+    sae = SAE(SAEConfig(n_inputs=shape.outputs, n_latents=n_latents, k=k))
+    torch.nn.init.normal_(sae.encoder)
+    models = CLIPVisionModelWithProjection(config), sae
+    model, sae = (part.eval().requires_grad_(False).to(device) for part in models)
+    return model, sae
+
+
+def tower_in(dtype: str, model: Any, shape: Shape) -> ClipTower:
+    """Our tower with the model's weights: the same tensors on the CPU, where nothing is to be converted."""
+    half, size = (0.5, 0.5, 0.5), (shape.image_size, shape.image_size)
+    preprocess = Preprocess(shape.image_size, size, resample=3, mean=half, std=half, rescale_factor=1 / 255)
+    tower = ClipTower(model if model.device.type == "cpu" else copy.deepcopy(model), preprocess)
+    if dtype != "float32":
+        tower.run_in(getattr(torch, dtype))
+    return tower
+
+
+def variants(method: str, tower: ClipTower) -> list[tuple[str, Options]]:
+    """The ways of a method that cost differently: what they are called, and their options."""
+    if method == "legrad":
+        return [("legrad", DEFAULT_OPTIONS), ("legrad cls, 1 layer", Options(legrad_target="cls", layers=1))]
+    if method == "occlusion":  # per patch it would be 196 forwards on B/16
+        side = max(1, tower.grid[0] // 7)
+        across = -(-tower.grid[0] // side)
+        return [(f"occlusion {across}x{across}", Options(block=side))]
+    return [(method, DEFAULT_OPTIONS)]
+
+
+def maps_of(tower: ClipTower, sae: SAE, pixels: Tensor, k: int, method: str, options: Options) -> Maps:
+    """Pixels to maps of the k strongest latents."""
+    embedding, trace = tower(pixels, **trace_needs((method,), options, len(tower.path())))
+    latents = sae.encode_sparse(embedding, at_least=k).latents[:, :k]
+    targets = Targets(sae, latents, no_words(sae))
+    return maps_by((method,), tower, pixels, embedding, trace, targets, options, check=False)[method]
+
+
+def time_in_turn(
+    ways: Mapping[str, Callable[[], object]], rounds: int, now: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Seconds of each round of each way; what is `DEAR`, by the first of the ways, is left out of later rounds."""
+    timed: dict[str, list[float]] = {name: [] for name in ways}
+    names, reference, generator = list(ways), timed[next(iter(ways))], random.Random(0)
+    for _ in range(rounds):
+        generator.shuffle(names)  # none has always the same one before it, whose memory and caches it finds
+        for name in names:
+            if timed[name] and sum(timed[name]) > DEAR * rounds * min(reference):
+                continue
+            started = now()
+            ways[name]()
+            timed[name].append(now() - started)
+    return timed
+
+
+def unit(device: str, threads: int) -> str:
+    """What is timed: other people's work is not in the CPU time of one thread."""
+    return "CPU time" if device == "cpu" and threads == 1 else "wall time"
+
+
+def _clock(device: str, threads: int) -> Callable[[], float]:
+    """Seconds so far; on a GPU, when all that it was given is done."""
+    if device == "cpu":
+        return time.process_time if unit(device, threads) == "CPU time" else time.perf_counter
+
+    def now() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return now
+
+
+def row_of(name: str, seconds: Mapping[str, Sequence[float]], bounds: Mapping[str, float]) -> Row:
+    """One row, by the seconds of all ways in each round; of some ways fewer rounds than of others, from the first on."""
+    own, bound = seconds[name], bounds.get(name)
+    forwards, transformers = _ratio(own, seconds["forward"]), _ratio(own, seconds["transformers"])
+    cheaper = _ratio(seconds["naive each"], own) if "naive each" in seconds else None
+    met = cheap = None
+    if bound is not None:
+        held = transformers if name == "dense" else forwards
+        met = held <= bound + (MEASURABLE if name == "attention" else 0)
+        cheap = None if cheaper is None else cheaper >= NAIVE_BOUND
+    return Row(name, min(own), forwards, transformers, cheaper, bound, met, cheap, len(own))
+
+
+def _ratio(one: Sequence[float], other: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(one, other, strict=False))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows as Markdown that is readable as it is."""
+    said = {True: "yes", False: "NO", None: ""}
+    cells = [("", "ms an image", "/ forward", "/ transformers", "bound", "held", "naive each / this", "timed")]
+    for row in rows:
+        bound = "" if row.bound is None else f"{row.bound:.2f}" + " of transformers" * (row.way == "dense")
+        cheaper = "" if row.cheaper is None else f"{row.cheaper:.1f}" + f" < {NAIVE_BOUND:.0f}" * (row.cheap is False)
+        ratios = f"{row.forwards:.3f}", f"{row.transformers:.3f}"
+        cells.append((row.way, f"{row.seconds * 1e3:,.1f}", *ratios, bound, said[row.met], cheaper, str(row.timed)))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+    lines.insert(1, " | ".join("-" * max(width, 3) for width in widths))
+    return "\n".join(f"| {line} |" for line in lines)

@@ -1,0 +1,75 @@
+"""The straightforward ways to maps of k latents, that benchmarks compare with: autograd through transformers' own CLIP.
+
+As published code does, each differentiates pre-activations z by every layer's whole attention A, which is written out ("eager")
+so that there is one, and reads `chefer`'s map off the last layer: mean_h max(A dz/dA, 0), the CLS row.
+
+    once       one forward, k backward passes through its graph
+    repeated   each image k times in the batch, one forward, one backward pass
+    each       a forward and a backward pass for every latent, the parameters' gradients included: the one-latent scripts
+
+Images of a batch share the passes, which the published code does not let them.
+
+Shapes: B images, k latents, P patches, H heads, N = 1 + P tokens.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saecore.sae.model import SAE
+
+
+def with_plain_attention(model: Any) -> Any:
+    """transformers' CLIPVisionModelWithProjection over the same weights, with attention written out and a graph recorded."""
+    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    plain = copy.deepcopy(model, shared)
+    plain.set_attn_implementation("eager")
+    return plain.requires_grad_()  # else nothing is recorded; only `each` has parameters' gradients computed
+
+
+def once(model: Any, sae: SAE, images: Tensor, latents: Tensor) -> Tensor:
+    """Images as the model takes them (B, 3, height, width), latents (B, k) -> maps (B, k, P)."""
+    z, attention = _forward(model, sae, images, latents)
+    maps = []
+    for column in range(z.shape[1]):
+        gradients = torch.autograd.grad(z[:, column].sum(), attention, retain_graph=True)
+        maps.append(_chefer(attention[-1], gradients[-1]))
+    return torch.stack(maps, 1)
+
+
+def repeated(model: Any, sae: SAE, images: Tensor, latents: Tensor) -> Tensor:
+    """As `once`."""
+    z, attention = _forward(model, sae, images.repeat_interleave(latents.shape[1], 0), latents.reshape(-1, 1))
+    gradients = torch.autograd.grad(z.sum(), attention)
+    return _chefer(attention[-1], gradients[-1]).unflatten(0, latents.shape)
+
+
+def each(model: Any, sae: SAE, images: Tensor, latents: Tensor) -> Tensor:
+    """As `once`."""
+    maps = []
+    for column in latents.T:
+        z, attention = _forward(model, sae, images, column[:, None])
+        for weights in attention:
+            weights.retain_grad()
+        z.sum().backward()
+        assert attention[-1].grad is not None
+        maps.append(_chefer(attention[-1], attention[-1].grad))
+        model.zero_grad()
+    return torch.stack(maps, 1)
+
+
+def forward_alone(model: Any, sae: SAE, images: Tensor, latents: Tensor) -> Tensor:
+    """The forward that `once` does once, its graph included -> pre-activations (B, k)."""
+    return _forward(model, sae, images, latents)[0]
+
+
+def _forward(model: Any, sae: SAE, images: Tensor, latents: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Pre-activations (B, k), and every layer's attention (B, H, N, N), in autograd's graph."""
+    found = model(pixel_values=images, output_attentions=True)
+    return sae.pre_activations(found.image_embeds).gather(1, latents), found.attentions
+
+
+def _chefer(attention: Tensor, gradient: Tensor) -> Tensor:
+    return (attention * gradient).detach().clamp(min=0).mean(1)[:, 0, 1:]

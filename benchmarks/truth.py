@@ -1,0 +1,242 @@
+"""Do maps lie on the right object? The demo's scenes know the answer: every method against true masks.
+
+    python -m benchmarks truth
+
+A case is a scene and a target whose object it shows: a latent that follows one word and fires there, or the word itself as a
+text. The map ought to lie on that object. Which latents follow a word is decided by their activations alone (area under the
+ROC curve above `FOLLOWS`), on other scenes than those that are measured; neither served any training or choice before.
+
+High scores here promise little for other models: this CLIP was also taught to tell colours and shapes from its patch tokens
+(`saecore.demo.build`), which keeps tokens about their own places more than captions alone would.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from saecore.demo.figures import followed
+from saecore.demo.lessons import FACETS, WORDS, photo
+from saecore.demo.scenes import SEED_EVALUATION, Scene, scenes, visible
+from saecore.evaluation import localisation
+from saecore.evaluation.localisation import Mean, mean_over_images
+from saecore.methods import DEFAULT_OPTIONS, METHODS, Options
+from saecore.pipeline.inference import explain
+from saecore.relevance.targets import words_of
+from saecore.sae.model import SAE
+from saecore.towers.clip import ImageTower
+from saecore.towers.text import embed_texts, load_text_tower
+
+FOLLOWS = 0.95
+"""Area under the ROC curve from which a latent follows a word."""
+
+FIRST_CHOSEN, FIRST_MEASURED = 300_000, 400_000
+"""The first scenes, of the evaluation's seed, on which latents are chosen, and maps are measured."""
+
+REFERENCE = "occlusion"
+"""The method that the others are asked to agree with: it asks the model itself, patch by patch."""
+
+BATCH = 32
+
+OTHER_NORM = {"frozen": "exact", "exact": "frozen"}
+
+
+class Sample(NamedTuple):
+    """Scenes, and what CLIP gets of them."""
+
+    scenes: list[Scene]
+    pixels: np.ndarray
+    """uint8 (n, height, width, 3)."""
+
+
+def sample(count: int, start: int) -> Sample:
+    """Scenes of the evaluation's seed, from number `start` on."""
+    drawn = list(scenes(SEED_EVALUATION, count, start))
+    with ThreadPoolExecutor() as pool:
+        return Sample(drawn, np.stack(list(pool.map(photo, drawn))))
+
+
+@torch.inference_mode()
+def followers(tower: ImageTower, sae: SAE, seen: Sample) -> dict[int, str]:
+    """Latents that follow a word, and the word that each follows best."""
+    x = torch.cat([tower.embed(torch.from_numpy(seen.pixels[at : at + 256])) for at in range(0, len(seen.pixels), 256)])
+    code = sae.encode_sparse(x)
+    activations = torch.zeros(len(x), sae.config.n_latents).scatter(1, code.latents, code.activations)
+    best = followed(activations, seen.scenes).max(dim=1)
+    chosen = torch.nonzero(best.values > FOLLOWS).flatten().tolist()
+    return {latent: WORDS[int(best.indices[latent])] for latent in chosen}
+
+
+def covered(seen: Sequence[Scene], words: Sequence[str], grid: tuple[int, int]) -> np.ndarray:
+    """The share of each patch that objects of a word fill, float64 (scenes, words, P)."""
+    found = np.zeros((len(seen), len(words), grid[0] * grid[1]))
+    for row, scene in enumerate(seen):
+        shares = localisation.per_patch(visible(scene, 16 * max(grid)), grid)
+        for column, word in enumerate(words):
+            named = [word in (thing.colour, thing.shape, thing.texture) for thing in scene.things]
+            found[row, column] = shares[named].sum(axis=0)
+    return found
+
+
+class Cases(NamedTuple):
+    """Scenes and targets whose object is known, one of each a row."""
+
+    image: np.ndarray
+    """int (m,): number of the scene."""
+    covered: np.ndarray
+    """float64 (m, P): the share of each patch that the target's object fills; somewhere at least a half."""
+    maps: dict[str, np.ndarray]
+    """Method or baseline -> float (m, P)."""
+
+    def where(self, chosen: np.ndarray) -> "Cases":
+        """Some of them, by a bool (m,)."""
+        return Cases(self.image[chosen], self.covered[chosen], {name: m[chosen] for name, m in self.maps.items()})
+
+
+class Found(NamedTuple):
+    """What `measure` finds."""
+
+    followers: dict[int, str]
+    """Latents, and the word that each follows."""
+    latents: Cases
+    words: Cases
+    mixed: np.ndarray
+    """bool (scenes,): shows more than one object."""
+
+    def tables(self) -> dict[str, Cases]:
+        """The cases by kind of target and scene, under their titles."""
+        return {
+            f"{title}, {kind} scenes": cases.where(self.mixed[cases.image]) if kind == "mixed" else cases
+            for title, cases in (("latents", self.latents), ("words", self.words))
+            for kind in ("all", "mixed")
+        }
+
+
+class Row(NamedTuple):
+    """A line of the tables: a method, and options for it."""
+
+    title: str
+    method: str
+    options: Options
+
+
+def rows(methods: Sequence[str], options: Options = DEFAULT_OPTIONS) -> list[Row]:
+    """The methods as the options have them, then the variants of each that have scores of their own, under their titles.
+
+    With the norms given (`frozen` or `exact`), no variants by norm.
+    """
+    found = [Row(method, method, options) for method in methods]
+    if "legrad" in methods and options.legrad_target == "mean":
+        found.append(Row("legrad of the embedding", "legrad", dataclasses.replace(options, legrad_target="cls")))
+    if options.norm == "auto":
+        for row in list(found):
+            if (norm := OTHER_NORM.get(options.norm_of(row.method))) is not None:
+                title = f"{row.title}, {norm} norm"
+                found.append(Row(title, row.method, dataclasses.replace(row.options, norm=norm)))
+    if "gradeclip" in methods and options.gradeclip_cosine == "inside":
+        found.append(
+            Row("gradeclip, projected", "gradeclip", dataclasses.replace(options, gradeclip_cosine="projected"))
+        )
+    place = {method: number for number, method in enumerate(methods)}
+    return sorted(found, key=lambda row: place[row.method])
+
+
+def nothing(count: int) -> None:
+    """What `measure` tells by default."""
+
+
+@torch.inference_mode()
+def measure(
+    tower: ImageTower,
+    sae: SAE,
+    n_scenes: int,
+    asked: Sequence[Row] = tuple(rows(METHODS)),
+    tell: Callable[[int], object] = nothing,
+) -> Found:
+    """Maps of every latent that follows a word, and of every colour and shape as a text, in `n_scenes` scenes.
+
+    As many others choose the latents. tower, sae: the demo's. asked: such as `saecore.pipeline.inference.check_fits` lets
+    pass. tell: told how many scenes went by, batch by batch.
+    """
+    following = followers(tower, sae, sample(n_scenes, FIRST_CHOSEN))
+    latents, texts = torch.tensor(list(following)), [*FACETS["colour"], *FACETS["shape"]]
+    words = words_of(sae, embed_texts(load_text_tower("demo"), texts, BATCH), len(texts), 0, False)
+    seen = sample(n_scenes, FIRST_MEASURED)
+    fires: list[np.ndarray] = []
+    parts: dict[str, list[np.ndarray]] = {row.title: [] for row in asked}
+    for at in range(0, n_scenes, BATCH):
+        pixels = torch.from_numpy(seen.pixels[at : at + BATCH])
+        code = sae.encode_sparse(tower.embed(pixels))
+        fires.append(((code.latents == latents[:, None, None]) & (code.activations > 0)).any(-1).T.numpy())
+        for options in {row.options: None for row in asked}:  # one forward for all that share them
+            some = {row.method: row.title for row in asked if row.options == options}
+            maps = explain(tower, sae, pixels, latents.expand(len(pixels), -1), tuple(some), options, words)
+            for method, title in some.items():
+                parts[title].append(maps[method].relevance.numpy())
+        tell(len(pixels))
+    shown = covered(seen.scenes, [*following.values(), *texts], tower.grid)
+    known = np.any(shown >= localisation.ON, axis=-1)
+    known[:, : len(latents)] &= np.concatenate(fires)
+    edges = localisation.edges(seen.pixels, tower.grid)
+
+    def cases(targets: slice) -> Cases:
+        image, target = np.nonzero(known[:, targets])
+        maps = {name: np.concatenate(found)[:, targets][image, target] for name, found in parts.items()}
+        maps["centre"] = localisation.centre(len(image), tower.grid)
+        maps["edges"] = edges[image]
+        maps["random"] = localisation.noise(len(image), tower.grid)
+        return Cases(image, shown[:, targets][image, target], maps)
+
+    mixed = np.array([len(scene.things) > 1 for scene in seen.scenes])
+    return Found(following, cases(slice(len(latents))), cases(slice(len(latents), None)), mixed)
+
+
+def scores(cases: Cases) -> dict[str, dict[str, np.ndarray]]:
+    """Score -> method -> float (m,): those of `saecore.evaluation.localisation`, and rank agreement with the reference."""
+    named = {
+        "pointing": localisation.pointing,
+        "mass": localisation.mass,
+        "average precision": localisation.average_precision,
+    }
+    found = {title: {name: score(m, cases.covered) for name, m in cases.maps.items()} for title, score in named.items()}
+    if (reference := cases.maps.get(REFERENCE)) is not None:
+        others = {name: m for name, m in cases.maps.items() if name != REFERENCE}
+        found[f"agrees with {REFERENCE}"] = {name: localisation.agreement(m, reference) for name, m in others.items()}
+    return found
+
+
+class Cell(NamedTuple):
+    """One score of one method."""
+
+    mean: Mean
+    best: bool
+    """The column's best, or not to be told from it: the interval of the difference, on the same cases, holds 0."""
+
+
+def table(cases: Cases) -> dict[str, dict[str, Cell]]:
+    """Score -> method -> its mean over cases, intervals over scenes."""
+    found = {}
+    for title, values in scores(cases).items():
+        means = {name: mean_over_images(some, cases.image) for name, some in values.items()}
+        first = max(means, key=lambda name: means[name].value)
+        behind = {name: mean_over_images(values[first] - some, cases.image).low for name, some in values.items()}
+        found[title] = {name: Cell(means[name], behind[name] <= 0) for name in means}
+    return found
+
+
+def markdown(cases: Cases) -> str:
+    """The table, +- half of each interval; bold: `Cell.best`."""
+    columns = table(cases)
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for method in cases.maps:
+        cells = [_written(column[method]) if method in column else "" for column in columns.values()]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _written(cell: Cell) -> str:
+    text = f"{cell.mean.value:.3f} ± {(cell.mean.high - cell.mean.low) / 2:.3f}"
+    return f"**{text}**" if cell.best else text

@@ -1,0 +1,337 @@
+"""Encoded bytes -> the exact uint8 pixels that a CLIP model's own image processor makes, or a reason why not.
+
+Pixels are those of transformers' Pillow-backed CLIP processor to the last bit: Pillow resizes the whole image, then the
+centre is cut out. What that processor leaves open is decided here: EXIF rotation is applied, as viewers do; alpha is
+composed on white; 16-bit grey is scaled to 8 bits (Pillow would saturate it); of animations the first frame counts.
+
+Reasons, short and stable; the detail has the rest:
+
+    empty           no bytes at all
+    not-an-image    none of JPEG, PNG, WebP, GIF, BMP, TIFF by its first bytes
+    truncated       the end is missing
+    corrupt         begins as one of them, and cannot be decoded: whatever its decoder raised
+    unsupported     pixels without a defined way to 8-bit RGB (floating point, 32-bit integers, CIE Lab)
+    too-large       more pixels than allowed, as stored or as resized; refused before anything is decoded
+    too-complex     more metadata, segments, scans or strips than any picture has: minutes of work (`saecore.images.effort`)
+
+MemoryError alone passes: it is the machine's, not the image's.
+
+Left out: normalisation (the tower does it on its device), faster decoders that change pixels.
+"""
+
+import dataclasses
+import io
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from saecore.hub import model_folder
+from saecore.images import effort
+from saecore.untrusted import about, mapping, number, read_json_file, shown, whole
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""No other Pillow plug-in ever sees the bytes."""
+
+MAX_PIXELS = 178_000_000
+"""Pillow refuses more than 178,956,970 whatever it is told."""
+
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+    """What a model's image processor does to an image."""
+
+    resize: int | tuple[int, int]
+    """Shortest edge, or (height, width), in pixels."""
+    crop: tuple[int, int] | None
+    """(height, width) cut out of the centre, in pixels; None leaves all."""
+    resample: int
+    """Pillow's number of the filter."""
+    mean: tuple[float, float, float]
+    """Subtracted from rescaled pixels, by channel."""
+    std: tuple[float, float, float]
+    """Then divided by, by channel."""
+    rescale_factor: float
+    """Multiplies uint8 pixels before that."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.resize, int) and self.crop is None:
+            raise ValueError("an image processor that resizes the shortest edge and does not crop makes no fixed size")
+        if min(*self.size, self.resize if isinstance(self.resize, int) else min(self.resize)) < 1:
+            raise ValueError(f"an image processor that resizes to {self.resize} and crops {self.crop} makes no pixels")
+        height, width = (self.resize, self.resize) if isinstance(self.resize, int) else self.resize
+        for what, pixels in (("resizes a square image to", height * width), ("makes", self.size[0] * self.size[1])):
+            if pixels > MAX_PIXELS:
+                raise ValueError(
+                    f"an image processor that {what} {pixels:,} pixels is refused: {MAX_PIXELS:,} are allowed"
+                )
+        Image.Resampling(self.resample)  # ValueError for a number that is none
+        for what, value in (
+            ("image_mean", self.mean),
+            ("image_std", self.std),
+            ("rescale_factor", [self.rescale_factor]),
+        ):
+            for one in value:
+                if number(one, f"{what} of an image processor") <= 0 and what != "image_mean":
+                    raise ValueError(f"{what} of an image processor is {one}, expected a number above 0")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the pixels that come out."""
+        if self.crop is not None:
+            return self.crop
+        assert not isinstance(self.resize, int)
+        return self.resize
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Preprocess":
+        """From the content of preprocessor_config.json or processor_config.json, in old and new spelling."""
+        config = mapping(config.get("image_processor", config), "image_processor")
+        kind = config.get("image_processor_type") or config.get("feature_extractor_type") or "CLIPImageProcessor"
+        defaults = _DEFAULTS.get(re.sub("(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(kind)))
+        if defaults is None:
+            raise ValueError(f"an image processor of type {kind} is not supported; these are: {', '.join(_DEFAULTS)}")
+        config = {**defaults, **{name: value for name, value in config.items() if value is not None}}
+        for name in ("do_resize", "do_center_crop", "do_normalize", "do_rescale"):
+            if not isinstance(config[name], bool):
+                raise ValueError(f"{name} of an image processor is {shown(config[name])}, expected true or false")
+        if not config["do_resize"] or config.get("do_pad"):
+            raise ValueError("an image processor that does not resize, or pads, is not supported")
+        size, crop = config["size"], config["crop_size"] if config["do_center_crop"] else None
+        if isinstance(size, Mapping):
+            if set(size) not in ({"shortest_edge"}, {"height", "width"}):
+                raise ValueError(f"an image processor with size = {size} is not supported")
+            size = size["shortest_edge"] if "shortest_edge" in size else [size["height"], size["width"]]
+        elif not config["do_center_crop"] and not isinstance(size, list):
+            size = [size, size]  # as transformers reads a bare number where nothing is cropped
+        if isinstance(crop, Mapping):
+            if set(crop) != {"height", "width"}:
+                raise ValueError(f"an image processor with crop_size = {crop} is not supported")
+            crop = [crop["height"], crop["width"]]
+        elif crop is not None and not isinstance(crop, list):
+            crop = [crop, crop]
+        return cls(
+            resize=_edges(size, "size") if isinstance(size, list) else whole(size, "size of an image processor"),
+            crop=None if crop is None else _edges(crop, "crop_size"),
+            resample=int(whole(config["resample"], "resample of an image processor", least=0)),
+            mean=_channels(config["image_mean"], "image_mean") if config["do_normalize"] else (0.0, 0.0, 0.0),
+            std=_channels(config["image_std"], "image_std") if config["do_normalize"] else (1.0, 1.0, 1.0),
+            rescale_factor=config["rescale_factor"] if config["do_rescale"] else 1.0,
+        )
+
+
+_STEPS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255, "crop_size": 224}
+_CLIP = {
+    **_STEPS,
+    "do_center_crop": True,
+    "size": {"shortest_edge": 224},
+    "resample": Image.Resampling.BICUBIC,
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+}
+_SIGLIP = {
+    **_CLIP,
+    "do_center_crop": False,
+    "size": {"height": 224, "width": 224},
+    "image_mean": (0.5, 0.5, 0.5),
+    "image_std": (0.5, 0.5, 0.5),
+}
+_DEFAULTS = {"CLIP": _CLIP, "Siglip": _SIGLIP}
+"""What transformers' processors do where their config is silent."""
+
+
+def _edges(value: list[Any], what: str) -> tuple[int, int]:
+    if len(value) != 2:
+        raise ValueError(f"{what} of an image processor is {shown(value)}, expected a height and a width")
+    return whole(value[0], f"{what} of an image processor"), whole(value[1], f"{what} of an image processor")
+
+
+def _channels(value: Any, what: str) -> tuple[float, float, float]:
+    if not isinstance(value, list | tuple) or len(value) != 3:
+        raise ValueError(f"{what} of an image processor is {shown(value)}, expected three numbers, one a channel")
+    return value[0], value[1], value[2]
+
+
+def load_preprocess(model: str, revision: str | None = None) -> Preprocess:
+    """The image processor's settings of a model: a folder, a Hub id, or `demo`; ValueError if it has none, or damaged ones."""
+    folder = model_folder(model, revision)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            with about(name):
+                return Preprocess.from_config(read_json_file(folder / name))
+    raise ValueError(f"no preprocessor_config.json in {folder}")
+
+
+class ImageError(Exception):
+    """An image that is refused: `reason` from the table above, and a detail."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+class Opened(NamedTuple):
+    """A decoded image as a viewer shows it."""
+
+    image: Image.Image
+    """RGB, rotated."""
+    format: str
+    """One of `FORMATS`."""
+
+
+class Decoded(NamedTuple):
+    """What CLIP sees of an image."""
+
+    pixels: np.ndarray
+    """uint8 (height, width, 3)."""
+    width: int
+    """Of the decoded image, in pixels."""
+    height: int
+    format: str
+    crop: tuple[int, int, int, int]
+    """(left, top, right, bottom) of the area that CLIP sees, in pixels of the decoded image, rounded. It reaches over the
+    edges only for a processor that crops more than it resizes to: zeros are there, as in transformers."""
+
+
+def open_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Opened:
+    """Decode to RGB; raises ImageError and, but for MemoryError, nothing else, whatever the bytes are."""
+    if not data:
+        raise ImageError("empty", "0 bytes")
+    with _refusing(data), warnings.catch_warnings():
+        # Damaged metadata, and sizes that are judged here. Not in threads: Python keeps one list for all of them.
+        warnings.simplefilter("ignore")
+        effort.check(data)
+        file = effort.Reader(data)
+        image = Image.open(file, formats=FORMATS)
+        file.is_opening = False
+        _check_size(image.width, image.height, max_pixels)
+        # Pillow calls a JPEG with further pictures behind it, as many cameras write, MPO.
+        form = "JPEG" if image.format == "MPO" else str(image.format)
+        image.load()
+        return Opened(_rgb(_upright(image)), form)
+
+
+@contextmanager
+def _refusing(data: bytes) -> Iterator[None]:
+    """Whatever is raised inside is the reason why this image is refused.
+
+    Pillow raises what its plug-ins happen to meet, AssertionError among it, so there is no list of what may come.
+    """
+    try:
+        yield
+    except (ImageError, MemoryError):
+        raise
+    except effort.EffortError as error:
+        raise ImageError("too-complex", str(error)) from error
+    except Image.DecompressionBombError as error:
+        raise ImageError("too-large", str(error)) from error
+    except Exception as error:
+        raise _refusal(data, error) from error
+
+
+def _refusal(data: bytes, error: Exception) -> ImageError:
+    if isinstance(error, UnidentifiedImageError):
+        if not data.startswith(_SIGNATURES):
+            return ImageError("not-an-image", f"{len(data)} bytes starting with {data[:8]!r}")
+        text = f"the header is damaged or cut, {len(data)} bytes in all"
+    else:
+        text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+    # libwebp does not say it; the second word of the file is its size.
+    short = data.startswith(b"RIFF") and len(data) < 8 + int.from_bytes(data[4:8], "little")
+    cut = short or isinstance(error, EOFError) or "truncated" in text.lower() or "unexpected end" in text.lower()
+    return ImageError("truncated" if cut else "corrupt", text)
+
+
+def decode(data: bytes, preprocess: Preprocess, max_pixels: int = MAX_PIXELS) -> Decoded:
+    """Decode, resize and crop; raises as `open_rgb` does."""
+    image, form = open_rgb(data, max_pixels)
+    width, height = image.size
+    resized_width, resized_height = _resized(width, height, preprocess.resize)
+    _check_size(resized_width, resized_height, max_pixels)  # 1 x 4,000 pixels become 224 x 896,000
+    crop_height, crop_width = preprocess.size
+    left, top = (resized_width - crop_width) // 2, (resized_height - crop_height) // 2
+    with _refusing(data):
+        resized = image.resize((resized_width, resized_height), Image.Resampling(preprocess.resample))
+        pixels = np.asarray(resized.crop((left, top, left + crop_width, top + crop_height)))
+    x, y = width / resized_width, height / resized_height
+    crop = (round(left * x), round(top * y), round((left + crop_width) * x), round((top + crop_height) * y))
+    return Decoded(pixels, width, height, form, crop)
+
+
+def blank() -> bytes:
+    """A PNG of one white pixel."""
+    sink = io.BytesIO()
+    Image.new("RGB", (1, 1), "white").save(sink, "PNG")
+    return sink.getvalue()
+
+
+def _resized(width: int, height: int, resize: int | tuple[int, int]) -> tuple[int, int]:
+    """(width, height) after resizing, rounded as transformers rounds it."""
+    if not isinstance(resize, int):
+        return resize[1], resize[0]
+    longest = int(resize * max(width, height) / min(width, height))
+    return (resize, longest) if width <= height else (longest, resize)
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise ImageError("too-large", f"{width} x {height} pixels, {max_pixels} are allowed")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Rotated as its EXIF orientation says."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except (effort.EffortError, MemoryError):
+        raise
+    except Exception:
+        return image  # the metadata is damaged, the picture is not: shown as it lies, as viewers do
+    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    turned.info = image.info  # holds the transparent colour
+    return turned
+
+
+# EXIF orientation -> what undoes it.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Any mode that Pillow decodes -> RGB."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65_535:
+            raise ImageError("unsupported", f"{image.mode} pixels from {values.min()} to {values.max()}")
+        # Pillow would saturate; 65,535 is 255 x 257.
+        grey = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+        if isinstance(clear := image.info.get("transparency"), int):
+            grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+            return _on_white(grey)
+        return grey.convert("RGB")
+    if image.mode in ("F", "LAB"):
+        raise ImageError("unsupported", f"{image.mode} pixels")
+    return _on_white(image) if image.has_transparency_data else image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    picture = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, (255, 255, 255, 255)), picture).convert("RGB")

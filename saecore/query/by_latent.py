@@ -1,0 +1,195 @@
+"""by_latent/: a run's activations sorted by (latent, activation descending, image_id), so that one latent is one small read.
+
+    RUN/by_latent/{segment}-00000.parquet     ACTIVATIONS, in files of 2M rows and row groups of 62,500
+    RUN/top_images/{segment}-00000.parquet    of the first images of each latent all that showing takes: key, crop, maps
+    RUN/by_latent/_index.json                 what there is (`Index`); readers go through it, never through a raw glob
+
+A segment is the sorted rows of some chunks and is never changed. A run that grew gets one more segment, and a reader merges
+them. Files are written first and the index last, each whole or not at all, so that an index that is being made does not disturb
+the one that is there. Works on any pyarrow filesystem.
+
+Why top_images: maps are 9 of 10 bytes of a run. A second copy of all of them would double it, and reading them where they lie
+opens as many files as there are images. A copy of those that are looked at grows with the latents, not with the images.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset
+import pyarrow.fs
+import pyarrow.parquet as pq
+
+from saecore.runs import run as runs
+from saecore.storage import filesystem_of, join_uri, write_atomic
+
+VERSION = 1
+ROWS, TOP = "by_latent", "top_images"
+"""The folders."""
+
+SHOWN = ("uri", "key", "width", "height", "crop_left", "crop_top", "crop_right", "crop_bottom")
+"""Columns of `images` with which an image is shown, and its map laid over it."""
+
+MAP = ("method", "map", "scale", "remainder", "sink_share")
+"""Columns of `maps` that make one map."""
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """One file of a segment."""
+
+    path: str
+    """Below the run."""
+    rows: int
+    bytes: int
+    first: int
+    """Its first latent."""
+    last: int
+    """Its last latent."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """The sorted rows of some chunks."""
+
+    name: str
+    chunks: list[tuple[int, int]]
+    """Ranges of chunk ids, both ends included."""
+    digest: str
+    """Of the chunks' files, by name and sha256."""
+    rows: list[File]
+    top: list[File]
+    maps: list[int]
+    """Maps of each latent, those without positive relevance aside."""
+    extent: list[float]
+    """Sum of these maps' extents; see `saecore.query.indexing.extent`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """What there is. Segments cover different chunks."""
+
+    fingerprint: str
+    """Of the run."""
+    top: int
+    """Images per latent whose maps lie in top_images."""
+    segments: list[Segment]
+    version: int = VERSION
+
+    def chunk_ids(self) -> np.ndarray:
+        """All chunks that are indexed."""
+        ranges = [np.arange(first, last + 1) for segment in self.segments for first, last in segment.chunks]
+        return np.concatenate(ranges) if ranges else np.zeros(0, np.int64)
+
+
+def read_index(uri: str, fingerprint: str) -> Index | None:
+    """The index of the run at `uri`, None if there is none; ValueError if it is that of another run, or of another version."""
+    filesystem, path = filesystem_of(join_uri(uri, ROWS, "_index.json"))
+    if filesystem.get_file_info(path).type != pyarrow.fs.FileType.File:
+        return None
+    with filesystem.open_input_stream(path) as stream:
+        held: dict[str, Any] = json.loads(stream.read())
+    if held["fingerprint"] != fingerprint or held["version"] != VERSION:
+        raise ValueError(
+            f"{uri}/{ROWS} indexes another run, or is of another version; remove it, or make it again: --rebuild"
+        )
+    return Index(**{**held, "segments": [_segment(segment) for segment in held["segments"]]})
+
+
+def _segment(held: dict[str, Any]) -> Segment:
+    files = {name: [File(**file) for file in held[name]] for name in ("rows", "top")}
+    return Segment(**{**held, "chunks": [tuple(ends) for ends in held["chunks"]], **files})
+
+
+def write_index(uri: str, index: Index) -> None:
+    """From here on, readers see this index. What it does not name is removed."""
+    write_atomic(join_uri(uri, ROWS, "_index.json"), json.dumps(dataclasses.asdict(index)).encode())
+    held = {file.path for segment in index.segments for file in (*segment.rows, *segment.top)}
+    for folder in (ROWS, TOP):
+        filesystem, path = filesystem_of(join_uri(uri, folder))
+        for info in filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True)):
+            if info.base_name.endswith(".parquet") and f"{folder}/{info.base_name}" not in held:
+                filesystem.delete_file(info.path)
+
+
+def digest(manifest: pa.Table, chunk_ids: np.ndarray) -> str:
+    """Of the files of these chunks, as the run's manifest names them."""
+    files = runs.of_chunks(manifest, chunk_ids).sort_by("path")
+    lines = pc.binary_join_element_wise(files["path"], files["sha256"], " ")
+    return hashlib.sha256("\n".join(lines.to_pylist()).encode()).hexdigest()
+
+
+def ranges(chunk_ids: np.ndarray) -> list[tuple[int, int]]:
+    """Sorted chunk ids as ranges, both ends included."""
+    breaks = np.flatnonzero(np.diff(chunk_ids) != 1) + 1
+    return [(int(part[0]), int(part[-1])) for part in np.split(chunk_ids, breaks) if len(part)]
+
+
+def top_schema(held: Mapping[str, pa.Schema]) -> pa.Schema:
+    """Of top_images, for a run with these tables: one row for each latent, image and method; null where there is no map."""
+    wanted = {"activations": ("latent", "image_id", "activation", "pre_activation"), "images": SHOWN, "maps": MAP}
+    fields = [
+        held[table].field(name).with_nullable(table != "activations")
+        for table, names in wanted.items()
+        if table in held
+        for name in names
+    ]
+    return pa.schema(fields, held["activations"].metadata)
+
+
+def methods(schema: pa.Schema) -> list[str]:
+    """How the maps of a run's file were computed, from its metadata; the first is what questions mean that name none."""
+    return schema.metadata[b"methods"].decode().split(",")
+
+
+class Reader:
+    """The files of an index. Footers are read once."""
+
+    def __init__(self, uri: str, index: Index) -> None:
+        self.uri = uri
+        self.index = index
+        self._footers: dict[str, pq.FileMetaData] = {}
+
+    def paths(self) -> dict[str, list[str]]:
+        """The files of each folder, below the run."""
+        segments = self.index.segments
+        return {
+            ROWS: [file.path for segment in segments for file in segment.rows],
+            TOP: [file.path for segment in segments for file in segment.top],
+        }
+
+    def first_rows(self, latent: int, n: int | None = None) -> list[pa.Table]:
+        """ACTIVATIONS rows of a latent where it fires, strongest first: of each segment the first n or a few more, or all."""
+        return [part for segment in self.index.segments for part in self._read(segment.rows, latent, n)]
+
+    def top_images(self, latent: int) -> list[pa.Table]:
+        """Rows of top_images of a latent, all of each segment."""
+        return [part for segment in self.index.segments for part in self._read(segment.top, latent, None)]
+
+    def _read(self, files: Sequence[File], latent: int, n: int | None) -> Iterator[pa.Table]:
+        rows = 0
+        for file in files:
+            if file.first <= latent <= file.last:
+                for part in self._row_groups(file, latent):
+                    yield part
+                    rows += part.num_rows
+                    if n is not None and rows >= n:
+                        return
+
+    def _row_groups(self, file: File, latent: int) -> Iterator[pa.Table]:
+        filesystem, path = filesystem_of(join_uri(self.uri, file.path))
+        with pq.ParquetFile(path, filesystem=filesystem, metadata=self._footers.get(file.path)) as parquet:
+            footer = self._footers.setdefault(file.path, parquet.metadata)
+            column = parquet.schema_arrow.get_field_index("latent")
+            for number in range(footer.num_row_groups):
+                held = footer.row_group(number).column(column).statistics
+                if held.min <= latent <= held.max:
+                    rows = parquet.read_row_group(number)
+                    start, end = np.searchsorted(rows["latent"].to_numpy(), [latent, latent + 1])
+                    rows = rows.slice(start, end - start)
+                    yield rows.filter(pc.not_equal(rows["activation"], 0))

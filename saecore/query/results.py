@@ -1,0 +1,308 @@
+"""Open a finished run and ask it questions.
+
+    run = saecore.query.results.open("runs/photos")          # or s3://bucket/run
+    run.top_images(53, n=20)                           # pyarrow tables; .to_pandas() where that is wanted
+    run.maps("000036.jpg").maps                        # float32 (k, H, W), pre-activation units
+    run.sql("SELECT count(*) FROM activations JOIN images USING (image_id) WHERE width > 640")
+
+by_latent/, which jobs.index makes, answers questions about one latent fast; without it, or for the images that it does not
+cover yet, the run's own files are read through, and answers are the same.
+
+A latent *fires* for an image where it is kept with an activation other than zero: what was not kept, no table knows.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from saecore.query import by_latent, histograms, search
+from saecore.query.by_latent import MAP, SHOWN
+from saecore.query.contrast import contrast
+from saecore.query.maps import Maps
+from saecore.query.tables import Tables, read_record
+from saecore.runs.latents import lookup
+
+NAMES = ("name", "score", "valid")
+"""Columns of `latents` that say what a latent is called and how surely, where jobs.name wrote them."""
+
+STRENGTH = ("activation", "pre_activation")
+
+VALUES = {"text": "cosine", "concept": "weighted_mean"}
+"""What a target's `pre_activation` is, by its kind: a concept's is the weighted mean of its latents' pre-activations."""
+
+LARGEST = 2**63 - 1
+"""The largest number that an image can have."""
+
+
+def number(text: str) -> int | None:
+    """The number that digits alone write; None for any other text, and above what a column of numbers can hold."""
+    found = int(text) if text.isascii() and text.isdigit() and len(text) <= len(str(LARGEST)) else None
+    return found if found is None or found <= LARGEST else None
+
+
+def open(uri: str) -> "Results":  # noqa: A001 - `results.open` is what it is
+    """A complete run of jobs.explain, local or at an address; ValueError if there is none, or an index of another run's."""
+    return Results(uri, read_record(uri))
+
+
+def decode(table: pa.Table, grid: tuple[int, int]) -> np.ndarray:
+    """Rows with the columns `map` and `scale` -> float32 (rows, H, W) in pre-activation units; NaN where there is no map."""
+    blank = bytes(grid[0] * grid[1])
+    maps = np.frombuffer(b"".join(one or blank for one in table["map"].to_pylist()), np.int8)
+    scales = table["scale"].to_numpy().astype(np.float32)
+    return maps.reshape(table.num_rows, *grid) * scales[:, None, None]
+
+
+class Results:
+    """A finished run."""
+
+    def __init__(self, uri: str, record: Mapping[str, Any]) -> None:
+        self.uri = uri
+        self.record = record
+        """run.json."""
+        self.grid: tuple[int, int] = tuple(record["grid"])
+        self.n_latents: int = record["n_latents"]
+        self.n_images: int = record["images"] - sum(record["refused"].values())
+        """Images that were not refused."""
+        self.tables = Tables(uri, record)
+
+    @property
+    def methods(self) -> list[str]:
+        """How maps were computed: the first is what `method=None` means. None where there are no maps."""
+        return by_latent.methods(self.tables.schemas["maps"]) if "maps" in self.tables.schemas else []
+
+    @property
+    def latents(self) -> pa.Table:
+        """One row per latent (`schema.LATENTS`, and what jobs.name adds), as far as it was written."""
+        return self.tables.latents
+
+    @functools.cached_property
+    def targets(self) -> list[str]:
+        """What maps explain beside latents, as MAPS has it: `text: a red square`, `concept: red`; of every image alike."""
+        if not self.methods:
+            return []
+        one = self.sql("SELECT image_id FROM images WHERE error IS NULL LIMIT 1")["image_id"]
+        found = self.tables.rows("maps", one, ("target",))["target"].to_pylist()
+        return [target for target in dict.fromkeys(found) if target is not None]
+
+    def sql(self, query: str, *parameters: Any) -> pa.Table:
+        """DuckDB's answer about `images`, `activations`, `by_latent`, `latents`, `maps` and `top_images`; `?` is a parameter.
+
+        by_latent has all rows of activations, sorted or not. Joins are made as they are written: put the small side right.
+        One SELECT about these tables alone: nothing is written, and no file is read by its name. ValueError for anything
+        else, and for a mistake in the SQL. To join files of your own, open the run's Parquet with DuckDB itself.
+        """
+        try:
+            return self.tables.sql(query, parameters)
+        except duckdb.Error as error:
+            told = str(error).splitlines()[0]
+            if isinstance(error, duckdb.PermissionException):
+                told += "; a question is about the tables of the run alone"
+            raise ValueError(told) from error
+
+    # ---- One latent.
+
+    def top_images(self, latent: int, n: int = 20, method: str | None = None, maps: bool = False) -> pa.Table:
+        """The images for which it fires most strongly: image_id, activation, pre_activation, and `SHOWN`; strongest first.
+
+        With `maps`, the columns of `MAP` too, by one method: `decode(table, run.grid)` makes arrays of them.
+        """
+        found = self._fired(latent, n).sort_by([("activation", "descending"), ("image_id", "ascending")])[: _count(n)]
+        by_method = pc.field("method") == self._method(method) if maps else None
+        columns = (*SHOWN, *MAP) if maps else SHOWN
+        copied = [] if self.tables.reader is None else self.tables.reader.top_images(latent)
+        ready = [part.filter(by_method) if maps else part for part in copied]
+        ready = [part.select(["image_id", *columns]) for part in ready]
+        known = pa.chunked_array([chunk for part in ready for chunk in part["image_id"].chunks], pa.int64())
+        missing = found["image_id"].filter(pc.invert(pc.is_in(found["image_id"], known)))
+        if len(missing) or not ready:
+            more = self.tables.rows("images", missing, SHOWN)
+            if maps:
+                condition = (pc.field("latent") == latent) & by_method
+                more = lookup(more, self.tables.rows("maps", missing, MAP, condition), "image_id")
+            ready.append(more)
+        # Columns may be null in the copies and not where they were copied from.
+        return lookup(found, pa.concat_tables(ready, promote_options="default"), "image_id")
+
+    def _fired(self, latent: int, n: int | None = None) -> pa.Table:
+        """image_id and `STRENGTH` where it fires: the n strongest images are among them, or all of them are."""
+        if not 0 <= latent < self.n_latents:
+            raise ValueError(f"latent {latent}: this run's are 0 to {self.n_latents - 1}")
+        columns = ["image_id", *STRENGTH]
+        found = [] if self.tables.reader is None else self.tables.reader.first_rows(latent, n)
+        found = [part.select(columns) for part in found]
+        if len(self.tables.not_indexed):
+            best = "" if n is None else f"ORDER BY activation DESC, image_id LIMIT {_count(n)}"
+            query = f"SELECT {', '.join(columns)} FROM waiting WHERE latent = ? AND activation <> 0 {best}"
+            waiting = self.tables.files("activations", self.tables.not_indexed)
+            found.append(self.tables.sql(query, (latent,), waiting=waiting))
+        none = self.tables.schemas["activations"].empty_table().select(columns)
+        return pa.concat_tables([none, *(part.cast(none.schema) for part in found)])
+
+    def histogram(self, latent: int, bins: int = 20) -> pa.Table:
+        """How strongly it fires, in bins of one width: low, high, images; of equal activations one, of none no row."""
+        edges, images = histograms.count(self._fired(latent)["activation"].to_numpy(), bins)
+        columns = {"low": edges[:-1], "high": edges[1:]}
+        return pa.table(
+            {
+                **{name: pa.array(ends, pa.float64()) for name, ends in columns.items()},
+                "images": pa.array(images, pa.int64()),
+            }
+        )
+
+    def co_firing(self, latent: int, n: int = 20) -> pa.Table:
+        """The latents that fire for the same images: latent, images (of both), share, lift, jaccard, names; by jaccard.
+
+        share: of this latent's images, those where the other fires too. lift: how many times as often as if the two knew
+        nothing of each other. jaccard: of the images where either fires, those where both do, so that neither the latent
+        that fires everywhere nor the one that fires once comes first.
+        """
+        own = self._fired(latent).select(["image_id"])
+        found = self.tables.sql(
+            """SELECT *, images / $1 AS share, images * $2 / ($1 * alone) AS lift, images / ($1 + alone - images) AS jaccard
+            FROM (SELECT latent, count(own.image_id) AS images, count(*) AS alone
+                FROM activations LEFT JOIN own USING (image_id) WHERE activation <> 0 GROUP BY latent)
+            WHERE latent <> $3 AND images > 0 ORDER BY jaccard DESC, latent LIMIT $4""",
+            (own.num_rows, self.n_images, latent, _count(n)),
+            own=own,
+        )
+        return self._named(found.drop_columns("alone"))
+
+    # ---- One text or concept.
+
+    def label(self, target: str) -> str:
+        """A text or concept as MAPS has it, from any spelling that --targets takes; ValueError if it is not the run's."""
+        labels = {_spelling(label): label for label in reversed(self.targets)}
+        if target in self.targets:
+            return target
+        if _spelling(target) not in labels:
+            known = "; ".join(self.targets) or "none: jobs.explain --targets kept 'text:A PHRASE' makes maps of one"
+            raise ValueError(f"target {target}: this run's, beside latents, are {known}")
+        return labels[_spelling(target)]
+
+    def values_of(self, target: str, n: int | None = None) -> pa.Table:
+        """The target's n largest values, or all: image_id, and what `VALUES` calls them, largest first."""
+        label = self.label(target)
+        value = VALUES[label.partition(":")[0]]
+        query = f"""SELECT image_id, pre_activation AS {value} FROM maps WHERE target = ? AND method = ?
+            ORDER BY pre_activation DESC, image_id {"" if n is None else f"LIMIT {_count(n)}"}"""
+        return self.sql(query, label, self._method(None))
+
+    def top_images_of(self, target: str, n: int = 20, method: str | None = None, maps: bool = False) -> pa.Table:
+        """The images for which it has its largest values: as `top_images`, without an activation. Reads its maps through."""
+        found = self.values_of(target, n)
+        found = lookup(found, self.tables.rows("images", found["image_id"], SHOWN), "image_id")
+        if not maps:
+            return found
+        condition = (pc.field("target") == self.label(target)) & (pc.field("method") == self._method(method))
+        return lookup(found, self.tables.rows("maps", found["image_id"], MAP, condition), "image_id")
+
+    # ---- One image.
+
+    def image_id(self, image: int | str) -> int:
+        """An image's number, from its number or its key; ValueError for what no image has, or a key that several have."""
+        if isinstance(image, int | np.integer):
+            if 0 <= image <= LARGEST and self.tables.rows("images", [int(image)], ()).num_rows:
+                return int(image)
+            raise ValueError(f"image {image}: this run has none of that number")
+        found = self.sql("SELECT image_id, uri FROM images WHERE key = ? ORDER BY image_id LIMIT 3", image).to_pylist()
+        if not found:
+            raise ValueError(f"image {image}: this run has none of that key")
+        if len(found) > 1:
+            places = ", ".join(f"{row['image_id']} of {row['uri']}" for row in found)
+            raise ValueError(f"image {image}: several have this key; name one by its number, such as {places}")
+        return found[0]["image_id"]
+
+    def image(self, image: int | str) -> dict[str, Any]:
+        """Its row of `images`."""
+        names = self.tables.schemas["images"].names
+        return self.tables.rows("images", [self.image_id(image)], names).to_pylist()[0]
+
+    def latents_of(self, image: int | str) -> pa.Table:
+        """Its kept latents, strongest first: rank, latent, activation, pre_activation, names."""
+        found = self.tables.rows("activations", [self.image_id(image)], ("rank", "latent", *STRENGTH))
+        return self._named(found.drop_columns("image_id").sort_by("rank"))
+
+    def maps(self, image: int | str, method: str | None = None) -> Maps:
+        """Its relevance maps by one method."""
+        by_method = pc.field("method") == self._method(method)
+        columns = ("latent", "target", "method", "map", "scale", "remainder")
+        image_id = self.image_id(image)
+        found = self.tables.rows("maps", [image_id], columns, by_method)
+        kept = self.tables.rows("activations", [image_id], ("latent", "rank"))
+        ranks = lookup(found.select(["latent"]), kept, "latent")["rank"]
+        found = found.take(pc.sort_indices(pc.fill_null(ranks, np.iinfo(np.int16).max)))
+        latents, targets, methods = (found[name].to_pylist() for name in ("latent", "target", "method"))
+        return Maps(decode(found, self.grid), latents, targets, methods, found["remainder"].to_numpy())
+
+    # ---- All latents.
+
+    def find(self, words: str) -> pa.Table:
+        """The latents with that name, best first: see `saecore.query.search.latents`. ValueError where none has a name."""
+        if "name" not in self.latents.column_names:
+            raise ValueError(f"{self.uri}: its latents have no names yet; jobs.name gives them some")
+        held = [name for name in ("name", "words", "valid", "score") if name in self.latents.column_names]
+        places = search.latents(words, self.latents.select(held).to_pylist())
+        return self.latents.take(pa.array(places, pa.int64()))
+
+    def compare(self, filter_a: str, filter_b: str = "") -> pa.Table:
+        """Which latents fire more on one set of images than on another: SQL conditions on the columns of `images`.
+
+        Without `filter_b`, than on all other images. Columns, test and correction: `saecore.query.contrast.contrast`; those
+        most typical of the first set come first. ValueError for what is no condition, an empty set, or an image in both.
+        """
+        other = filter_b or f"({filter_a}\n) IS NOT TRUE"
+        # A condition ends its own line: it may end in a comment.
+        sides = f"""SELECT image_id, ({filter_a}\n) IS TRUE AS a, ({other}\n) IS TRUE AS b
+            FROM images WHERE error IS NULL"""
+        sizes = "SELECT count(*) FILTER (a), count(*) FILTER (b), count(*) FILTER (a AND b)"
+        try:
+            for condition in (filter_a, other):
+                # One expression, which closes no bracket of ours and begins no statement.
+                duckdb.SQLExpression(condition)
+            n_a, n_b, n_both = self.tables.sql(f"{sizes} FROM ({sides})").to_pylist()[0].values()
+        except duckdb.Error as error:
+            raise ValueError(f"no condition on images: {str(error).splitlines()[0]}") from error
+        if not n_a or not n_b:
+            raise ValueError(
+                f"no image meets the condition {filter_b or f'({filter_a}) IS NOT TRUE' if n_a else filter_a}"
+            )
+        if n_both:
+            raise ValueError(f"{n_both:,} images are in both sets, and the test is of two different ones")
+        counts = self.sql(
+            f"""SELECT latent, count(*) FILTER (a) AS images_a, count(*) FILTER (b) AS images_b
+            FROM activations JOIN ({sides}) USING (image_id)
+            WHERE activation <> 0 AND (a OR b) GROUP BY latent ORDER BY latent"""
+        )
+        return self._named(contrast(counts, n_a, n_b))
+
+    # ---- What these share.
+
+    def _named(self, table: pa.Table) -> pa.Table:
+        names = [name for name in NAMES if name in self.latents.column_names]
+        return lookup(table, self.latents.select(["latent", *names]), "latent")
+
+    def _method(self, method: str | None) -> str:
+        if not self.methods:
+            raise ValueError(f"{self.uri} was made without maps")
+        if method is not None and method not in self.methods:
+            raise ValueError(f"method {method}: this run has maps by {', '.join(self.methods)}")
+        return method or self.methods[0]
+
+
+def _count(n: int) -> int:
+    """Rows, at most: as DuckDB takes it."""
+    if n < 1:
+        raise ValueError(f"n {n}: must be at least 1")
+    return min(n, LARGEST)
+
+
+def _spelling(target: str) -> str:
+    """Of a text or concept, whatever whitespace is in it."""
+    kind, _, words = target.partition(":")
+    return f"{kind.strip()}:{' '.join(words.split())}"

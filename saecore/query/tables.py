@@ -1,0 +1,163 @@
+"""A finished run as tables: which files hold what, through its manifest and, where there is one, its index.
+
+Image to chunk is arithmetic on the plan, chunk to file the manifest's business, so that the rows of some images are read from
+the files that hold them and no others.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset
+import pyarrow.fs
+
+from saecore.query import by_latent
+from saecore.query.by_latent import Reader
+from saecore.runs import latents
+from saecore.runs import run as runs
+from saecore.schema import INDEX_BITS, VERSION
+from saecore.storage import filesystem_of, join_uri
+
+
+def read_record(uri: str) -> dict[str, Any]:
+    """run.json of a complete run of jobs.explain; ValueError if there is none at `uri`."""
+    if not uri:
+        raise ValueError("the run's folder has no name: give that of a run of jobs.explain")
+    filesystem, path = filesystem_of(join_uri(uri, "run.json"))
+    try:
+        if filesystem.get_file_info(path).type != pyarrow.fs.FileType.File:
+            raise ValueError(f"{uri} holds no run: there is no run.json")
+        record = runs.record_at(uri)
+    except OSError as error:
+        raise ValueError(f"{uri} cannot be read: {error}") from error
+    if record["parts"].get("kind", "explain") != "explain":
+        raise ValueError(f"{uri} is a run of another job and holds no latents: jobs.explain makes those")
+    if (version := record["parts"]["schema"]) != VERSION:
+        raise ValueError(
+            f"{uri} has tables of version {version}, and these questions are to version {VERSION}: make it again"
+        )
+    if record["status"] != "complete":
+        raise ValueError(f"{uri} is not complete; the command that began it, given again, ends it: {record['command']}")
+    return record
+
+
+def connect(**settings: Any) -> duckdb.DuckDBPyConnection:
+    """DuckDB in memory, as questions and the index need it. Joins are made as they are written: the small side right."""
+    # Nothing is fetched from a network, and the order of rows is nobody's promise.
+    fixed = {"autoinstall_known_extensions": False, "preserve_insertion_order": False}
+    database = duckdb.connect(config={**fixed, **settings})
+    # It takes a data set, of whatever size, for one row, and would hold all of it to look up a few images.
+    database.execute("SET disabled_optimizers = 'join_order,build_side_probe_side'")
+    # It draws one on standard output where it takes the process for an interactive one, such as those of multiprocessing.
+    database.execute("SET enable_progress_bar = false")
+    return database
+
+
+class Tables:
+    """The tables of the run at `uri`. Files are opened when they are asked for, footers are kept. For one thread at a time."""
+
+    def __init__(self, uri: str, record: Mapping[str, Any]) -> None:
+        self.uri = uri
+        self.n_latents: int = record["n_latents"]
+        self.manifest = runs.read_manifest(uri).drop_columns(["bytes", "sha256"])
+        self.index = by_latent.read_index(uri, record["fingerprint"])
+        """None where there is none."""
+        self.reader = None if self.index is None else Reader(uri, self.index)
+        covered = np.zeros(0, np.int64) if self.index is None else self.index.chunk_ids()
+        self.not_indexed = np.setdiff1d(self.manifest["chunk_id"].to_numpy(), covered)
+        """Chunk ids."""
+
+    def files(self, table: str, chunk_ids: np.ndarray | None = None) -> pyarrow.dataset.Dataset:
+        """`images`, `activations` or `maps`: of all chunks, or of some."""
+        held = self.manifest if chunk_ids is None else runs.of_chunks(self.manifest, chunk_ids)
+        return runs.dataset(self.uri, table, held)
+
+    @functools.cached_property
+    def schemas(self) -> dict[str, pa.Schema]:
+        """Of the tables that the run itself wrote, from one file each."""
+        first = self.manifest["chunk_id"].to_numpy()[:1]
+        return {table: self.files(table, first).schema for table in self.manifest["table"].unique().to_pylist()}
+
+    @functools.cached_property
+    def datasets(self) -> dict[str, pyarrow.dataset.Dataset]:
+        """`images`, `activations`, `by_latent`, `top_images`, and `maps` where the run has some.
+
+        by_latent: the sorted files, and of the chunks that they do not cover the activations as they lie. top_images is empty
+        without an index.
+        """
+        found = {table: self.files(table) for table in self.schemas}
+        found["top_images"] = pyarrow.dataset.dataset(by_latent.top_schema(self.schemas).empty_table())
+        filesystem, root = filesystem_of(self.uri)
+        indexed = {} if self.reader is None else self.reader.paths()
+        paths = {name: [f"{root}/{path}" for path in held] for name, held in indexed.items()}
+        waiting = self.files("activations", self.not_indexed).files if len(self.not_indexed) else []
+        paths["by_latent"] = [*paths.get("by_latent", []), *waiting] or found["activations"].files
+        for name, held in paths.items():
+            if held:
+                found[name] = pyarrow.dataset.dataset(held, filesystem=filesystem, format="parquet")
+        return found
+
+    @functools.cached_property
+    def latents(self) -> pa.Table:
+        """latents.parquet; where nothing was written yet, the numbers of the latents alone."""
+        found = latents.read(self.uri)
+        return pa.table({"latent": pa.array(range(self.n_latents), pa.int32())}) if found is None else found
+
+    @functools.cached_property
+    def _database(self) -> duckdb.DuckDBPyConnection:
+        # What is asked comes from people: it reads what is registered here, no files, no addresses, no variables of Python's.
+        database = connect(enable_external_access=False, python_enable_replacements=False)
+        database.execute("SET lock_configuration = true")
+        for name, dataset in self.datasets.items():
+            database.register(name, dataset)
+        database.register("latents", self.latents)
+        return database
+
+    def sql(self, query: str, parameters: Sequence[Any] = (), **more: pa.Table | pyarrow.dataset.Dataset) -> pa.Table:
+        """DuckDB's answer about `datasets`, `latents`, and `more` by name; ValueError for what is not one SELECT."""
+        for name, table in more.items():
+            self._database.register(name, table)
+        statements = self._database.extract_statements(query)
+        if [statement.type for statement in statements] != [duckdb.StatementType.SELECT]:
+            kinds = ", ".join(statement.type.name for statement in statements)
+            raise ValueError(
+                "a question is one SELECT (FROM, WITH, VALUES, DESCRIBE, SUMMARIZE and SHOW are some too): "
+                f"this is {len(statements)} statements{kinds and f', {kinds}'}"
+            )
+        found = self._database.sql(statements[0], params=list(parameters)).to_arrow_table()
+        for name in more:
+            self._database.unregister(name)
+        return found
+
+    @functools.cached_property
+    def _chunk_starts(self) -> tuple[np.ndarray, np.ndarray]:
+        """The plan's chunks in the order of their images: their first image_id, their chunk_id."""
+        plan = runs.read_plan(self.uri)
+        first = plan["shard_id"].to_numpy() << INDEX_BITS | plan["start"].to_numpy()
+        order = np.argsort(first)
+        return first[order], plan["chunk_id"].to_numpy()[order]
+
+    def chunks_of(self, image_ids: Sequence[int] | pa.ChunkedArray | np.ndarray) -> np.ndarray:
+        """The chunk id of each of some images; of the nearest chunk for an image that is not of this run."""
+        first, chunk_ids = self._chunk_starts
+        return chunk_ids[np.maximum(np.searchsorted(first, np.asarray(image_ids, np.int64), "right") - 1, 0)]
+
+    def rows(
+        self,
+        table: str,
+        image_ids: Sequence[int] | pa.ChunkedArray,
+        columns: Sequence[str],
+        condition: pyarrow.dataset.Expression | None = None,
+    ) -> pa.Table:
+        """`image_id` and these columns of the rows of some images, in any order: of the chunks that hold them, no others."""
+        wanted = np.asarray(image_ids, np.int64)
+        these = pc.field("image_id").isin(pa.array(wanted))
+        # At least one file, for its schema.
+        dataset = self.files(table, np.unique(self.chunks_of(wanted if len(wanted) else [0])))
+        return dataset.to_table(
+            columns=["image_id", *columns], filter=these if condition is None else these & condition
+        )

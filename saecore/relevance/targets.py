@@ -1,0 +1,123 @@
+"""What maps explain: scalars of the image embedding, all of them read-outs w . e + c or nearly so.
+
+    a latent    z = p_j(e), its pre-activation: w and c from `SAE.read_outs`, whatever fires
+    a text      z = cos(e, t)                   w = t / (|t| |e|), frozen; its true gradient takes e's own direction out
+    a concept   z = sum_j a_j p_j(e)            over the latents j that a word names, with signed weights a_j
+
+`Targets.values` computes z itself, normalisers and all, for any embedding: what occlusion needs, and what maps must add up to.
+
+Shapes: B images, E embedding width, n targets = k latents of each image, then T texts, then C concepts of m latents each.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from saecore.sae.model import SAE
+
+
+class Words(NamedTuple):
+    """Targets that are the same for every image and are no latent."""
+
+    texts: Tensor
+    """float32 (T, E), each of length 1."""
+    concept_latents: Tensor
+    """int64 (C, m)."""
+    concept_weights: Tensor
+    """float32 (C, m)."""
+    blank: Tensor
+    """float32 (1, E), of length 1: a text that says nothing, for a method that needs one; (0, E) without it. No target."""
+
+    def to(self, device: torch.device) -> "Words":
+        """The same on a device."""
+        return Words(*(tensor.to(device) for tensor in self))
+
+
+def no_words(sae: SAE) -> Words:
+    """No such targets."""
+    width, device = sae.config.n_inputs, sae.encoder.device
+    empty = torch.zeros((0, 1), dtype=torch.int64, device=device)
+    texts = torch.zeros((0, width), device=device)
+    return Words(texts, empty, empty.float(), blank=texts)
+
+
+def words_of(
+    sae: SAE, embeddings: np.ndarray, n_texts: int, n_latents: int, positive: bool, blank: np.ndarray | None = None
+) -> Words:
+    """Text embeddings, float32 (T + C, E), the first `n_texts` as texts, the others as concepts -> targets.
+
+    A concept is the mean of `n_latents` latents at most, weighted by `concept_weights`, whose sum of |weights| is made 1.
+    blank: (1, E), or (0, E) or None where no method needs it.
+    """
+    found = torch.from_numpy(embeddings)
+    n_latents = min(n_latents, sae.config.n_latents)
+    words = no_words(sae)._replace(texts=normalize(found[:n_texts], dim=-1))
+    if blank is not None:
+        words = words._replace(blank=normalize(torch.from_numpy(blank), dim=-1))
+    concepts = [concept_weights(sae, one, n_latents, positive) for one in found[n_texts:]]
+    if not concepts:
+        return words
+    latents, weights = (torch.stack(column) for column in zip(*concepts, strict=True))
+    weights = weights / weights.abs().sum(-1, keepdim=True)
+    return words._replace(concept_latents=latents, concept_weights=weights)
+
+
+def concept_weights(sae: SAE, text: Tensor, n_latents: int, positive: bool = False) -> tuple[Tensor, Tensor]:
+    """The latents that a word (E,) names -> (latents int64 (m,), weights float32 (m,)), strongest first.
+
+    A weight is the cosine between the word's text embedding and the latent's atom, which is the latent's direction in CLIP's
+    space up to the SAE's scale; signed, or, if `positive`, 0 where it is negative.
+    """
+    cosine = torch.cosine_similarity(sae.atoms, text[None].to(sae.atoms), dim=-1)
+    strength = cosine.clamp(min=0) if positive else cosine.abs()
+    latents = strength.topk(n_latents).indices
+    return latents, cosine[latents].clamp(min=0) if positive else cosine[latents]
+
+
+class Targets(NamedTuple):
+    """The targets of a batch of images."""
+
+    sae: SAE
+    latents: Tensor
+    """int64 (B, k)."""
+    words: Words
+
+    def values(self, embeddings: Tensor) -> Tensor:
+        """z of R embeddings of each image (B, R, E) -> (B, R, n)."""
+        B, R, _ = embeddings.shape
+        inputs = self.sae.inputs(embeddings.flatten(0, 1)).values.unflatten(0, (B, R)) - self.sae.pre_bias
+        latents = self._all_latents(B)
+        pre = inputs @ self.sae.encoder.T[latents].mT + self.sae.latent_bias[latents][:, None]
+        k = self.latents.shape[1]
+        weighted = pre[..., k:].unflatten(-1, self.words.concept_latents.shape) * self.words.concept_weights
+        unit = normalize(embeddings, dim=-1)
+        return torch.cat([pre[..., :k], unit @ self.words.texts.T, weighted.sum(-1)], dim=-1)
+
+    def read_outs(self, embedding: Tensor, exact: bool = False) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, E) -> w (B, n, E) and c (B, n), such that z = w . e + c.
+
+        Norms are frozen at the image's values or, if `exact`, w is the true gradient.
+        """
+        w, c = self.sae.read_outs(self._all_latents(len(embedding)), embedding, exact)
+        text_w, text_c = cosine_read_outs(self.words.texts, embedding, exact)
+        k, shape, weights = self.latents.shape[1], self.words.concept_latents.shape, self.words.concept_weights
+        concept_w = (w[:, k:].unflatten(1, shape) * weights[..., None]).sum(2)
+        concept_c = (c[:, k:].unflatten(1, shape) * weights).sum(2)
+        return torch.cat([w[:, :k], text_w, concept_w], 1), torch.cat([c[:, :k], text_c, concept_c], 1)
+
+    def _all_latents(self, images: int) -> Tensor:
+        """The latents themselves, then those of the concepts (B, k + C m)."""
+        return torch.cat([self.latents, self.words.concept_latents.flatten().expand(images, -1)], dim=1)
+
+
+def cosine_read_outs(texts: Tensor, embedding: Tensor, exact: bool = False) -> tuple[Tensor, Tensor]:
+    """Texts of length 1 (T, E), embeddings (B, E) -> w (B, T, E) and c (B, T) of their cosines; `exact` as in `Targets`."""
+    length = torch.linalg.vector_norm(embedding, dim=-1)[:, None, None]
+    unit, texts = embedding[:, None] / length, texts.expand(len(embedding), -1, -1)
+    cosine = (texts * unit).sum(-1)
+    if not exact:
+        return texts / length, torch.zeros_like(cosine)
+    return (texts - cosine[..., None] * unit) / length, cosine

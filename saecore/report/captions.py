@@ -1,0 +1,202 @@
+"""Numbers, maps and histograms in words: what a page says to those who do not see its pictures, and beneath them to all."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from saecore.methods import CAUSES, DECOMPOSE, UNITS
+from saecore.query.histograms import Bins, alike
+from saecore.report.views import Map, Tile
+
+METHODS = {
+    "contrib": "exact contribution of each patch to the CLS token",
+    "contrib_grad": "attention times its exact gradient along the CLS path",
+    "chefer": "Transformer-MM-Explainability's rule",
+    "legrad": "gradient of the target by attention",
+    "gradeclip": "Grad-ECLIP with the model's real heads",
+    "rollout": "gradient-weighted rollout through all layers",
+    "dense": "each patch's own token read by the SAE: an activation, not a cause",
+    "occlusion": "what the target loses when a patch is taken out",
+    "attention": "CLS attention, which knows nothing of the target",
+}
+
+FIGURES = {
+    "l0": ("L0", "latents that fire for an image"),
+    "cosine": ("Cosine", "between an image's embedding x and its reconstruction x'"),
+    "fvu": ("FVU", "|x - x'|² / |x - training mean|² of an image"),
+}
+
+
+def number(value: float | None) -> str:
+    """Three digits that count, two below a tenth; a true minus sign."""
+    if value is None or math.isnan(value):
+        return "none"
+    size = abs(value)
+    decimals = 0 if size >= 100 or not size else 1 if size >= 10 else 2 if size >= 1 else 3
+    digits = f"{value:,.{decimals}f}" if size >= 0.1 or not size else f"{value:#.2g}"
+    return digits.replace("-", "\N{MINUS SIGN}")
+
+
+def signed(value: float) -> str:
+    """As `number`, with a plus."""
+    return ("+" if value > 0 else "") + number(value)
+
+
+def percent(share: float) -> str:
+    """A share of 1 as percent."""
+    return f"{number(100 * share)} %"
+
+
+def label(tile: Tile, one: Map) -> str:
+    """What a map shows, in words: it stands for the map where that cannot be seen."""
+    return f"map of {tile.target} on {tile.image['key']}: {_places(one, lambda value: '')}"
+
+
+def caption(one: Map, method: str) -> str:
+    """The map's numbers."""
+    places = _places(one, lambda value: f" {signed(value)}")
+    if method not in DECOMPOSE:
+        return places
+    return f"patches {signed(one.total)}, remainder {signed(one.remainder)}; {places}"
+
+
+def _places(one: Map, write: Callable[[float], str]) -> str:
+    """Where it is strongest, and where it is strongest against the target if that outweighs the first or nothing is for it."""
+    said = [
+        f"{word}{write(patch.value)} at row {patch.row}, column {patch.column}"
+        for word, patch in (
+            ("strongest", one.strongest if one.strongest.value > 0 else None),
+            ("strongest against", one.against),
+        )
+        if patch is not None
+    ]
+    return "; ".join(said) or "nothing anywhere"
+
+
+def meaning(method: str, kind: str) -> str:
+    """What the colours of a method's maps mean, and in which units."""
+    if method == "attention":
+        return "orange: attention, whatever the target; no units"
+    if not has_signs(method):
+        return "orange: the target depends on it; no units"
+    colours = "orange adds, blue takes away" if method in CAUSES else "orange above zero, blue below"
+    return f"{colours}; {units(method, kind)}"
+
+
+def units(method: str, kind: str) -> str:
+    """Of a method's values for this kind of target; nothing where they have none."""
+    return UNITS.get(method, "").replace("pre-activation units", "cosine" if kind == "text" else "pre-activation units")
+
+
+def name_unit(row: Mapping[str, Any], naming: Mapping[str, Any]) -> str:
+    """What the score and the margin of a latent's name are in; nothing where nobody knows."""
+    if row["by_data"]:
+        return "standard deviations"
+    return "cosine" if naming.get("by") in ("data", "decoder", "decoder+mean") else ""
+
+
+def doubt(row: Mapping[str, Any], naming: Mapping[str, Any]) -> str:
+    """Why a latent's name is not valid, in words and numbers. naming: of `saecore.report.holdings.naming`."""
+    least: Mapping[str, float] = naming.get("valid", {})
+    unit = " standard deviations" if row["by_data"] else ""  # a cosine needs none
+    reasons = []
+    if naming.get("by") == "data" and not row["by_data"]:
+        reasons.append(
+            "the latent fires for too few images to be named by them, and its direction alone does not make it sure"
+        )
+    elif least:
+        ratio = row["score"] / row["runner_up_score"] if (row["runner_up_score"] or 0) > 0 else math.inf
+        found = {
+            "score": ("its score", row["score"], unit),
+            "margin": ("its margin to the runner-up", row["margin"], unit),
+            "ratio": ("its score's ratio to the runner-up's", ratio, ""),
+        }
+        reasons += [
+            f"{what} of {_apart(held, least[name])}{unit} is below {number(least[name])}"
+            for name, (what, held, unit) in found.items()
+            if held < least[name]
+        ]
+    return "; ".join(reasons) or "it did not pass the thresholds of jobs.name"
+
+
+def _apart(value: float, least: float) -> str:
+    """A value below another, in as many digits as it takes to look so."""
+    return number(value) if number(value) != number(least) else f"{value:.7g}"
+
+
+def value(kind: str) -> str:
+    """What a target of this kind has a value in."""
+    return {"latent": "activation", "text": "cosine", "concept": "weighted mean of pre-activations"}[kind]
+
+
+def has_signs(method: str) -> bool:
+    """Whether its maps have values below zero: those that have units do."""
+    return method in UNITS
+
+
+class Bar(NamedTuple):
+    """One bar of a histogram, in the units of an SVG of 480 x 150."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    between: str
+    tally: str
+    text: str
+
+
+class Chart(NamedTuple):
+    """A histogram to be drawn."""
+
+    title: str
+    of: str
+    unit: str
+    summary: str
+    bars: list[Bar]
+    ticks: list[tuple[float, str, str]]
+    """x, text, SVG's text-anchor."""
+    most: str
+
+
+def chart(
+    title: str, of: str, unit: str, bins: Bins, write: Callable[[float], str] = number, ticks: int = 2
+) -> Chart | None:
+    """A histogram of `of`, counted in `unit`; `write` makes words of an edge. Below it `ticks` steps are marked.
+
+    None where there is nothing to count.
+    """
+    if not bins.counts:
+        return None
+    total, most = counted(sum(bins.counts), unit), max([*bins.counts, 1])
+    lengths = [round(112 * count / most, 1) for count in bins.counts]
+    if alike(bins.edges[0], bins.edges[-1]):
+        value, among = write(bins.edges[0]), "all " if sum(bins.counts) > 1 else ""
+        bar = Bar(230, round(130 - lengths[0], 1), 20, lengths[0], value, f"{bins.counts[0]:,}", f"{value}: {total}")
+        summary = f"Histogram of {of}: {total}, {among}at {value}"
+        return Chart(title, of, unit, summary, [bar], [(240, value, "middle")], counted(most, unit))
+    step = 480 / len(bins.counts)
+    bars = []
+    for place, (count, length) in enumerate(zip(bins.counts, lengths, strict=True)):
+        between = f"{write(bins.edges[place])} to {write(bins.edges[place + 1])}"
+        box = (round(place * step + 1, 1), round(130 - length, 1), round(step - 2, 1), length)
+        bars.append(Bar(*box, between, f"{count:,}", f"{between}: {counted(count, unit)}"))
+    low, high = bins.edges[0], bins.edges[-1]
+    peak = int(np.argmax(bins.counts))
+    summary = f"Histogram of {of}: {total} from {write(low)} to {write(high)}, most of them from {bars[peak].between}"
+    marks = [
+        (
+            round(480 * mark / ticks, 1),
+            write(low + (high - low) * mark / ticks),
+            "start" if not mark else "middle" if mark < ticks else "end",
+        )
+        for mark in range(ticks + 1)
+    ]
+    return Chart(title, of, unit, summary, bars, marks, counted(most, unit))
+
+
+def counted(n: int, unit: str) -> str:
+    """`1 image`, `2,000 images`: a unit is given in its plural."""
+    return f"{n:,} {unit.removesuffix('s') if n == 1 else unit}"

@@ -1,0 +1,143 @@
+"""What a run holds, what it does not, and the commands that would add it: on its first page, and where a map is missing."""
+
+import json
+import shlex
+from typing import Any, NamedTuple
+
+from saecore.methods import KEPT, METHODS, Wanted
+from saecore.query.results import Results
+from saecore.storage import split_settings
+
+LISTED = 6
+"""Targets, or latents, that are named one by one; more are counted."""
+
+
+class Holding(NamedTuple):
+    """One kind of thing that a run may hold."""
+
+    what: str
+    held: str
+    missing: str
+    """Nothing where it is all there."""
+    command: str
+    """Adds what is missing."""
+
+
+def wanted(run: Results) -> Wanted:
+    """What the maps of a run explain: latents as run.json has it, texts and concepts as the maps themselves."""
+    config = run.record.get("config", {})
+    given = Wanted(*config["targets"]) if "targets" in config else KEPT
+    by_kind = {
+        kind: tuple(target.removeprefix(f"{kind}: ") for target in run.targets if target.startswith(f"{kind}: "))
+        for kind in ("text", "concept")
+    }
+    return given._replace(latents=tuple(given.latents), texts=by_kind["text"], concepts=by_kind["concept"])
+
+
+def maps_in_words(run: Results, named: bool = False) -> str:
+    """What a run has maps of: `the kept latents and 2 texts`; with `named`, which texts and concepts, where these are few."""
+    if not run.methods:
+        return "nothing"
+    targets = wanted(run)
+    parts = ["the kept latents"] if targets.kept else []
+    if 0 < len(targets.latents) <= LISTED:
+        plural = "s" if len(targets.latents) > 1 else ""
+        parts.append(f"latent{plural} {_listed([str(latent) for latent in targets.latents])}")
+    elif targets.latents:
+        parts.append(f"{len(targets.latents):,} latents chosen by number")
+    if named and len(targets.words) <= LISTED:
+        parts += [f"the {label}" for label in targets.labels()]
+    else:
+        parts += [
+            _count(len(words), kind)
+            for kind, words in (("text", targets.texts), ("concept", targets.concepts))
+            if words
+        ]
+    return _listed(parts)
+
+
+def naming(run: Results) -> dict[str, Any]:
+    """How jobs.name found the names, with the thresholds of valid ones; empty where nothing says so."""
+    found = (run.latents.schema.metadata or {}).get(b"naming", b"{}")
+    held: dict[str, Any] = json.loads(found)
+    return held
+
+
+def holdings(run: Results) -> list[Holding]:
+    """What there is to know of a run beside its images and latents."""
+    return [_targets(run), _methods(run), _embeddings(run), _names(run), _index(run)]
+
+
+def _targets(run: Results) -> Holding:
+    targets = wanted(run)
+    missing, more = [], targets.specs()
+    if not targets.kept or not run.methods:
+        missing.append("maps of the kept latents")
+        more = ["kept", *(spec for spec in more if spec != "no-kept")]
+    if not targets.words:
+        missing.append("texts and concepts of your own")
+        more = [*more, "text:A PHRASE", "concept:A WORD"]
+    return Holding(
+        "Maps of", maps_in_words(run, named=True), _listed(missing), _again(run, "--targets", *more) if missing else ""
+    )
+
+
+def _methods(run: Results) -> Holding:
+    others = [name for name in METHODS if name not in run.methods]
+    command = _again(run, "--method", ",".join([*run.methods, *others[:1]])) if others else ""
+    return Holding("Methods", _listed(run.methods) or "none", ", ".join(others), command)
+
+
+def _embeddings(run: Results) -> Holding:
+    held = run.record["parts"].get("embeddings", False)
+    missing = "" if held else "CLIP's embeddings of the images, with which jobs.name finds better names"
+    return Holding(
+        "Embeddings", "of every image" if held else "none", missing, "" if held else _again(run, "--embeddings")
+    )
+
+
+def _names(run: Results) -> Holding:
+    command = _job(run, "name")
+    if "name" not in run.latents.column_names:
+        return Holding("Names", "none", "words for what each latent is", command)
+    sure = run.latents["valid"].to_pylist().count(True) if "valid" in run.latents.column_names else 0
+    named = run.n_latents - run.latents["name"].null_count
+    made_by = naming(run)
+    by = f", by {made_by['by']}, from the vocabulary {made_by['vocabulary']}" if made_by else ""
+    return Holding("Names", f"for {named:,} of {run.n_latents:,} latents, {sure:,} names valid{by}", "", "")
+
+
+def _index(run: Results) -> Holding:
+    command = _job(run, "index")
+    if run.tables.index is None:
+        return Holding("Index", "none", "fast pages and questions; how local each latent's maps are", command)
+    left = len(run.tables.not_indexed)
+    return Holding(
+        "Index", "by latent", f"{_count(left, 'chunk')} that came after it" if left else "", command if left else ""
+    )
+
+
+def _again(run: Results, *more: str) -> str:
+    """The run's own command with other values for some options, into another folder."""
+    if "command" not in run.record:
+        return ""
+    replaced, kept, skipped = {"--out", more[0]}, list[str](), False
+    for word in shlex.split(run.record["command"]):
+        if word.startswith("--"):
+            skipped = word.partition("=")[0] in replaced
+        if not skipped:
+            kept.append(word)
+    return f"{shlex.join([*kept, *more])} --out NEW_FOLDER"
+
+
+def _job(run: Results, job: str) -> str:
+    """A command about the run; an address is named without its settings, which may hold what nobody else should read."""
+    return f"python -m jobs.{job} --run {shlex.quote(split_settings(run.uri)[0])}"
+
+
+def _count(n: int, unit: str) -> str:
+    return f"{n:,} {unit}{'s' if n > 1 else ''}"
+
+
+def _listed(words: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))

@@ -1,0 +1,348 @@
+"""Pages of a run as HTML, each made alone: `saecore.report.static` writes them to files, `saecore.report.explorer` serves them.
+
+Maps travel as the numbers that they are, 8 bits a patch, and `site/static/maps.js` draws them over the picture as
+`saecore.report.display` does. Whatever comes from a run is text to a page: Jinja escapes it, and data for scripts is JSON in
+which no tag can begin. Pages load what lies beside them, by addresses relative to themselves, and nothing else.
+"""
+
+import base64
+import functools
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+
+from saecore.methods import DECOMPOSE
+from saecore.query import search
+from saecore.query.finding import find_images, find_targets, index, numbered, strongest_images
+from saecore.report import captions
+from saecore.report.captions import number, percent
+from saecore.report.holdings import holdings, maps_in_words, naming
+from saecore.report.pictures import Pictures
+from saecore.report.views import ImageView, LatentView, Section, TargetView, Tile, Views
+from saecore.runs import durations
+from saecore.storage import split_settings
+
+FOLDER = Path(__file__).parent / "site"
+"""Templates, and the files that pages load."""
+
+SPREAD = 8
+"""Images of a latent's page beside the strongest."""
+
+SHOWCASE, SHOWCASE_IMAGES = 4, 3
+"""Latents of the first page, and images of each."""
+
+LISTED_LATENTS, LISTED_IMAGES = 200, 120
+"""Rows of a page of the lists that are served."""
+
+DEAD_LISTED = 200
+"""Latents that fire for nothing and are named as such."""
+
+
+class Figure(NamedTuple):
+    """A tile with what is said of its map by the run's first method."""
+
+    number: int
+    """On its page."""
+    tile: Tile
+    label: str
+    caption: str
+
+
+class Group(NamedTuple):
+    """A section with the meaning of its colours by the run's first method."""
+
+    number: int
+    title: str
+    figures: list[Figure]
+    has_maps: bool
+    meaning: str
+    row: dict[str, Any] | None
+    """Of the latent that it is about, on the first page."""
+
+
+class Site:
+    """Pages of a run. `latents` and `images`: those that have a page, None for all; links lead to no others."""
+
+    def __init__(
+        self,
+        views: Views,
+        live: bool = False,
+        strongest: int = 12,
+        latents: Collection[int] | None = None,
+        images: Sequence[int] | None = None,
+    ) -> None:
+        run = views.run
+        self.run = run
+        self.live = live
+        """Whether a server answers, which makes any page and searches the whole run."""
+        self.views = views
+        self.pictures = Pictures(run, 448 if live else 224)
+        self.missing: set[int] = set()
+        """Images known to have no picture."""
+        self.uri = split_settings(run.uri)[0]  # which may hold what nobody else should read
+        self.name = self.uri.rstrip("/").rpartition("/")[2]
+        self.day = run.record.get("started", "")[:10]
+        self.grid = run.grid
+        self.methods = run.methods
+        self.images = f"{run.n_images:,}"
+        self.n_latents = f"{run.n_latents:,}"
+        self.targets = run.targets
+        """Each has a page by its place here."""
+        self.no_map = (
+            f"no map: this run holds maps of {maps_in_words(run)} only" if run.methods else "no map: this run has none"
+        )
+        """What stands where a map would."""
+        self._strongest = strongest
+        self._naming = naming(run)
+        self._latents = None if latents is None else frozenset(latents)
+        self._images = images
+        self._image_places = {} if images is None else {image_id: place for place, image_id in enumerate(images)}
+        self._env = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(FOLDER),
+            autoescape=True,
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        self._env.filters |= {"number": number, "percent": percent, "count": "{:,}".format, "counted": captions.counted}
+
+    def has_latent(self, latent: int) -> bool:
+        """Whether it has a page."""
+        return latent in self._latents if self._latents is not None else 0 <= latent < self.run.n_latents
+
+    def has_image(self, image_id: int) -> bool:
+        """Whether it has a page."""
+        return self._images is None or image_id in self._image_places
+
+    # ---- Pages.
+
+    def overview(self) -> str:
+        """index.html."""
+        view, record = self.views.overview, self.run.record
+        shown = [
+            (latent, self.views.latent(latent, min(SHOWCASE_IMAGES, self._strongest), 0).sections[0])
+            for latent in self._showcase
+        ]
+        groups, data = self._drawn([section for _, section in shown])
+        rows = [self.views.latents[latent] for latent, _ in shown]
+        decades = -round(view.rates.edges[0])
+        rate = "How often latents fire", "share of images", "latents"
+        charts = [captions.chart(*rate, view.rates, lambda power: f"{100 * 10**power:g} %", decades)]
+        for name, bins in view.histograms.items():
+            charts.append(captions.chart(*captions.FIGURES[name], "images", bins))
+        return self._html(
+            "index",
+            cards=self._cards(),
+            groups=[group._replace(row=row) for group, row in zip(groups, rows, strict=True)],
+            named=any(row["valid"] for row in rows),
+            data=data,
+            charts=charts,
+            view=view,
+            figures=captions.FIGURES,
+            methods=captions.METHODS,
+            decompose=DECOMPOSE,
+            refused=record["refused"],
+            holdings=holdings(self.run),
+            made=self._made(),
+        )
+
+    def latent(self, latent: int, view: LatentView | None = None) -> str:
+        """latents/{latent}.html."""
+        view = view or self.views.latent(latent, self._strongest, SPREAD)
+        row, (groups, data) = view.latent, self._drawn(view.sections)
+        title = "Activations of the images for which it fires"
+        chart = captions.chart(title, "activation", "images", view.activations)
+        before, after = self._neighbours(latent)
+        return self._html(
+            "latent",
+            "../",
+            row=row,
+            chart=chart,
+            groups=groups,
+            data=data,
+            co_firing=view.co_firing,
+            unit=captions.name_unit(row, self._naming),
+            doubt=captions.doubt(row, self._naming) if row["name"] and not row["valid"] else "",
+            before=before,
+            after=after,
+        )
+
+    def target(self, place: int, view: TargetView | None = None) -> str:
+        """targets/{place}.html."""
+        view = view or self.views.target(self.targets[place], self._strongest, SPREAD)
+        groups, data = self._drawn(view.sections)
+        unit = captions.value(view.sections[0].kind) if view.sections else ""
+        chart = captions.chart("Values for all images", unit, "images", view.values)
+        after = place + 1 if place + 1 < len(self.targets) else None
+        before = place - 1 if place else None
+        shown = {"target": view.target, "unit": unit, "chart": chart, "groups": groups, "data": data}
+        return self._html("target", "../", **shown, before=before, after=after)
+
+    def image(self, view: ImageView) -> str:
+        """images/{image_id}.html."""
+        groups, data = self._drawn(view.sections)
+        before, after = self._image_neighbours(view.image["image_id"])
+        return self._html("image", "../", image=view.image, groups=groups, data=data, before=before, after=after)
+
+    def latent_list(self, rows: Sequence[int], thumbs: Mapping[int, list[Mapping[str, Any]]], first: int = 0) -> str:
+        """latents.html: some latents, of those that fire from the `first` on, with the images to show beside each."""
+        firing = len(self.views.by_rate)
+        return self._html(
+            "latents",
+            rows=[self.views.latents[latent] for latent in rows],
+            thumbs=thumbs,
+            first=first,
+            firing=firing,
+            named=any(row["name"] for row in self.views.latents),
+            dead=[row["latent"] for row in self.views.latents if not row["images"]][:DEAD_LISTED] if not first else [],
+            most=self.views.latents[self.views.by_rate[0]]["rate"] if firing else 1.0,
+            **self._steps(first, LISTED_LATENTS, firing),
+        )
+
+    def image_list(self, views: Sequence[ImageView], first: int = 0) -> str:
+        """images.html: some images, in the order of the plan from the `first` on."""
+        total = self.run.record["images"]
+        return self._html("images", views=views, total=total, first=first, **self._steps(first, LISTED_IMAGES, total))
+
+    def search(self) -> str:
+        """search.html."""
+        return self._html("search")
+
+    def not_found(self, words: str, root: str = "") -> str:
+        """What a server says instead of a page."""
+        return self._html("missing", root, words=words)
+
+    def found(self, text: str, most: int) -> dict[str, list[Any]]:
+        """What search.js shows for a text: up to so many latents and images of the whole run, the best first."""
+        latent = numbered(text)
+        by_number = [latent] if latent is not None and self.has_latent(latent) else []
+        named = search.latents(text, self.views.latents)
+        return self.index(
+            list(dict.fromkeys([*by_number, *named]))[:most],
+            find_images(self.run, text, most),
+            find_targets(self.targets, text)[:most],
+        )
+
+    def index(
+        self, latents: Sequence[int], images: Sequence[tuple[int, str | None]], targets: Sequence[int]
+    ) -> dict[str, list[Any]]:
+        """What search.js looks through, or shows; see `saecore.query.finding.index`."""
+        rows = [self.views.latents[latent] for latent in latents]
+        return index(rows, self._strongest_images, images, [(place, self.targets[place]) for place in targets])
+
+    @functools.cached_property
+    def _strongest_images(self) -> dict[int, int]:
+        return strongest_images(self.run)
+
+    # ---- What they are made of.
+
+    def _html(self, template: str, root: str = "", **content: Any) -> str:
+        return self._env.get_template(f"{template}.html").render(site=self, root=root, here=template, **content)
+
+    def _drawn(self, sections: Sequence[Section]) -> tuple[list[Group], dict[str, Any]]:
+        """Sections ready for a template, and what maps.js draws them from."""
+        groups, maps = list[Group](), list[dict[str, Any]]()
+        shown = self.methods[0] if self.methods else ""
+        for place, section in enumerate(sections):
+            figures = []
+            for tile in section.tiles:
+                said = {
+                    method: (captions.label(tile, one), captions.caption(one, method))
+                    for method, one in tile.maps.items()
+                }
+                figures.append(Figure(len(maps), tile, *said.get(shown, ("", ""))))
+                by_method = {
+                    method: [base64.b64encode(one.values).decode(), one.scale, *said[method]]
+                    for method, one in tile.maps.items()
+                }
+                maps.append({"section": place, "sinks": tile.image.get("sinks") or [], "by": by_method})
+            meaning = captions.meaning(shown, section.kind)
+            groups.append(Group(place, section.title, figures, bool(section.limits), meaning, None))
+        held = [
+            {
+                "limits": section.limits,
+                "meanings": {method: captions.meaning(method, section.kind) for method in section.limits},
+                "units": {method: captions.units(method, section.kind) for method in section.limits},
+            }
+            for section in sections
+        ]
+        with_signs = [method for method in self.methods if captions.has_signs(method)]
+        if not any(group.has_maps for group in groups):
+            maps = []  # and no script to draw them
+        data = {"grid": self.grid, "methods": self.methods, "signed": with_signs, "sections": held, "maps": maps}
+        return groups, data
+
+    @functools.cached_property
+    def _showcase(self) -> list[int]:
+        """Latents to begin with: those with the surest names, or else those that fire most often."""
+        able = [latent for latent in self.views.by_rate if self.has_latent(latent)]
+        rows = [self.views.latents[latent] for latent in able]
+        named = sorted((row for row in rows if row["valid"]), key=lambda row: -row["margin"])
+        return ([row["latent"] for row in named if row["images"] >= SHOWCASE_IMAGES] or able)[:SHOWCASE]
+
+    def _cards(self) -> list[dict[str, str]]:
+        record, figures = self.run.record, self.views.overview.figures
+        refused, firing = sum(record["refused"].values()), len(self.views.by_rate)
+        cards = [
+            {
+                "value": self.images,
+                "unit": "image" if self.run.n_images == 1 else "images",
+                "note": f"explained; {refused:,} refused",
+            },
+            {
+                "value": f"{firing:,}",
+                "unit": f"of {self.n_latents} latents fire",
+                "note": f"{self.run.n_latents - firing:,} for none",
+            },
+        ]
+        for name, unit, note in (
+            ("l0", "latents", "fire for an image, mean (L0)"),
+            ("cosine", "cosine", "of the reconstruction, mean"),
+            ("fvu", "FVU", "of the reconstruction, mean"),
+        ):
+            if name in figures:
+                cards.append({"value": number(figures[name]["mean"]), "unit": unit, "note": note})
+        if "worst_completeness_error" in record:
+            worst = number(record["worst_completeness_error"])
+            cards.append({"value": worst, "unit": "worst error", "note": "of map + remainder = pre-activation"})
+        return cards
+
+    def _made(self) -> dict[str, str]:
+        record = self.run.record
+        config, parts = record.get("config", {}), record.get("parts", {})
+        known = {
+            "command": record.get("command"),
+            "CLIP": f"{config['clip']} ({parts.get('clip')})" if "clip" in config else None,
+            "SAE": f"{config['sae']} ({parts.get('sae')})" if "sae" in config else None,
+            "site": record.get("sae", {}).get("site"),
+            "started": record.get("started"),
+            "time": durations.waited(record) if "session_seconds" in record else None,
+            "work": durations.worked(record) if "step_seconds" in record else None,
+            "versions": ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items()),
+            "commit": record.get("git_commit"),
+            "fingerprint": record.get("fingerprint"),
+        }
+        return {name: value for name, value in known.items() if value}
+
+    def _neighbours(self, latent: int) -> tuple[int | None, int | None]:
+        """The latents with a page before and after this one."""
+        if self._latents is None:
+            numbers = [latent - 1, latent + 1]
+            return numbers[0] if latent > 0 else None, numbers[1] if numbers[1] < self.run.n_latents else None
+        before = [other for other in self._latents if other < latent]
+        after = [other for other in self._latents if other > latent]
+        return max(before, default=None), min(after, default=None)
+
+    def _image_neighbours(self, image_id: int) -> tuple[int | None, int | None]:
+        if self._images is None:
+            return self.views.neighbours(image_id)
+        place = self._image_places[image_id]
+        before = self._images[place - 1] if place else None
+        return before, self._images[place + 1] if place + 1 < len(self._images) else None
+
+    def _steps(self, first: int, listed: int, total: int) -> dict[str, Any]:
+        """Where the pages of a served list before and after this one begin."""
+        earlier = max(first - listed, 0) if self.live and first else None
+        return {"earlier": earlier, "later": first + listed if self.live and first + listed < total else None}

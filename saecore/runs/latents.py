@@ -1,0 +1,62 @@
+"""latents.parquet: one row per latent, whatever is known of it.
+
+    how often and how strongly it fires, where, with whom      jobs.index, through `statistics`
+    what it is called, how surely                              jobs.name
+
+Both write through `merge`, each its own columns, in any order. Left out: a lock. Two writers at the same moment may lose the
+columns of one of them: run it again.
+"""
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.fs
+import pyarrow.parquet as pq
+
+from saecore.runs.run import parquet_bytes
+from saecore.storage import filesystem_of, join_uri, write_atomic
+
+NAME = "latents.parquet"
+ROW_GROUP_ROWS = 65_536
+
+
+def read(run_uri: str) -> pa.Table | None:
+    """The table, ordered by `latent`; None if nothing was written yet."""
+    filesystem, path = filesystem_of(join_uri(run_uri, NAME))
+    if filesystem.get_file_info(path).type != pyarrow.fs.FileType.File:
+        return None
+    return pq.read_table(path, filesystem=filesystem)
+
+
+def merge(run_uri: str, table: pa.Table) -> pa.Table:
+    """Add the columns of `table` to RUN/latents.parquet, or replace them there; returns what was written.
+
+    `table` has a column `latent`, each at most once. Latents in one of the two only get null in the columns of the other.
+    Columns that `table` does not name stay as they are, and so does metadata that it does not name.
+    """
+    latent = table["latent"].cast(pa.int32())
+    assert not latent.null_count, "a row without a latent"
+    assert len(pc.unique(latent)) == table.num_rows, "a latent twice"
+    before = read(run_uri)
+    if before is None:
+        before = pa.table({"latent": latent})
+    every = pc.unique(pa.chunked_array([*before["latent"].chunks, *latent.chunks]))
+    merged = pa.table({"latent": every.take(pc.sort_indices(every))})
+    kept = [name for name in before.column_names if name not in table.column_names]
+    merged = lookup(merged, before.select(["latent", *kept]), "latent")
+    merged = lookup(merged, table.set_column(table.column_names.index("latent"), "latent", latent), "latent")
+    metadata = {**(before.schema.metadata or {}), **(table.schema.metadata or {})}
+    merged = merged.replace_schema_metadata(metadata)
+    write_atomic(join_uri(run_uri, NAME), parquet_bytes(merged, ROW_GROUP_ROWS))
+    return merged
+
+
+def lookup(table: pa.Table, more: pa.Table, key: str) -> pa.Table:
+    """`table` with the other columns of `more`'s row of the same key: the first of several, null where there is none.
+
+    By position and not by `Table.join`, which knows no columns of lists.
+    """
+    place = pc.index_in(table[key], more[key])
+    for name in more.column_names:
+        if name != key:
+            table = table.append_column(name, more[name].take(place))
+    return table

@@ -1,0 +1,268 @@
+"""Fit an SAE to embeddings: one loop, the same for one process and for many, that stops anywhere and goes on exactly.
+
+    survey (mean, scale, held-out rows) -> batches -> steps of `saecore.training.trainer` -> evaluations, checkpoints -> the SAE
+
+    OUT/checkpoint.pt     weights, optimiser, counters, metrics so far
+    OUT/metrics.parquet   figures of `saecore.evaluation.quality` on held-out rows, a row an evaluation; also metrics.csv
+    OUT/sae.safetensors, config.json, README.md      the SAE, as `saecore.sae.checkpoints.load_sae` reads it
+    OUT/training.json     recipe, embeddings, final figures
+
+Stopped and resumed equals unbroken bit for bit on the CPU with the same number of threads: nothing random is drawn but by
+seed and step. Files appear whole or not at all.
+"""
+
+import dataclasses
+import io
+import json
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.fs
+import pyarrow.parquet as pq
+import torch
+
+from saecore.evaluation.quality import quality, recovery
+from saecore.sae.model import CONFIG_FILE, SAE
+from saecore.sae.sites import Site
+from saecore.spellings import published
+from saecore.storage import filesystem_of, join_uri, write_atomic
+from saecore.training.embeddings import Batches, Survey, open_embeddings, survey
+from saecore.training.recipe import Recipe, pace
+from saecore.training.trainer import Trainer, Worker
+
+CHECKPOINT_FILE, TRAINING_FILE = "checkpoint.pt", "training.json"
+
+STARTED = {"metrics.parquet", "metrics.csv", "run.log", "ray"}
+"""What a training may leave before its first checkpoint."""
+
+MAX_HELD_OUT = 16_384
+"""Rows held out by default at most: figures on so many are steady in the third digit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """When to look, when to save, when to stop."""
+
+    held_out: int = -1
+    """Rows kept for evaluation; -1 is a tenth, at most 16,384."""
+    evaluations: int = 20
+    """Evaluations in all, evenly spread."""
+    checkpoint_minutes: float = 5.0
+    """Minutes between checkpoints; there is one at the end too."""
+
+
+class Progress(Protocol):
+    """Who follows a training."""
+
+    def step(self, done: int, total: int, figures: dict[str, Any] | None) -> None:
+        """`done` of `total` steps; `figures` are the evaluation's, where there was one."""
+
+    def stop(self) -> bool:
+        """Whether to save and stop; for a training in one process only, since others would wait for it."""
+
+
+class Silence:
+    """A `Progress` that says nothing and lets it run."""
+
+    def step(self, done: int, total: int, figures: dict[str, Any] | None) -> None:
+        """See `Progress`."""
+
+    def stop(self) -> bool:
+        """See `Progress`."""
+        return False
+
+
+class Plan(NamedTuple):
+    """A checked order to train: small, and may travel to other processes."""
+
+    recipe: Recipe
+    embeddings: str
+    column: str
+    out: str
+    course: Course
+    parts: dict[str, Any]
+    """What changes results: recipe, embeddings, held-out rows."""
+
+
+def make_plan(recipe: Recipe, embeddings: str, column: str, out: str, course: Course, workers: int = 1) -> Plan:
+    """ValueError, in one sentence, if recipe and embeddings do not fit, or OUT holds another training or other files."""
+    source = open_embeddings(embeddings, column)
+    rows = int(source.block_rows.sum())
+    held_out = min(rows // 10, MAX_HELD_OUT) if course.held_out < 0 else course.held_out
+    if held_out < 1:
+        raise ValueError(f"--held-out {held_out}: of {rows} embeddings at least one must be held out")
+    if rows - held_out < recipe.batch_size:
+        raise ValueError(
+            f"--batch-size {recipe.batch_size}: there are {max(0, rows - held_out):,} embeddings to train on"
+        )
+    if recipe.batch_size % workers:
+        raise ValueError(f"--batch-size {recipe.batch_size} cannot be shared evenly by {workers} workers")
+    parts = {"recipe": dataclasses.asdict(recipe), "embeddings": source.identity, "held-out": held_out}
+    plan = Plan(
+        recipe, embeddings, column, out, course, json.loads(json.dumps(parts))
+    )  # lists for tuples, as it is read back
+    _saved(plan)
+    return plan
+
+
+def completed(plan: Plan) -> dict[str, Any] | None:
+    """The record of a training that is done."""
+    filesystem, path = filesystem_of(join_uri(plan.out, TRAINING_FILE))
+    if filesystem.get_file_info(path).type == pyarrow.fs.FileType.NotFound:
+        return None
+    with filesystem.open_input_stream(path) as stream:
+        return json.loads(stream.read())
+
+
+class Training:
+    """A plan at work in one process."""
+
+    def __init__(self, plan: Plan, worker: Worker) -> None:
+        """Reads all embeddings once; ValueError if they hold what nothing can be learnt from."""
+        self.plan, self.worker = plan, worker
+        recipe, held_out = plan.recipe, plan.parts["held-out"]
+        source = open_embeddings(plan.embeddings, plan.column)
+        self.seen, self.model = survey(source, held_out, recipe.seed), source.model
+        self.batches = Batches(source, self.seen.held_out, recipe.batch_size, recipe.seed)
+        self.total = math.ceil(recipe.epochs * self.batches.steps_per_epoch)
+        self.trainer = Trainer(recipe, source.width, self.seen, worker)
+        state = _saved(plan)
+        self.log = _Log(state["history"], state["loss"], state["seconds"]) if state else _Log([], 0.0, 0.0)
+        if state:
+            self.trainer.restore(state["trainer"])
+
+    def run(self, progress: Progress, made_by: dict[str, Any]) -> dict[str, Any] | None:
+        """Train to the end and write everything; returns the record, None if stopped before, or not the first process."""
+        course, log, trainer = self.plan.course, self.log, self.trainer
+        evaluate_at = {math.ceil(self.total * (i + 1) / course.evaluations) for i in range(course.evaluations)}
+        saved = mark = time.monotonic()
+        for batch in self.batches.start(trainer.step):
+            if trainer.step >= self.total:
+                break
+            log.loss += trainer.train(batch, self.total)
+            log.seconds += time.monotonic() - mark
+            if not self.worker.rank:
+                figures = None
+                if trainer.step in evaluate_at:
+                    figures = log.evaluate(trainer, self.seen, self.total)
+                    _write_metrics(self.plan.out, log.history)
+                progress.step(trainer.step, self.total, figures)
+                stop = progress.stop()
+                if stop or trainer.step == self.total or time.monotonic() - saved > 60 * course.checkpoint_minutes:
+                    state = {"parts": self.plan.parts, "trainer": trainer.state(), **log.state()}
+                    _save(self.plan.out, state)
+                    saved = time.monotonic()
+                if stop and trainer.step < self.total:
+                    return None
+            mark = time.monotonic()  # what evaluation and saving took is not training
+        return None if self.worker.rank else self._finish(made_by)
+
+    def _finish(self, made_by: dict[str, Any]) -> dict[str, Any]:
+        sample, evaluation = (
+            torch.from_numpy(rows).to(self.worker.device) for rows in (self.seen.sample, self.seen.evaluation)
+        )
+        sae, k = self.trainer.finished(sample, made_by.get("command", "")), self.plan.recipe.k
+        # Embeddings that somebody brought to length 1: so must be those that it is given later.
+        site = Site(first="l2" if self.seen.unit_norm else "")
+        name, digest = published(self.model.name), self.model.sha256
+        sae.config = dataclasses.replace(sae.config, site=str(site), model=name, model_sha256=digest)
+        save_sae(sae, self.plan.out)
+        record = {
+            **self.plan.parts,
+            "rows": self.seen.rows,
+            "width": sae.config.n_inputs,
+            "site": sae.config.site,
+            "model": sae.config.model,
+            "unit_norm": self.seen.unit_norm,
+            "steps": self.total,
+            "workers": self.worker.world,
+            "seconds": round(self.log.seconds, 1),
+            "figures": self.log.history[-1],
+            "recovery": recovery(sae, evaluation, [max(1, k // 2), k, 2 * k, 4 * k]),
+            **made_by,
+        }
+        write_atomic(join_uri(self.plan.out, TRAINING_FILE), (json.dumps(record, indent=2) + "\n").encode())
+        return record
+
+
+class _Log:
+    """What the metrics are made of."""
+
+    def __init__(self, history: list[dict[str, Any]], loss: float, seconds: float) -> None:
+        self.history, self.loss, self.seconds = history, loss, seconds
+
+    def state(self) -> dict[str, Any]:
+        return {"history": self.history, "loss": self.loss, "seconds": self.seconds}
+
+    def evaluate(self, trainer: Trainer, seen: Survey, total: int) -> dict[str, Any]:
+        """One more row of the metrics."""
+        device = trainer.worker.device
+        sae = trainer.finished(torch.from_numpy(seen.sample).to(device))
+        before = self.history[-1]["step"] if self.history else 0
+        embeddings = trainer.step * trainer.recipe.batch_size
+        row = {
+            "step": trainer.step,
+            "embeddings": embeddings,
+            "seconds": self.seconds,
+            "rate": trainer.recipe.peak_rate() * pace(trainer.recipe, trainer.step - 1, total),
+            "loss": self.loss / max(1, trainer.step - before),
+            **quality(sae, torch.from_numpy(seen.evaluation).to(device))._asdict(),
+            "dead_in_training": float(trainer.dead.double().mean()),
+        }
+        self.history.append(row)
+        self.loss = 0.0
+        return row
+
+
+def save_sae(sae: SAE, out: str) -> None:
+    """Write an SAE's files into a folder on any pyarrow filesystem, each whole or not at all; its config.json last."""
+    with tempfile.TemporaryDirectory() as folder:
+        sae.save(folder)
+        for path in sorted(Path(folder).iterdir(), key=lambda path: (path.name == CONFIG_FILE, path.name)):
+            write_atomic(join_uri(out, path.name), path.read_bytes())
+
+
+def _save(out: str, state: dict[str, Any]) -> None:
+    content = io.BytesIO()
+    torch.save(state, content)
+    write_atomic(join_uri(out, CHECKPOINT_FILE), content.getvalue())
+
+
+def _saved(plan: Plan) -> dict[str, Any] | None:
+    """The state to go on from, None if OUT is new; ValueError if it holds something else."""
+    filesystem, path = filesystem_of(plan.out)
+    names = {info.base_name for info in filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))}
+    if CHECKPOINT_FILE not in names:
+        if names - STARTED:
+            raise ValueError(f"--out {plan.out} holds other files and no training; name a new or empty folder")
+        return None
+    with filesystem.open_input_stream(f"{path}/{CHECKPOINT_FILE}") as stream:
+        state = torch.load(io.BytesIO(stream.read()), weights_only=True, map_location="cpu")
+    before, now = _flat(state["parts"]), _flat(plan.parts)
+    changed = [
+        f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
+        for key in sorted(before | now)
+        if before.get(key) != now.get(key)
+    ]
+    if changed:
+        raise ValueError(
+            f"--out {plan.out} holds another training ({'; '.join(changed)}); name another folder for this one"
+        )
+    return state
+
+
+def _flat(parts: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in parts.items() if key != "recipe"} | parts["recipe"]
+
+
+def _write_metrics(out: str, history: list[dict[str, Any]]) -> None:
+    table = pa.Table.from_pylist(history)
+    for name, write in (("metrics.parquet", pq.write_table), ("metrics.csv", pyarrow.csv.write_csv)):
+        sink = pa.BufferOutputStream()
+        write(table, sink)
+        write_atomic(join_uri(out, name), sink.getvalue())

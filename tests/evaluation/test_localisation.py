@@ -1,0 +1,91 @@
+"""Scores of maps against true masks: by hand, against scikit-learn and SciPy, and their baselines."""
+
+import numpy as np
+import pytest
+from scipy.stats import bootstrap, spearmanr
+from sklearn.metrics import average_precision_score
+
+from saecore.evaluation import localisation
+
+RNG = np.random.default_rng(8)
+
+COVERED = np.array([[1.0, 0.5, 0.4, 0.0]])
+
+
+def test_by_hand() -> None:
+    """Patches 0 and 1 are on the object. The map's order is 2, 0, 3, 1: precision 1/2 at patch 0, 2/4 at patch 1."""
+    relevance = np.array([[2.0, -1.0, 5.0, 1.0]])
+    assert localisation.pointing(relevance, COVERED) == 0.0
+    assert localisation.mass(relevance, COVERED) == (2 * 1.0 + 5 * 0.4) / 8
+    assert localisation.average_precision(relevance, COVERED) == (1 / 2 + 2 / 4) / 2
+    perfect = np.array([[2.0, 1.0, 0.0, -3.0]])
+    assert localisation.pointing(perfect, COVERED) == localisation.average_precision(perfect, COVERED) == 1.0
+    assert localisation.mass(perfect, COVERED) == (2 * 1.0 + 1 * 0.5) / 3
+
+
+def test_a_map_that_says_nothing_scores_as_chance() -> None:
+    flat = np.zeros((1, 4))
+    assert localisation.pointing(flat, COVERED) == 0.5
+    assert localisation.mass(flat, COVERED) == COVERED.mean()
+    assert localisation.average_precision(flat, COVERED) == 0.5
+    assert localisation.mass(flat - 1, COVERED) == COVERED.mean()
+    assert np.isnan(localisation.agreement(flat, COVERED))
+    assert np.isnan(localisation.average_precision(flat, np.zeros((1, 4))))
+
+
+@pytest.mark.parametrize("values", [1000, 5], ids=["few ties", "many ties"])
+def test_average_precision_and_agreement_are_the_libraries(values: int) -> None:
+    maps = RNG.integers(-values, values, (200, 49)).astype(np.float32)
+    covered = RNG.random((200, 49)) ** 2
+    expected = [average_precision_score(c >= 0.5, m) for m, c in zip(maps, covered, strict=True)]
+    np.testing.assert_allclose(localisation.average_precision(maps, covered), expected, rtol=1e-12)
+    expected = [spearmanr(m, c).statistic for m, c in zip(maps, covered, strict=True)]
+    np.testing.assert_allclose(localisation.agreement(maps, covered), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_mean_of_patches_by_hand() -> None:
+    mask = np.zeros((1, 4, 6), bool)
+    mask[0, :2, :3] = True
+    mask[0, 2, 3] = True
+    assert localisation.per_patch(mask, (2, 2)).tolist() == [[1.0, 0.0, 0.0, 1 / 6]]
+    assert localisation.per_patch(mask, (2, 3)).tolist() == [[1.0, 0.5, 0.0, 0.0, 0.25, 0.0]]
+    with pytest.raises(ValueError, match="6 x 4 pixels cannot be cut into 4 x 2"):
+        localisation.per_patch(mask, (2, 4))
+
+
+def test_what_knows_nothing_scores_as_it_should() -> None:
+    """Noise points at the object as often as the object is large; the centre wins if and only if the object is there."""
+    covered = np.zeros((4000, 64))
+    covered[:, [27, 28, 35, 36]] = 1
+    middle = localisation.centre(4000, (8, 8))
+    assert (localisation.pointing(middle, covered) == 1).all()
+    assert (localisation.average_precision(middle, covered) == 1).all()
+    noise = localisation.noise(4000, (8, 8))
+    assert abs(localisation.pointing(noise, covered).mean() - 4 / 64) < 0.012  # 3 standard deviations
+    assert abs(localisation.mass(noise, covered).mean() - 4 / 64) < 0.002
+    assert (localisation.pointing(middle, np.roll(covered, 4, axis=1)) == 0).all()
+
+
+def test_edges_are_where_they_are() -> None:
+    picture = np.full((1, 64, 64, 3), 100, np.uint8)
+    picture[0, :, 36:] = 200  # inside of the fifth column of patches
+    found = localisation.edges(picture, (8, 8)).reshape(8, 8)
+    np.testing.assert_allclose(found[:, 4], 2 * 4 * 100 / 8, rtol=1e-5)  # 2 of 8 pixels; weights 1, 2, 1
+    assert (np.delete(found, 4, axis=1) == 0).all()
+
+
+def test_the_interval_is_over_images() -> None:
+    """As SciPy's where every image has one score; where each has ten equal ones, no narrower, since nothing was added."""
+    scores, images = RNG.normal(0.6, 0.2, 150), np.arange(150)
+    found = localisation.mean_over_images(scores, images)
+    expected = bootstrap((scores,), np.mean, method="percentile", rng=np.random.default_rng(1)).confidence_interval
+    assert found.value == pytest.approx(scores.mean())
+    assert found.low == pytest.approx(expected.low, abs=0.004)
+    assert found.high == pytest.approx(expected.high, abs=0.004)
+    assert localisation.mean_over_images(scores, images) == found
+    tenfold = localisation.mean_over_images(scores.repeat(10), images.repeat(10))
+    np.testing.assert_allclose(tenfold, found)
+    gaps = localisation.mean_over_images(np.append(scores, np.nan), np.append(images, 900))
+    assert gaps == found
+    with pytest.raises(ValueError, match="no score"):
+        localisation.mean_over_images(np.array([np.nan]), np.array([0]))

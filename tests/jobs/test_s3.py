@@ -1,0 +1,110 @@
+"""Shards, a run, its index, its names and its pages on a server that speaks S3 (moto): the same content as on a disk."""
+
+import subprocess
+import tarfile
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.fs
+import pytest
+from moto.server import ThreadedMotoServer
+
+from jobs import explain, index, name, query, report
+from saecore.images.listing import list_shards
+from saecore.query import results
+from saecore.storage import filesystem_of
+from tests.conftest import command
+
+LOOSE = ("x #1+%20.jpg", "ü & ö.jpg")
+"""Names that need escaping."""
+
+
+@pytest.fixture(scope="module")
+def settings() -> Iterator[str]:
+    """Of an address: those of a server that holds one empty bucket, `bucket`."""
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "name")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/bucket", method="PUT")).close()
+        yield f"?endpoint_override={host}:{port}&scheme=http"
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def album(shards: Path, settings: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A shard and two loose files; the same lies in the bucket as `album`."""
+    folder = tmp_path_factory.mktemp("album")
+    shard = min(shards.glob("*.tar"))
+    (folder / shard.name).write_bytes(shard.read_bytes())
+    (folder / "photos").mkdir()
+    with tarfile.open(shard) as tar:
+        pictures = [member for member in tar.getmembers() if member.name.endswith(".jpg")]
+        for member, called in zip(pictures, LOOSE, strict=False):
+            file = tar.extractfile(member)
+            assert file is not None
+            (folder / "photos" / called).write_bytes(file.read())
+    filesystem, _ = filesystem_of(f"s3://bucket{settings}")
+    pyarrow.fs.copy_files(str(folder), "bucket/album", destination_filesystem=filesystem)
+    return folder
+
+
+def test_a_run_from_shards_to_pages(
+    album: Path, settings: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there, here = f"s3://bucket/run{settings}", str(tmp_path / "run")
+    answers = []
+    for images, out in ((f"s3://bucket/album/{settings}", there), (str(album), here)):
+        assert explain.main(command(images, out, "--local")) == 0
+        told = capsys.readouterr().out.partition("Look at ")[2]
+        asked = subprocess.run(["bash", "-c", told.partition("\n\n")[2]], capture_output=True, text=True, check=True)
+        lines = [line.replace("│", "").split() for line in asked.stdout.splitlines() if ".jpg" in line]
+        answers.append([(latent, images) for latent, images, *_ in lines])
+        assert index.main(["--run", out]) == 0
+        assert name.main(["--run", out]) == 0
+    assert len(answers[0]) == 5
+    assert answers[0] == answers[1]
+    assert tables(there) == tables(here)
+    shown = results.open(there).sql("SELECT key FROM images WHERE error IS NULL ORDER BY image_id")
+    assert shown["key"].to_pylist()[:2] == [f"photos/{called}" for called in LOOSE]
+    assert explain.main(command(f"s3://bucket/album/{settings}", there, "--local")) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert query.main(["top", there, "53", "--n", "3"]) == 0
+    assert report.main(["--run", there, "--out", str(tmp_path / "pages")]) == 0
+    assert "18 images, 18 pictures" in capsys.readouterr().out
+
+
+def tables(uri: str) -> dict[str, pa.Table]:
+    """All of a run but where its images lie."""
+    run = results.open(uri)
+    asked = {
+        "images": "SELECT * EXCLUDE uri FROM images ORDER BY image_id",
+        "activations": "SELECT * FROM activations ORDER BY image_id, rank",
+        "maps": "SELECT * FROM maps ORDER BY image_id, latent",
+        "latents": "SELECT * FROM latents ORDER BY latent",
+    }
+    found = {table: run.sql(text) for table, text in asked.items()}
+    assert all(table.num_rows for table in found.values())
+    return found | {"top": run.top_images(53, 5, maps=True).drop_columns("uri")}
+
+
+@pytest.mark.parametrize(
+    ("path", "base", "members"),
+    [
+        ("album/photos", "album/photos", list(LOOSE)),
+        ("album/photos/", "album/photos/", list(LOOSE)),
+        ("album/photos/x #1+%20.jpg", "album/photos", ["x #1+%20.jpg"]),
+        ("album/*/ü*.jpg", "album", ["photos/ü & ö.jpg"]),
+    ],
+)
+def test_loose_files(album: Path, settings: str, path: str, base: str, members: list[str]) -> None:
+    (shard,) = list_shards([f"s3://bucket/{path}{settings}"])
+    assert (shard.uri, shard.kind, shard.members) == (f"s3://bucket/{base}{settings}", "folder", members)
+    filesystem, folder = filesystem_of(shard.uri)
+    for member in members:
+        with filesystem.open_input_file(f"{folder}/{member}") as file:
+            assert file.read() == next(album.glob(f"photos/{member.rpartition('/')[2]}")).read_bytes()
