@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from jobs import session
+from jobs import commands, console, origin
 from saecore.methods import DEFAULT_OPTIONS, METHODS, Options, parse_methods
 
 
@@ -41,7 +41,7 @@ class Train:
 
     def check(self) -> None:
         """ValueError for what cannot be."""
-        session.at_least(self, width=1, k=1, batch_size=1, rounds=1)
+        commands.at_least(self, width=1, k=1, batch_size=1, rounds=1)
         if not self.latents or min(self.latents) < self.k:
             raise ValueError(f"--latents {self.latents}: at least one number, none below --k {self.k}")
 
@@ -91,7 +91,7 @@ class Maps:
     def check(self) -> None:
         """ValueError for what cannot be."""
         parse_methods(self.method)
-        session.at_least(self, k=1, latents=1, rounds=1, naive_latents=0, batch_size=0)
+        commands.at_least(self, k=1, latents=1, rounds=1, naive_latents=0, batch_size=0)
         if self.k > self.latents:
             raise ValueError(f"--k {self.k}: the SAE has --latents {self.latents}")
         if not self.threads or min(self.threads) < 1:
@@ -114,7 +114,7 @@ class Maps:
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         tables = []
         if not self.json:
-            print(f"{machine()}, transformers {session.versions()['transformers']}")
+            print(f"{machine()}, transformers {origin.versions()['transformers']}")
         for name in self.shapes:
             shape = timing.SHAPES[name]
             shape = shape._replace(batch=self.batch_size or shape.batch)
@@ -137,7 +137,7 @@ class Maps:
                 found = {"shape": name, "batch_size": shape.batch, "device": device, "threads": threads}
                 tables.append(found | {"rows": [row._asdict() for row in rows]})
         if self.json:
-            said = {"machine": machine(), "versions": session.versions(), "config": dataclasses.asdict(self)}
+            said = {"machine": machine(), "versions": origin.versions(), "config": dataclasses.asdict(self)}
             print(json.dumps(said | {"tables": tables}))
 
 
@@ -166,7 +166,7 @@ class Query:
 
     def check(self) -> None:
         """ValueError for what cannot be."""
-        session.at_least(self, images=1, k=1, side=1, rounds=1)
+        commands.at_least(self, images=1, k=1, side=1, rounds=1)
         if self.k >= self.latents:
             raise ValueError(f"--k {self.k}: must be less than --latents {self.latents}")
 
@@ -213,12 +213,12 @@ class Truth:
         from saecore.pipeline.inference import check_fits
         from saecore.pipeline.stages import load_models
 
-        session.hush()
+        console.hush()
         methods = parse_methods(self.method)
-        with session.mistakes():
+        with commands.mistakes():
             tower, sae = load_models("demo", "demo")
             check_fits(tower, methods, self.options)
-        progress = session.Progress(self.scenes, 0, "scenes")
+        progress = console.Progress(self.scenes, 0, "scenes")
         tell = truth.nothing if self.json else lambda count: progress.add(count, 0)
         found = truth.measure(tower, sae, self.scenes, truth.rows(methods, self.options), tell)
         if self.json:
@@ -234,14 +234,14 @@ class Truth:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    return session.run_job(lambda: benchmark(sys.argv[1:] if argv is None else list(argv)))
+    return commands.run_job(lambda: benchmark(sys.argv[1:] if argv is None else list(argv)))
 
 
 def benchmark(argv: list[str]) -> int:
     """Measure and print."""
     ways = {"train": Train(), "maps": Maps(), "query": Query(), "truth": Truth()}
     kinds: Any = tyro.extras.subcommand_type_from_defaults(ways)
-    with session.mistakes():
+    with commands.mistakes():
         chosen = tyro.cli(kinds, args=argv, prog="python -m benchmarks", config=(tyro.conf.OmitArgPrefixes,))
         chosen.check()
     chosen.tell()

@@ -29,6 +29,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from saecore import schema
+from saecore.pipeline.clock import Clock
 from saecore.pipeline.stages import Decode, Embed, EmbedConfig
 from saecore.report import preview as report
 from saecore.runs import run as runs
@@ -36,7 +37,7 @@ from saecore.schema import TEXTS_FILE
 from saecore.storage import filesystem_of, join_uri, write_atomic
 from saecore.training import memmaps
 
-from . import cluster, pipeline, session
+from . import cluster, commands, console, pipeline
 
 if TYPE_CHECKING:
     from saecore.towers.text import TextTower
@@ -63,7 +64,7 @@ class Arguments(pipeline.Arguments):
             raise ValueError("give either --images or --text")
         if not self.clip:
             raise ValueError("give --clip")
-        session.check_templates(self.templates)
+        commands.check_templates(self.templates)
         if self.templates != ("{}",) and not self.text:
             raise ValueError("--templates is for --text")
         for field in ("name", "split"):
@@ -74,18 +75,18 @@ class Arguments(pipeline.Arguments):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    return session.run_job(lambda: embed(sys.argv[1:] if argv is None else list(argv)))
+    return commands.run_job(lambda: embed(sys.argv[1:] if argv is None else list(argv)))
 
 
 def embed(argv: list[str]) -> int:
     """Check everything, run what is pending, say what came of it."""
-    clock = session.Clock()
-    with session.mistakes():
-        arguments = session.parse(Arguments, argv, "jobs.embed")
-    with session.quiet() as log:
+    clock = Clock()
+    with commands.mistakes():
+        arguments = commands.parse(Arguments, argv, "jobs.embed")
+    with console.quiet() as log:
         if arguments.text:
             return embed_vocabulary(arguments)
-        with session.mistakes():
+        with commands.mistakes():
             job = prepare(arguments, argv)
         if job is None:
             return 0
@@ -130,7 +131,7 @@ def embed_vocabulary(arguments: Arguments) -> int:
     """A vocabulary to `texts.parquet` and its memory map; the same command again does nothing."""
     from saecore.towers import text  # and with it PyTorch
 
-    with session.mistakes():
+    with commands.mistakes():
         vocabulary = text.read_vocabulary(arguments.text)
         words = vocabulary.words[: arguments.limit or None]
         clip = pipeline.address(arguments.clip)
@@ -145,7 +146,7 @@ def embed_vocabulary(arguments: Arguments) -> int:
         }
         done = holds_texts(arguments.out, parts)
         if not (done or arguments.dry_run):
-            session.check_writable("--out", arguments.out)
+            commands.check_writable("--out", arguments.out)
     print(f"{len(words):,} words; dropped: {vocabulary.blank:,} blank lines, {vocabulary.repeated:,} repeated words")
     if arguments.dry_run:
         print(f"would embed them in {len(arguments.templates)} templates into {arguments.out}\nwith CLIP {clip}")
@@ -169,7 +170,7 @@ def texts(tower: "TextTower", words: list[str], arguments: Arguments, device: st
     from saecore.towers.text import embed_words
 
     size, templates = arguments.batch_size, arguments.templates
-    progress = session.Progress(len(words), 0, "words")
+    progress = console.Progress(len(words), 0, "words")
     found, cut = [], 0
     for start in range(0, len(words), size):
         block = words[start : start + size]

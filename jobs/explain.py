@@ -23,13 +23,14 @@ import tyro
 
 from saecore.demo import scenes
 from saecore.methods import DEFAULT_OPTIONS, Options, dtype_of, parse_methods, parse_targets
+from saecore.pipeline.clock import Clock
 from saecore.pipeline.stages import Decode, Explain, ExplainConfig, load_models, load_words
 from saecore.report import preview as report
 from saecore.runs.fit import ENOUGH, Fit, advice
 from saecore.spellings import Model, check_same, telling
 from saecore.storage import writing
 
-from . import pipeline, session
+from . import commands, console, pipeline
 
 DEFAULT_K = 32
 
@@ -73,23 +74,23 @@ class Arguments(pipeline.Arguments):
         """See `pipeline.Arguments.check`."""
         if not self.demo and not (self.images and self.clip and self.sae):
             raise ValueError("give --images, --clip and --sae, or --demo for all three")
-        session.at_least(self, k=0, concept_latents=1)
+        commands.at_least(self, k=0, concept_latents=1)
         self.options.check()
         super().check()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    return session.run_job(lambda: explain(sys.argv[1:] if argv is None else list(argv)))
+    return commands.run_job(lambda: explain(sys.argv[1:] if argv is None else list(argv)))
 
 
 def explain(argv: list[str]) -> int:
     """Check everything, run what is pending, say what came of it."""
-    clock = session.Clock()
-    with session.mistakes():
-        arguments = session.parse(Arguments, argv, "jobs.explain")
-    with session.quiet() as log:
-        with session.mistakes():
+    clock = Clock()
+    with commands.mistakes():
+        arguments = commands.parse(Arguments, argv, "jobs.explain")
+    with console.quiet() as log:
+        with commands.mistakes():
             job = prepare(arguments, argv)
         if job is None:
             return 0

@@ -27,7 +27,7 @@ from saecore.runs import card, latents
 from saecore.runs import run as runs
 from saecore.storage import join_uri, resolved
 
-from . import cluster, session
+from . import cluster, commands, console
 
 Build = Callable[[np.ndarray, indexing.Budget], Segment]
 
@@ -52,21 +52,21 @@ class Arguments:
     """Index everything again, whatever is there."""
 
     def check(self) -> None:
-        """See `session.Checked.check`."""
-        session.at_least(self, top=statistics.LISTED_IMAGES, segments=1, threads=0)
+        """See `commands.Checked.check`."""
+        commands.at_least(self, top=statistics.LISTED_IMAGES, segments=1, threads=0)
         if self.memory < 0.5:
             raise ValueError(f"--memory {self.memory:g}: must be at least 0.5 GB")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    return session.run_job(lambda: index(sys.argv[1:] if argv is None else list(argv)))
+    return commands.run_job(lambda: index(sys.argv[1:] if argv is None else list(argv)))
 
 
 def index(argv: list[str]) -> int:
     """Check everything, index what is new, count, say what came of it."""
-    with session.mistakes():
-        arguments = session.parse(Arguments, argv, "jobs.index")
+    with commands.mistakes():
+        arguments = commands.parse(Arguments, argv, "jobs.index")
         record = read_record(arguments.run)
         before = None if arguments.rebuild else by_latent.read_index(arguments.run, record["fingerprint"])
         plan = indexing.plan(runs.read_manifest(arguments.run), before, arguments.top, arguments.segments)
@@ -74,8 +74,8 @@ def index(argv: list[str]) -> int:
     held = before if whole and before is not None else make(arguments, record, plan)
     started = time.perf_counter()
     if not statistics.written(arguments.run, held):
-        with session.mistakes():
-            session.check_writable("--run", arguments.run)
+        with commands.mistakes():
+            commands.check_writable("--run", arguments.run)
         run = results.open(arguments.run)
         statistics.write(run)
         seconds, where = time.perf_counter() - started, join_uri(arguments.run, latents.NAME)
@@ -91,10 +91,10 @@ def make(arguments: Arguments, record: dict[str, Any], plan: indexing.Plan) -> b
     build = functools.partial(
         indexing.build_segment, resolved(arguments.run), record["fingerprint"], record["n_latents"], arguments.top
     )
-    with session.mistakes():
-        session.check_writable("--run", arguments.run)
+    with commands.mistakes():
+        commands.check_writable("--run", arguments.run)
         if arguments.folder:
-            session.check_writable("--folder", arguments.folder)
+            commands.check_writable("--folder", arguments.folder)
     started, work = time.perf_counter(), on_ray if arguments.segments > 1 else in_process
     made = work(build, plan.groups, arguments)
     held = by_latent.Index(record["fingerprint"], arguments.top, [*plan.kept, *made])
@@ -111,8 +111,8 @@ def in_process(build: Build, groups: list[np.ndarray], arguments: Arguments) -> 
 
 def on_ray(build: Build, groups: list[np.ndarray], arguments: Arguments) -> list[Segment]:
     """Each segment a task of its own."""
-    with session.quiet():
-        with session.mistakes():
+    with console.quiet():
+        with commands.mistakes():
             connect(arguments)
         import ray
 

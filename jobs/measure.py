@@ -28,7 +28,7 @@ from saecore.storage import filesystem_of, resolved
 from saecore.training.embeddings import Embeddings, draw, open_embeddings, unit_length
 from saecore.training.recipe import doubled
 
-from . import session
+from . import commands
 
 if TYPE_CHECKING:
     from saecore.sae.model import SAE
@@ -71,21 +71,21 @@ class Arguments:
     """Parquet column that holds the embeddings."""
 
     def check(self) -> None:
-        """See `session.Checked.check`."""
+        """See `commands.Checked.check`."""
         if wrong := [k for k in self.ks if k < 1]:
             raise ValueError(f"--ks {wrong[0]}: must be at least 1")
-        session.at_least(self, rows=2, seed=0)
+        commands.at_least(self, rows=2, seed=0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    return session.run_job(lambda: measure(sys.argv[1:] if argv is None else list(argv)))
+    return commands.run_job(lambda: measure(sys.argv[1:] if argv is None else list(argv)))
 
 
 def measure(argv: list[str]) -> int:
     """Check everything, measure, save, say what came of it."""
-    with session.mistakes():
-        arguments = session.parse(Arguments, argv, "jobs.measure")
+    with commands.mistakes():
+        arguments = commands.parse(Arguments, argv, "jobs.measure")
         if arguments.save:
             check_folder(arguments)
         source = open_embeddings(arguments.embeddings, arguments.column)
@@ -125,7 +125,7 @@ def measure(argv: list[str]) -> int:
         assert sae.threshold is not None
         found["calibrated"] = bool(torch.isnan(sae.threshold).any())
         if found["calibrated"]:
-            with session.mistakes():
+            with commands.mistakes():
                 quality.calibrate(sae, x, sae.config.k)
         found["threshold"] = float(sae.threshold)
     figures = quality.quality(sae, x)._asdict()
@@ -195,7 +195,7 @@ def check_folder(arguments: Arguments) -> None:
     The SAE's own may be written again, with its threshold, and so may what a full disk left of one.
     """
     filesystem, path = filesystem_of(arguments.save)
-    session.check_writable("--save", arguments.save)
+    commands.check_writable("--save", arguments.save)
     held = filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
     left = {info.base_name for info in held} <= {"README.md", "sae.safetensors"}  # its config.json comes last
     if not left and resolved(arguments.save) != resolved(arguments.sae):

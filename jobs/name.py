@@ -31,7 +31,7 @@ from saecore.sae.sites import check_embedding
 from saecore.storage import write_atomic
 from saecore.training.embeddings import draw, open_embeddings
 
-from . import session
+from . import commands, console
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,12 +86,12 @@ class Arguments:
     """Parquet file for the names, where there is no run."""
 
     def check(self) -> None:
-        """See `session.Checked.check`."""
+        """See `commands.Checked.check`."""
         if bool(self.run) == bool(self.out):
             raise ValueError("give --run, or else --sae, --clip and --out")
         if self.out and not (self.sae and (self.clip or self.interpreter)):
             raise ValueError("without --run, give --sae and --clip")
-        session.check_templates(self.templates)
+        commands.check_templates(self.templates)
         if self.by and self.by not in WAYS:
             raise ValueError(f"--by {self.by}: must be one of {', '.join(WAYS)}")
         if self.texts and (self.vocabulary or self.templates != ("{}",)):
@@ -105,7 +105,7 @@ class Arguments:
                 )
         if self.words < 2:
             raise ValueError(f"--words {self.words}: must be at least 2, a name and its runner-up")
-        session.at_least(self, seed=0)
+        commands.at_least(self, seed=0)
         for field in ("min_score", "min_margin", "min_ratio"):
             value = getattr(self, field)
             if value is not None and not math.isfinite(value):
@@ -114,15 +114,15 @@ class Arguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    return session.run_job(lambda: name(sys.argv[1:] if argv is None else list(argv)))
+    return commands.run_job(lambda: name(sys.argv[1:] if argv is None else list(argv)))
 
 
 def name(argv: list[str]) -> int:
     """Check everything, find names, write them, say what came of it."""
-    with session.mistakes():
-        arguments = session.parse(Arguments, argv, "jobs.name")
-    with session.quiet() as log:
-        with session.mistakes():
+    with commands.mistakes():
+        arguments = commands.parse(Arguments, argv, "jobs.name")
+    with console.quiet() as log:
+        with commands.mistakes():
             check_place(arguments)
             job = prepare(arguments)
         log.run = arguments.run
@@ -142,9 +142,9 @@ def check_place(arguments: Arguments) -> None:
     """ValueError if the names cannot be written where they are to go: before anything is loaded."""
     if arguments.run:
         read_record(arguments.run)
-        session.check_writable("--run", arguments.run)
+        commands.check_writable("--run", arguments.run)
     else:
-        session.check_file("--out", arguments.out)
+        commands.check_file("--out", arguments.out)
 
 
 class Job(NamedTuple):
@@ -279,7 +279,7 @@ def names(job: Job, arguments: Arguments) -> pa.Table:
     n = arguments.words
     if job.tower is None:
         scores = naming.open_interpreter(arguments.interpreter, len(job.words), job.sae.config.n_latents)
-        with session.mistakes():
+        with commands.mistakes():
             direction = naming.nearest(scores, n)
         return naming.table(job.words, direction, None, False, job.valid)
     device, texts = "cuda" if torch.cuda.is_available() else "cpu", job.texts
@@ -320,7 +320,7 @@ def evidence(run: results.Results, seed: int) -> "tuple[Tensor, Tensor, Tensor]"
 
 def watched(blocks: "Iterable[Tensor]", words: int) -> "Iterator[Tensor]":
     """The same blocks, with a progress line."""
-    progress = session.Progress(words, 0, "words")
+    progress = console.Progress(words, 0, "words")
     for block in blocks:
         yield block
         progress.add(len(block), 0)

@@ -27,13 +27,14 @@ from saecore.images.chunks import plan_chunks, read_chunk
 from saecore.images.decode import MAX_PIXELS, blank
 from saecore.images.listing import Shard, list_shards
 from saecore.methods import dtype_of
+from saecore.pipeline.clock import Clock
 from saecore.pipeline.isolation import Suspects, Witness, pieces, refuse, survive
 from saecore.pipeline.stages import Decode
 from saecore.runs import run as runs
 from saecore.runs.fit import Fit
 from saecore.storage import resolved
 
-from . import cluster, session
+from . import cluster, commands, console, origin
 
 MAX_BLOCKS = 10_000
 """Blocks of the pipeline's input: one per chunk up to here, then several chunks each, since Ray's driver tracks every block."""
@@ -79,7 +80,7 @@ class Arguments:
             raise ValueError("--local is without Ray: give either --local or --ray")
         if self.local and self.replicas > 1:
             raise ValueError(f"--replicas {self.replicas} needs Ray: leave --local away")
-        session.at_least(self, batch_size=1, chunk_size=1, replicas=0, limit=0, max_pixels=1)
+        commands.at_least(self, batch_size=1, chunk_size=1, replicas=0, limit=0, max_pixels=1)
         if self.max_pixels > MAX_PIXELS:
             raise ValueError(
                 f"--max-pixels {self.max_pixels}: at most {MAX_PIXELS}, above which Pillow decodes nothing"
@@ -100,7 +101,7 @@ class Stage(Protocol):
 def decode_chunk(row: pa.Table, decode: Decode, witness: Witness) -> pa.Table:
     """PLAN -> chunk_id, payload (DECODED), seconds. Encoded images are read as a stream and dropped once decoded."""
     chunk = row.to_pylist()[0]
-    chunk_id, clock = chunk["chunk_id"], session.Clock()
+    chunk_id, clock = chunk["chunk_id"], Clock()
     work = witness.begin("decode", chunk_id, chunk["end"] - chunk["start"])
     parts, position = [], 0
     for raw in clock.each("read", "decode", read_chunk(chunk)):
@@ -121,7 +122,7 @@ class Replica:
 
     def __call__(self, row: pa.Table) -> pa.Table:
         chunk_id, decoded, seconds = _unpack(row)
-        step, clock = self.stage.step, session.Clock()
+        step, clock = self.stage.step, Clock()
         work = self.witness.begin(step, chunk_id, decoded.num_rows)
         parts = [
             survive(
@@ -220,7 +221,7 @@ def no_alarm(fit: Fit) -> None:
     """Of a job that has nothing to judge."""
 
 
-def complete(job: Job, arguments: Arguments, clock: session.Clock, watch: Callable[[Fit], None] = no_alarm) -> bool:
+def complete(job: Job, arguments: Arguments, clock: Clock, watch: Callable[[Fit], None] = no_alarm) -> bool:
     """Run what is pending and close the run; False if it was complete before. `clock` runs since the command began.
 
     `watch` is told how well the images so far are reconstructed, those of earlier sessions too, and may raise an `AlarmError`.
@@ -242,7 +243,7 @@ def complete(job: Job, arguments: Arguments, clock: session.Clock, watch: Callab
         print(job.pool.why, flush=True)
     flow = on_ray if job.pool.on_ray else in_process
     clock.lap("start")
-    progress = session.Progress(total, total - left)
+    progress = console.Progress(total, total - left)
     try:
         for row in flow(job, pending):
             progress.add(row["images"], row["refused"])
@@ -256,11 +257,11 @@ def complete(job: Job, arguments: Arguments, clock: session.Clock, watch: Callab
         raise
     except (Exception, KeyboardInterrupt) as error:
         progress.leave()
-        raise session.UnfinishedError(session.RESUMES) from error
+        raise commands.UnfinishedError(commands.RESUMES) from error
     return True
 
 
-def close(job: Job, clock: session.Clock) -> dict[str, Any]:
+def close(job: Job, clock: Clock) -> dict[str, Any]:
     """Note what the session that completed the run took; returns the run's record."""
     clock.lap("close")
     job.run.update(session_seconds={part: round(seconds, 3) for part, seconds in clock.seconds.items()})
@@ -378,7 +379,7 @@ def made_by(module: str, argv: Sequence[str], config: Any, images: Sequence[str]
         "command": shlex.join(["python", "-m", module, *argv]),
         "config": dataclasses.asdict(config) | {"images": list(images)},
         "replicas": pool.replicas,
-        "versions": session.versions(),
-        "git_commit": session.git_commit(),
+        "versions": origin.versions(),
+        "git_commit": origin.git_commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

@@ -31,7 +31,7 @@ from saecore.query.results import Results
 from saecore.query.search import matching
 from saecore.storage import write_atomic
 
-from . import session
+from . import commands
 from .terminal import plain, printable, show
 
 MOST = {"n": results.LARGEST, "bins": 10_000}
@@ -128,7 +128,7 @@ class OfMaps(Question):
     def ask(self, run: Results) -> pa.Table:
         """See `Question.ask`."""
         if self.npy:
-            session.check_file("--npy", self.npy)
+            commands.check_file("--npy", self.npy)
         found = run.maps(id_or_key(self.image), self.method or None)
         if self.npy:
             sink = io.BytesIO()
@@ -285,14 +285,14 @@ QUESTIONS: dict[str, Callable[..., Question]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    return session.run_job(lambda: query(sys.argv[1:] if argv is None else list(argv)))
+    return commands.run_job(lambda: query(sys.argv[1:] if argv is None else list(argv)))
 
 
 def query(argv: list[str]) -> int:
     """Ask, and print the answer."""
     parse = tyro.extras.subcommand_cli_from_dict
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
-    with session.mistakes():
+    with commands.mistakes():
         question = parse(QUESTIONS, args=argv, prog="python -m jobs.query", config=config)
         answer = asked(question)
     if question.json:

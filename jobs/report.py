@@ -22,7 +22,7 @@ from saecore.query.results import Results
 from saecore.report import preview as report
 from saecore.report.static import DEFAULT_CHOICE, Choice, Report, check_place
 
-from . import session
+from . import commands, console
 
 SLOW_ROWS = 1_000_000
 """Rows of activations from which on one should know of jobs.index: of 200,000 images a latent's page took 0.03 s with it and
@@ -46,7 +46,7 @@ class Arguments:
     """Port that --serve listens at; 0 is any that is free."""
 
     def check(self) -> None:
-        """See `session.Checked.check`."""
+        """See `commands.Checked.check`."""
         self.choice.check()
         if self.serve and self.out:
             raise ValueError(f"--serve writes nothing, so leave --out {self.out} away")
@@ -58,13 +58,13 @@ class Arguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    return session.run_job(lambda: make(sys.argv[1:] if argv is None else list(argv)))
+    return commands.run_job(lambda: make(sys.argv[1:] if argv is None else list(argv)))
 
 
 def make(argv: list[str]) -> int:
     """Open the run, then write its pages or serve them."""
-    with session.mistakes():
-        arguments = session.parse(Arguments, argv, "jobs.report")
+    with commands.mistakes():
+        arguments = commands.parse(Arguments, argv, "jobs.report")
         run = results.open(arguments.run)
     if run.tables.index is None and run.record["rows"]["activations"] > SLOW_ROWS:
         print(
@@ -76,13 +76,13 @@ def make(argv: list[str]) -> int:
 def write(run: Results, arguments: Arguments) -> int:
     """The pages as files; where they are."""
     out = Path(arguments.out or f"{arguments.run}/report").absolute()
-    with session.mistakes():
+    with commands.mistakes():
         check_place(out)
-        session.check_writable("--out", str(out.parent))  # it is written beside its place
+        commands.check_writable("--out", str(out.parent))  # it is written beside its place
         if out.is_dir():
-            session.check_writable("--out", str(out))
+            commands.check_writable("--out", str(out))
     pages = Report(run, arguments.choice)
-    progress = session.Progress(len(pages), 0, "files")
+    progress = console.Progress(len(pages), 0, "files")
     for _ in pages.write(out):
         progress.add(1, 0)
     progress.close()
@@ -95,7 +95,7 @@ def serve(run: Results, arguments: Arguments) -> int:
     """The pages of the whole run, until Ctrl-C."""
     from saecore.report import explorer
 
-    with session.mistakes():
+    with commands.mistakes():
         waiting = explorer.listen(arguments.host, arguments.port)
     host, port = waiting.getsockname()[:2]
     print(f"explorer of {arguments.run}: http://{host}:{port}/index.html   (Ctrl-C ends it)", flush=True)

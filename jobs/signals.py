@@ -1,6 +1,6 @@
 """Ctrl-C, SIGTERM, and readers that have gone: what was asked to end ends in good order, and at once when it is asked again.
 
-A handler raises `Stopped` where the process stands; `session.run_job` turns it into one line and an exit code. Ray and DuckDB
+A handler raises `Stopped` where the process stands; `commands.run_job` turns it into one line and an exit code. Ray and DuckDB
 may turn it into exceptions of their own on the way: `Asked` remembers that it was not they who failed.
 """
 

@@ -28,7 +28,7 @@ from saecore.report import preview as report
 from saecore.storage import filesystem_of, join_uri, resolved, write_atomic
 from saecore.training.recipe import Recipe
 
-from . import cluster, session, signals
+from . import cluster, commands, console, origin, signals
 
 LINES_EVERY = 10.0
 """Seconds between progress lines where there is nothing new to say."""
@@ -61,36 +61,36 @@ class Arguments:
     """Workers of Ray Train, one GPU each where there are GPUs; 0 trains in this process, without Ray."""
 
     def check(self) -> None:
-        """See `session.Checked.check`."""
+        """See `commands.Checked.check`."""
         self.recipe.check()
-        session.at_least(self, held_out=-1, evaluations=1, workers=0, checkpoint_minutes=0.0)
+        commands.at_least(self, held_out=-1, evaluations=1, workers=0, checkpoint_minutes=0.0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    return session.run_job(lambda: train(sys.argv[1:] if argv is None else list(argv)))
+    return commands.run_job(lambda: train(sys.argv[1:] if argv is None else list(argv)))
 
 
 def train(argv: list[str]) -> int:
     """Check everything, train, say what came of it."""
-    with session.mistakes():
-        arguments = session.parse(Arguments, argv, "jobs.train")
+    with commands.mistakes():
+        arguments = commands.parse(Arguments, argv, "jobs.train")
     made_by = {
         "command": shlex.join(["python", "-m", "jobs.train", *argv]),
-        "versions": session.versions(),
-        "git_commit": session.git_commit(),
+        "versions": origin.versions(),
+        "git_commit": origin.git_commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     out = resolved(arguments.out)  # the workers of Ray Train run elsewhere
-    with session.quiet() as log:
+    with console.quiet() as log:
         from saecore.training import loop as training  # and with it PyTorch: --help does without
 
         course = training.Course(arguments.held_out, arguments.evaluations, arguments.checkpoint_minutes)
-        with session.mistakes():
+        with commands.mistakes():
             if arguments.workers:
                 cluster.check_answers()
             if not storage.exists(join_uri(out, training.TRAINING_FILE)):
-                session.check_writable("--out", out)
+                commands.check_writable("--out", out)
             plan = training.make_plan(
                 arguments.recipe,
                 resolved(arguments.embeddings),
@@ -111,13 +111,13 @@ def train(argv: list[str]) -> int:
 
 
 def work(plan: Any, made_by: dict[str, Any], workers: int) -> dict[str, Any]:
-    """Train to the end; `session.UnfinishedError` if it was stopped, or failed, before."""
+    """Train to the end; `commands.UnfinishedError` if it was stopped, or failed, before."""
     try:
         return on_ray(plan, made_by, workers) if workers else in_process(plan, made_by)
-    except session.MistakeError:
+    except commands.MistakeError:
         raise
     except (Exception, KeyboardInterrupt) as error:
-        raise session.UnfinishedError("the same command resumes from the last checkpoint") from error
+        raise commands.UnfinishedError("the same command resumes from the last checkpoint") from error
 
 
 class Lines:
@@ -174,7 +174,7 @@ def in_process(plan: Any, made_by: dict[str, Any]) -> dict[str, Any]:
     from saecore.training.trainer import Worker
 
     lines = Lines()
-    with session.mistakes():
+    with commands.mistakes():
         training = Training(plan, Worker(device="cuda" if torch.cuda.is_available() else "cpu"))
     with stopping_on_signals(lines):
         record = training.run(lines, made_by)

@@ -82,9 +82,7 @@ def main(report: Path) -> None:
                 page.goto((report.resolve() / place).as_uri())
                 taken = photograph(page, f"{report.parent.name}-{name}-{scheme}", 1100 if scheme == "light" else 6000)
                 if scheme == "light" and name in ("overview", "latent"):
-                    Image.open(taken).convert("RGB").save(
-                        ROOT / "docs" / f"{name}.jpg", quality=84, optimize=True
-                    )
+                    Image.open(taken).convert("RGB").save(ROOT / "docs" / f"{name}.jpg", quality=84, optimize=True)
 
 
 if __name__ == "__main__":

@@ -24,11 +24,12 @@ import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from jobs import explain, pipeline, session
+from jobs import commands, explain, pipeline
 from saecore import schema
 from saecore.demo import scenes
 from saecore.methods import DECOMPOSE, METHODS
 from saecore.pipeline import isolation
+from saecore.pipeline.clock import Clock
 from saecore.pipeline.stages import Decode, Explain
 from saecore.report import preview as report
 from saecore.runs import run as runs
@@ -342,7 +343,7 @@ def test_an_image_that_kills_its_worker_becomes_a_row(
     arguments[arguments.index("--chunk-size") + 1] = (
         "2"  # four deaths and not six: a replica takes seconds to come back
     )
-    job = explain.prepare(session.parse(explain.Arguments, arguments, "jobs.explain"), arguments)
+    job = explain.prepare(commands.parse(explain.Arguments, arguments, "jobs.explain"), arguments)
     assert job is not None
     if step == "decode":
         job = job._replace(decode=DeadlyDecode(job.decode.preprocess))
@@ -394,7 +395,7 @@ def test_an_image_for_which_a_step_raises_becomes_a_row_and_a_bug_does_not(
 ) -> None:
     for step in ("decode", "explain", "bug"):
         arguments = command(shards, tmp_path / step, "--limit", "32", "--ray")
-        job = explain.prepare(session.parse(explain.Arguments, arguments, "jobs.explain"), arguments)
+        job = explain.prepare(commands.parse(explain.Arguments, arguments, "jobs.explain"), arguments)
         assert job is not None
         if step == "bug":
             job = job._replace(stage=functools.partial(BrokenExplain, *job.stage.args))
@@ -622,13 +623,13 @@ def test_a_shard_that_is_lost_after_the_plan_is_told_at_the_end(
     one, two, three = sorted(folder.iterdir())
     three.write_bytes(three.read_bytes().rstrip(b"\0"))  # damaged before: its end is not known
     arguments = command(folder, out, *more)
-    job = explain.prepare(session.parse(explain.Arguments, arguments, "jobs.explain"), arguments)
+    job = explain.prepare(commands.parse(explain.Arguments, arguments, "jobs.explain"), arguments)
     assert job is not None
     whole = two.read_bytes()
     one.unlink()
     two.write_bytes(whole[: len(whole) // 2])
     capsys.readouterr()
-    assert pipeline.complete(job, session.parse(explain.Arguments, arguments, "jobs.explain"), session.Clock())
+    assert pipeline.complete(job, commands.parse(explain.Arguments, arguments, "jobs.explain"), Clock())
     record = job.run.record()
     said = report.summary(str(out), record)
     errors = Counter(row["error"] for row in rows(out, "images").values())

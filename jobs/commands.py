@@ -1,0 +1,154 @@
+"""What every command is: arguments that are checked, mistakes told in one sentence, an end in good order."""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+import tyro
+
+from saecore import storage
+from saecore.storage import WriteError, check_address
+
+from . import signals
+
+E = TypeVar("E", bound=BaseException)
+
+
+class MistakeError(ValueError):
+    """Something the user can mend: told in one sentence, exit code 2, no traceback."""
+
+
+@contextmanager
+def mistakes() -> Iterator[None]:
+    """ValueErrors inside are the user's to mend. Wrap the checks before the work, never the work: a bug must stay loud."""
+    try:
+        yield
+    except ValueError as error:
+        raise MistakeError(str(error)) from error
+
+
+class UnfinishedError(Exception):
+    """Work that ended before its end. str() is what is done, and what the same command does next; `__cause__` is why."""
+
+
+AGAIN = "the same command starts again"
+
+RESUMES = "the same command resumes from here"
+
+
+def run_job(job: Callable[[], int]) -> int:
+    """A job's exit code: its own; 2 with one sentence for a mistake, 1 for a place that refuses what is written.
+
+    Asked to end by Ctrl-C or SIGTERM it is 130 or 143, with one line that says what the same command does next; 141, without a
+    word, where nobody reads on, as after `| head`. A bug is loud.
+    """
+    with signals.listening() as asked:
+        try:
+            code = job()
+            sys.stdout.flush()  # not while Python ends: a reader that has gone is an exception that nobody catches there
+            return code
+        except MistakeError as mistake:
+            print(f"error: {mistake}", file=sys.stderr)
+            return 2
+        except (Exception, KeyboardInterrupt) as error:
+            then = str(error) if isinstance(error, UnfinishedError) else AGAIN
+            if asked.number is not None or behind(error, KeyboardInterrupt):
+                print(f"stopped: {then}", file=sys.stderr, flush=True)
+                if asked.number is not None and "ray" in sys.modules:
+                    os._exit(asked.exit_code)  # Ray Data's threads would go on while Python ends, and complain
+                return asked.exit_code
+            if behind(error, BrokenPipeError) and signals.nobody_reads():
+                return signals.unread()
+            if refused := behind(error, WriteError):
+                said = str(refused).splitlines()[0]  # Ray Data adds advice about its own retries
+                print(f"error: {said}; {then}", file=sys.stderr)
+                return 1
+            if isinstance(error, UnfinishedError):
+                print(f"failed: {then}", file=sys.stderr)
+            raise
+
+
+def behind(error: BaseException | None, kind: type[E]) -> E | None:
+    """The exception of a kind that made another: Ray brings what a worker raised as the `cause` of its own."""
+    while error is not None:
+        if (cause := getattr(error, "cause", None)) is not None:
+            error = cause  # before Ray's own, which is of the same kind too and says a traceback
+        elif isinstance(error, kind):
+            return error
+        else:
+            error = error.__cause__
+    return None
+
+
+class Checked(Protocol):
+    """A job's arguments."""
+
+    def check(self) -> None:
+        """ValueError for what contradicts itself. Not at construction: tyro would draw a box around the sentence."""
+
+
+A = TypeVar("A", bound=Checked)
+
+
+def at_least(arguments: Any, **least: float) -> None:
+    """ValueError for the first argument below its least value."""
+    for name, value in least.items():
+        if getattr(arguments, name) < value:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be at least {value}")
+
+
+def parse(kind: type[A], argv: list[str], module: str) -> A:
+    """The command line's arguments; SystemExit 2 for one that does not exist, ValueError for one that cannot be."""
+    arguments = tyro.cli(kind, args=argv, prog=f"python -m {module}", config=(tyro.conf.FlagCreatePairsOff,))
+    check_addresses(arguments)
+    arguments.check()
+    return arguments
+
+
+def check_addresses(arguments: Any) -> None:
+    """ValueError for an argument that is almost an address, or empty where something has to be named."""
+    for field in dataclasses.fields(arguments):
+        given = getattr(arguments, field.name)
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        for text in given if isinstance(given, tuple) else (given,):
+            if isinstance(text, str) and (text or required or isinstance(given, tuple)):
+                try:
+                    check_address(text)
+                except ValueError as error:
+                    raise ValueError(f"--{field.name.replace('_', '-')}: {error}") from error
+
+
+@contextmanager
+def given(flag: str) -> Iterator[None]:
+    """ValueErrors inside begin with what the user gave; the flag by which it was given goes before it.
+
+    The library does not know flags: it says `photos/x is no folder`, and the user reads `--images photos/x is no folder`.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{flag} {error}") from error
+
+
+def check_writable(flag: str, folder: str) -> None:
+    """ValueError, naming the flag, if no file can be written into the folder."""
+    with given(flag):
+        storage.check_writable(folder)
+
+
+def check_file(flag: str, file: str) -> None:
+    """ValueError, naming the flag, if the file cannot be written."""
+    check_writable(flag, storage.parent(file))
+    if storage.is_folder(file):
+        raise ValueError(f"{flag} {file} is a folder; name a file")
+
+
+def check_templates(templates: Sequence[str]) -> None:
+    """ValueError if a word cannot be put into one of them, or there is none."""
+    if wrong := [template for template in templates if "{}" not in template]:
+        raise ValueError(f"--templates {wrong[0]!r}: must hold {{}} where the word goes")
+    if not templates:
+        raise ValueError("--templates: give at least one")
