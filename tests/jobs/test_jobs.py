@@ -33,6 +33,7 @@ from saecore.pipeline.clock import Clock
 from saecore.pipeline.stages import Decode, Explain
 from saecore.report import preview as report
 from saecore.runs import run as runs
+from saecore.runs.record import read_record
 from saecore.sae.checkpoints import load_sae
 from saecore.sae.model import from_tensors
 from tests.conftest import N_SCENES, command
@@ -635,8 +636,9 @@ def test_a_shard_that_is_lost_after_the_plan_is_told_at_the_end(
     errors = Counter(row["error"] for row in rows(out, "images").values())
     lost = errors["damaged-shard"] - 1
     assert 16 < lost < 32
-    assert record["lost"] == {"shards": 2, "first": [str(one), str(two)], "images": lost}
-    assert record["damaged"] == {"shards": 1, "first": [str(three)]}
+    document = json.loads((out / "run.json").read_text())
+    assert document["lost"] == {"shards": 2, "first": [str(one), str(two)], "images": lost}
+    assert document["damaged"] == {"shards": 1, "first": [str(three)]}
     assert (
         f"warning       {lost} images of 2 shards ({one}, {two}) could not be read: damaged or gone after the run was"
         in said
@@ -649,9 +651,8 @@ def test_a_shard_that_is_lost_after_the_plan_is_told_at_the_end(
 
 
 def test_a_run_without_losses_warns_of_nothing(local_run: Path) -> None:
-    record = json.loads((local_run / "run.json").read_text())
-    assert not {"lost", "damaged"} & record.keys()
-    assert "warning" not in report.summary(str(local_run), record)
+    assert not {"lost", "damaged"} & json.loads((local_run / "run.json").read_text()).keys()
+    assert "warning" not in report.summary(str(local_run), read_record(str(local_run)))
 
 
 def test_dry_run_says_what_and_writes_nothing(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,9 +12,9 @@ import pytest
 from benchmarks import synthetic
 from jobs import index
 from saecore.query import by_latent, indexing, results
-from saecore.query.tables import read_record
 from saecore.runs import latents
 from saecore.runs import run as runs
+from saecore.runs.record import read_complete
 from saecore.schema import ACTIVATIONS
 
 N_LATENTS = 50
@@ -35,7 +35,7 @@ def grown(folder: Path, images: int) -> str:
 
 def indexed(uri: str, *more: str) -> by_latent.Index:
     assert index.main(["--run", uri, "--top", "25", *more]) == 0
-    found = by_latent.read_index(uri, read_record(uri)["fingerprint"])
+    found = by_latent.read_index(uri, read_complete(uri).fingerprint)
     assert found is not None
     return found
 
