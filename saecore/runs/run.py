@@ -33,8 +33,8 @@ import pyarrow.dataset
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from saecore.runs import card
 from saecore import schema
+from saecore.runs import card
 from saecore.runs.fit import Fit, judged
 from saecore.storage import check_writable, filesystem_of, join_uri, reason, write_atomic
 

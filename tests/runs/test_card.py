@@ -12,10 +12,11 @@ import pytest
 from huggingface_hub import DatasetCard
 
 from jobs import embed, index
-from saecore.runs import card, latents, run as runs
 from saecore.query import results
-from tests.helpers import album, planted
+from saecore.runs import card, latents
+from saecore.runs import run as runs
 from tests.conftest import command
+from tests.helpers import album, planted
 
 
 def configs(run: Path | str) -> dict[str, dict[str, Any]]:

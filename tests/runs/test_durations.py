@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from jobs import embed, explain
-from saecore.runs import durations
 from saecore.query import results
 from saecore.report.pages import Site
 from saecore.report.views import Views
+from saecore.runs import durations
 from tests.conftest import N_SCENES, command
 
 RECORD = {
