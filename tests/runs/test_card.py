@@ -12,11 +12,12 @@ import pytest
 from huggingface_hub import DatasetCard
 
 from jobs import embed, index
-from saecore.runs import card, latents, run as runs
 from saecore.query import results
+from saecore.runs import card, latents
+from saecore.runs import run as runs
 from saecore.runs.record import Record, from_document
-from tests.helpers import album, planted
 from tests.conftest import command
+from tests.helpers import album, planted
 
 
 def configs(run: Path | str) -> dict[str, dict[str, Any]]:

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from jobs import embed, explain
-from saecore.runs import durations
-from saecore.runs.record import from_document, read_record
 from saecore.query import results
 from saecore.report.pages import Site
 from saecore.report.views import Views
+from saecore.runs import durations
+from saecore.runs.record import from_document, read_record
 from tests.conftest import N_SCENES, command
 
 DOCUMENT = {

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from saecore.runs import run as runs
 from saecore import schema
+from saecore.runs import run as runs
 
 PARTS = {"clip": "aaaa", "k": 2}
 
