@@ -284,6 +284,7 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+@pytest.mark.ray
 def test_killed_in_the_middle_and_run_again(tmp_path: Path) -> None:
     """SIGKILL of the driver and of every Ray process, then the same command: the rest is done, and nothing else."""
     folder, out = tmp_path / "scenes", tmp_path / "run"
