@@ -211,7 +211,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
         "n_latents": sae.config.n_latents,
         "sae": sae.describe(),
     }
-    run = pipeline.open_run(arguments, parts, made_by, shards, make_plan)
+    run = pipeline.begin_run(arguments, parts, made_by, shards, make_plan)
     decode = Decode(tower.preprocess, arguments.max_pixels)
     return pipeline.Job(run, decode, functools.partial(Explain, config), tags, pool)
 

@@ -17,7 +17,7 @@ import pyarrow.dataset
 from saecore.query import by_latent
 from saecore.query.by_latent import Reader
 from saecore.runs import latents
-from saecore.runs import run as runs
+from saecore.runs.files import of_chunks, open_dataset, read_manifest, read_plan
 from saecore.runs.record import Record
 from saecore.schema import INDEX_BITS
 from saecore.storage import filesystem_of
@@ -41,7 +41,7 @@ class Tables:
     def __init__(self, uri: str, record: Record) -> None:
         self.uri = uri
         self.n_latents = record.n_latents
-        self.manifest = runs.read_manifest(uri).drop_columns(["bytes", "sha256"])
+        self.manifest = read_manifest(uri).drop_columns(["bytes", "sha256"])
         self.index = by_latent.read_index(uri, record.fingerprint)
         """None where there is none."""
         self.reader = None if self.index is None else Reader(uri, self.index)
@@ -51,8 +51,8 @@ class Tables:
 
     def files(self, table: str, chunk_ids: np.ndarray | None = None) -> pyarrow.dataset.Dataset:
         """`images`, `activations` or `maps`: of all chunks, or of some."""
-        held = self.manifest if chunk_ids is None else runs.of_chunks(self.manifest, chunk_ids)
-        return runs.dataset(self.uri, table, held)
+        held = self.manifest if chunk_ids is None else of_chunks(self.manifest, chunk_ids)
+        return open_dataset(self.uri, table, held)
 
     @functools.cached_property
     def schemas(self) -> dict[str, pa.Schema]:
@@ -114,7 +114,7 @@ class Tables:
     @functools.cached_property
     def _chunk_starts(self) -> tuple[np.ndarray, np.ndarray]:
         """The plan's chunks in the order of their images: their first image_id, their chunk_id."""
-        plan = runs.read_plan(self.uri)
+        plan = read_plan(self.uri)
         first = plan["shard_id"].to_numpy() << INDEX_BITS | plan["start"].to_numpy()
         order = np.argsort(first)
         return first[order], plan["chunk_id"].to_numpy()[order]

@@ -20,7 +20,7 @@ from PIL import Image
 from saecore.images.chunks import read_chunk
 from saecore.images.decode import ImageError, open_rgb
 from saecore.query.results import Results
-from saecore.runs import run as runs
+from saecore.runs.files import read_plan
 from saecore.schema import INDEX_BITS
 
 CROP = ("crop_left", "crop_top", "crop_right", "crop_bottom")
@@ -45,7 +45,7 @@ class Pictures:
         self.run = run
         self.side = side
         """Pixels along the longer side; fewer where the crop has fewer."""
-        self._plan = runs.read_plan(run.uri)
+        self._plan = read_plan(run.uri)
         self.get = functools.lru_cache(REMEMBERED)(self._get)
         """One picture by its image's number; None if there is none."""
 

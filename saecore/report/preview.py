@@ -19,8 +19,9 @@ from saecore.images import chunks as shards
 from saecore.images import decode as images
 from saecore.report import captions, display
 from saecore.runs import durations
-from saecore.runs import run as runs
+from saecore.runs.files import TABLES
 from saecore.runs.record import Record, Unread
+from saecore.runs.run import Run
 from saecore.storage import filesystem_of, join_uri, split_settings, write_atomic
 
 
@@ -38,14 +39,14 @@ class Example(NamedTuple):
     meaning: str  # of the maps' colours
 
 
-def examples(run: runs.Run, n_images: int, n_maps: int) -> Iterator[Example]:
+def examples(run: Run, n_images: int, n_maps: int) -> Iterator[Example]:
     """The first images of a run that were not refused, read from the run's own files and the shards they came from."""
     return itertools.islice(_examples(run, n_maps), n_images)
 
 
-def _examples(run: runs.Run, n_maps: int) -> Iterator[Example]:
+def _examples(run: Run, n_maps: int) -> Iterator[Example]:
     for chunk in run.plan().to_pylist():
-        tables = {name: _chunk_table(run, name, chunk["chunk_id"]) for name in runs.TABLES}
+        tables = {name: _chunk_table(run, name, chunk["chunk_id"]) for name in TABLES}
         metadata = tables["maps"].schema.metadata
         grid = int(metadata[b"grid_height"]), int(metadata[b"grid_width"])
         shown = {row["image_id"]: row for row in tables["images"].to_pylist() if row["error"] is None}
@@ -96,7 +97,7 @@ def _rows_of(table: pa.Table, image_id: int) -> list[dict[str, Any]]:
     return table.filter(pc.equal(table["image_id"], image_id)).to_pylist()
 
 
-def _chunk_table(run: runs.Run, name: str, chunk_id: int) -> pa.Table:
+def _chunk_table(run: Run, name: str, chunk_id: int) -> pa.Table:
     filesystem, path = filesystem_of(join_uri(run.uri, name, f"chunk-{chunk_id:08d}.parquet"))
     return pq.read_table(path, filesystem=filesystem)
 
@@ -115,7 +116,7 @@ def preview(found: list[Example], side: int = 232) -> Image.Image:
     return display.mosaic(rows, foot=f"{found[0].meaning}; one scale per row")
 
 
-def write_preview(run: runs.Run, n_images: int = 3, n_maps: int = 3) -> str | None:
+def write_preview(run: Run, n_images: int = 3, n_maps: int = 3) -> str | None:
     """`preview.png` in the run; returns where it is, or None if every image was refused."""
     found = list(examples(run, n_images, n_maps))
     if not found:
@@ -144,7 +145,7 @@ def summary(uri: str, record: Record) -> str:
 
 
 def _missing(record: Record) -> Iterator[str]:
-    """What of the inputs could not be read: see `runs.run.unread`."""
+    """What of the inputs could not be read: see `saecore.runs.run.unread`."""
     if lost := record.lost:
         images = _count(lost.images or 0, "image")
         yield f"{images} of {_named_shards(lost)} could not be read: damaged or gone after the run was planned"

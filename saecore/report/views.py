@@ -20,7 +20,7 @@ from saecore.query.maps import Patch, peaks
 from saecore.query.results import STRENGTH, Results
 from saecore.report.overview import BINS, Overview, overview
 from saecore.report.pictures import CROP
-from saecore.runs import run as runs
+from saecore.runs.files import read_plan
 from saecore.runs.latents import lookup
 from saecore.schema import INDEX_BITS
 
@@ -252,7 +252,7 @@ class Views:
     @functools.cached_property
     def _chunks(self) -> tuple[np.ndarray, np.ndarray]:
         """Of each chunk of the plan: the place of its first image among all, and that image's number."""
-        plan = runs.read_plan(self.run.uri)
+        plan = read_plan(self.run.uri)
         start, end = plan["start"].to_numpy(), plan["end"].to_numpy()
         return np.cumsum(end - start) - (end - start), plan["shard_id"].to_numpy() << INDEX_BITS | start
 

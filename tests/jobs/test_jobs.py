@@ -32,7 +32,7 @@ from saecore.pipeline import isolation
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.stages import Decode, Explain
 from saecore.report import preview as report
-from saecore.runs import run as runs
+from saecore.runs.files import TABLES, open_dataset
 from saecore.runs.record import read_record
 from saecore.sae.checkpoints import load_sae
 from saecore.sae.model import from_tensors
@@ -46,7 +46,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 def rows(run: Path, table: str) -> dict[tuple[Any, ...], dict[str, Any]]:
     """A table's rows by (image_id, latent), or by image_id."""
-    found = runs.dataset(str(run), table).to_table().to_pylist()
+    found = open_dataset(str(run), table).to_table().to_pylist()
     by_key = {(row["image_id"], row.get("latent")): row for row in found}
     assert len(by_key) == len(found), "a row was written twice"
     return by_key
@@ -79,7 +79,7 @@ def test_tables_are_as_the_design_says(local_run: Path) -> None:
         ("activations", schema.ACTIVATIONS),
         ("maps", schema.maps_schema(64)),
     ):
-        assert runs.dataset(str(local_run), table).schema.remove_metadata() == expected
+        assert open_dataset(str(local_run), table).schema.remove_metadata() == expected
     images, k = rows(local_run, "images"), 12
     assert len(images) == N_SCENES
     assert {row["error"] for row in images.values()} == {None}
@@ -213,7 +213,7 @@ def test_all_methods_and_targets_in_one_run(shards: Path, local_run: Path, tmp_p
         rows(run, table) for run, table in ((out, "activations"), (local_run, "activations"), (local_run, "maps"))
     )
     assert kept.keys() <= before.keys()
-    found = runs.dataset(str(out), "maps").to_table().to_pylist()
+    found = open_dataset(str(out), "maps").to_table().to_pylist()
     by_method: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {name: {} for name in METHODS}
     for row in found:
         by_method[row["method"]][row["image_id"], row["latent"], row["target"]] = row
@@ -254,7 +254,7 @@ def test_maps_of_a_text_alone_point_at_it(shards: Path, tmp_path: Path) -> None:
     )
     keys = {key[0]: row["key"] for key, row in rows(out, "images").items()}
     hits = []
-    for row in runs.dataset(str(out), "maps").to_table().to_pylist():
+    for row in open_dataset(str(out), "maps").to_table().to_pylist():
         scene = scenes.scene_at(scenes.SEED_DEMO, int(Path(keys[row["image_id"]]).stem))
         assert row["latent"] is None
         wanted = [row["target"] == f"text: {thing.colour}" for thing in scene.things]
@@ -679,5 +679,5 @@ def test_duckdb_reads_what_was_written(local_run: Path) -> None:
 
 
 def test_arrow_tables_of_a_run_are_plain(local_run: Path) -> None:
-    for table in runs.TABLES:
-        assert not any(isinstance(field.type, pa.ExtensionType) for field in runs.dataset(str(local_run), table).schema)
+    for table in TABLES:
+        assert not any(isinstance(field.type, pa.ExtensionType) for field in open_dataset(str(local_run), table).schema)
