@@ -31,7 +31,6 @@ import pyarrow.parquet as pq
 from saecore import schema
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.stages import Decode, Embed, EmbedConfig
-from saecore.report import preview as report
 from saecore.runs.files import ROW_GROUP_ROWS, parquet_bytes
 from saecore.runs.run import listing_hash, refuse_other
 from saecore.schema import TEXTS_FILE
@@ -39,6 +38,7 @@ from saecore.storage import filesystem_of, join_uri, write_atomic
 from saecore.training import memmaps
 
 from . import cluster, commands, console, pipeline
+from .summaries import outline, run_summary
 
 if TYPE_CHECKING:
     from saecore.towers.text import TextTower
@@ -100,7 +100,7 @@ def embed(argv: list[str]) -> int:
         )
         if worked:
             record = pipeline.close(job, clock)
-    print(report.summary(arguments.out, record))
+    print(run_summary(arguments.out, record))
     print(said)
     return 0
 
@@ -120,7 +120,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
     tags = {"clip": clip, "clip_sha256": parts["clip"]}
     if arguments.dry_run:
         how = [f"with CLIP {clip}, {tower.n_outputs} numbers per image"]
-        print(report.outline(make_plan(), "embed", arguments.out, how))
+        print(outline(make_plan(), "embed", arguments.out, how))
         return None
     made_by = pipeline.made_by("jobs.embed", argv, config, arguments.images, pool) | {"n_outputs": tower.n_outputs}
     run = pipeline.begin_run(arguments, parts, made_by, shards, make_plan)

@@ -23,7 +23,6 @@ import pyarrow as pa
 
 from saecore import spellings
 from saecore.query import results
-from saecore.report import preview as report
 from saecore.runs import card, latents
 from saecore.runs.files import parquet_bytes
 from saecore.runs.record import read_complete
@@ -32,6 +31,7 @@ from saecore.storage import write_atomic
 from saecore.training.embeddings import draw, open_embeddings
 
 from . import commands, console
+from .summaries import naming_summary
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,7 +134,7 @@ def name(argv: list[str]) -> int:
     else:
         data = parquet_bytes(table.replace_schema_metadata(metadata), latents.ROW_GROUP_ROWS)
         write_atomic(arguments.out, data)
-    print(report.named(table, job.made_by, arguments.run, arguments.out))
+    print(naming_summary(table, job.made_by, arguments.run, arguments.out))
     return 0
 
 

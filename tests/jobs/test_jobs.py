@@ -25,13 +25,13 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from jobs import commands, explain, pipeline
+from jobs.summaries import next_steps, run_summary
 from saecore import schema
 from saecore.demo import scenes
 from saecore.methods import DECOMPOSE, METHODS
 from saecore.pipeline import isolation
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.stages import Decode, Explain
-from saecore.report import preview as report
 from saecore.runs.files import TABLES, open_dataset
 from saecore.runs.record import read_record
 from saecore.sae.checkpoints import load_sae
@@ -626,7 +626,7 @@ def test_a_shard_that_is_lost_after_the_plan_is_told_at_the_end(
     capsys.readouterr()
     assert pipeline.complete(job, commands.parse(explain.Arguments, arguments, "jobs.explain"), Clock())
     record = job.run.record()
-    said = report.summary(str(out), record)
+    said = run_summary(str(out), record)
     errors = Counter(row["error"] for row in rows(out, "images").values())
     lost = errors["damaged-shard"] - 1
     assert 16 < lost < 32
@@ -646,7 +646,7 @@ def test_a_shard_that_is_lost_after_the_plan_is_told_at_the_end(
 
 def test_a_run_without_losses_warns_of_nothing(local_run: Path) -> None:
     assert not {"lost", "damaged"} & json.loads((local_run / "run.json").read_text()).keys()
-    assert "warning" not in report.summary(str(local_run), read_record(str(local_run)))
+    assert "warning" not in run_summary(str(local_run), read_record(str(local_run)))
 
 
 def test_dry_run_says_what_and_writes_nothing(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -656,8 +656,6 @@ def test_dry_run_says_what_and_writes_nothing(shards: Path, tmp_path: Path, caps
 
 
 def test_the_query_that_is_printed_can_be_pasted(local_run: Path) -> None:
-    from saecore.report.preview import next_steps
-
     pasted = next_steps(str(local_run)).split("\n\n", 1)[1]
     said = subprocess.run(["bash", "-c", pasted], capture_output=True, text=True, check=True).stdout
     assert "strongest_image" in said
