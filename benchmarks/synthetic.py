@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from saecore import schema
+from saecore.numbering import id_of
 from saecore.runs.files import parquet_bytes
 from saecore.runs.run import Run, open_run
 from saecore.storage import join_uri, write_atomic
@@ -86,7 +87,7 @@ def explained(chunk: dict, latents: int, k: int, grid: tuple[int, int]) -> pa.Ta
         },
     }
     columns = {
-        "image_id": chunk["shard_id"] << schema.INDEX_BITS | index,
+        "image_id": id_of(chunk["shard_id"], index),
         "uri": [chunk["uri"]] * n,
         "key": [f"{number:09d}.jpg" for number in index],
         "width": np.full(n, 640, np.int32),

@@ -20,6 +20,7 @@ GROUND = [
     "saecore.untrusted",
     "saecore.hub",
     "saecore.spellings",
+    "saecore.numbering",
 ]
 """What every wing may stand on, and what stands on nothing but itself."""
 

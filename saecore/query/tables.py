@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset
 
+from saecore.numbering import Numbering
 from saecore.query import by_latent
 from saecore.query.by_latent import Reader
 from saecore.runs import latents
 from saecore.runs.files import of_chunks, open_dataset, read_manifest, read_plan
 from saecore.runs.record import Record
-from saecore.schema import INDEX_BITS
 from saecore.storage import filesystem_of
 
 
@@ -112,17 +112,9 @@ class Tables:
         return found
 
     @functools.cached_property
-    def _chunk_starts(self) -> tuple[np.ndarray, np.ndarray]:
-        """The plan's chunks in the order of their images: their first image_id, their chunk_id."""
-        plan = read_plan(self.uri)
-        first = plan["shard_id"].to_numpy() << INDEX_BITS | plan["start"].to_numpy()
-        order = np.argsort(first)
-        return first[order], plan["chunk_id"].to_numpy()[order]
-
-    def chunks_of(self, image_ids: Sequence[int] | pa.ChunkedArray | np.ndarray) -> np.ndarray:
-        """The chunk id of each of some images; of the nearest chunk for an image that is not of this run."""
-        first, chunk_ids = self._chunk_starts
-        return chunk_ids[np.maximum(np.searchsorted(first, np.asarray(image_ids, np.int64), "right") - 1, 0)]
+    def numbering(self) -> Numbering:
+        """The numbers and places of the run's images."""
+        return Numbering(read_plan(self.uri))
 
     def rows(
         self,
@@ -135,7 +127,7 @@ class Tables:
         wanted = np.asarray(image_ids, np.int64)
         these = pc.field("image_id").isin(pa.array(wanted))
         # At least one file, for its schema.
-        dataset = self.files(table, np.unique(self.chunks_of(wanted if len(wanted) else [0])))
+        dataset = self.files(table, np.unique(self.numbering.chunks_of(wanted if len(wanted) else [0])))
         return dataset.to_table(
             columns=["image_id", *columns], filter=these if condition is None else these & condition
         )

@@ -19,9 +19,9 @@ from PIL import Image
 
 from saecore.images.chunks import read_chunk
 from saecore.images.decode import ImageError, open_rgb
+from saecore.numbering import index_of
 from saecore.query.results import Results
 from saecore.runs.files import read_plan
-from saecore.schema import INDEX_BITS
 
 CROP = ("crop_left", "crop_top", "crop_right", "crop_bottom")
 
@@ -57,7 +57,7 @@ class Pictures:
 
     def read(self, image_ids: np.ndarray) -> Iterator[tuple[int, bytes | None]]:
         """Each image's number and picture, None if there is none; chunk by chunk, so that a shard is opened once for all."""
-        held = self.run.tables.chunks_of(image_ids)
+        held = self.run.tables.numbering.chunks_of(image_ids)
         of_run = self._plan.filter(pc.is_in(self._plan["chunk_id"], pa.array(np.unique(held))))
         for chunk in of_run.to_pylist():
             found: dict[int, bytes | None] = dict.fromkeys(image_ids[held == chunk["chunk_id"]].tolist())
@@ -70,7 +70,7 @@ class Pictures:
     def _of_chunk(self, chunk: Mapping[str, Any], image_ids: list[int]) -> dict[int, bytes | None]:
         shown = self.run.tables.rows("images", image_ids, ("key", *CROP), pc.field("error").is_null()).to_pylist()
         images = {row["image_id"]: row for row in shown}
-        wanted = {image_id % (1 << INDEX_BITS) for image_id in images}
+        wanted = {index_of(image_id) for image_id in images}
         found = dict[int, bytes | None]()
         with warnings.catch_warnings(), ThreadPoolExecutor(WORKERS) as pool:
             # `open_rgb` does the same, for the whole process: threads that end in any order must all leave it so.

@@ -29,6 +29,7 @@ from jobs.summaries import next_steps, run_summary
 from saecore import schema
 from saecore.demo import scenes
 from saecore.methods import DECOMPOSE, METHODS
+from saecore.numbering import shard_of
 from saecore.pipeline import isolation
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.stages import Decode, Explain
@@ -83,7 +84,7 @@ def test_tables_are_as_the_design_says(local_run: Path) -> None:
     images, k = rows(local_run, "images"), 12
     assert len(images) == N_SCENES
     assert {row["error"] for row in images.values()} == {None}
-    assert {key[0] >> schema.INDEX_BITS for key in images} == {0, 1, 2}
+    assert {shard_of(key[0]) for key in images} == {0, 1, 2}
     assert len(rows(local_run, "activations")) == len(rows(local_run, "maps")) == N_SCENES * k
     record = json.loads((local_run / "run.json").read_text())
     assert record["status"] == "complete"
