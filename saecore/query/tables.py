@@ -4,8 +4,9 @@ Image to chunk is arithmetic on the plan, chunk to file the manifest's business,
 the files that hold them and no others.
 """
 
+import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import duckdb
@@ -15,12 +16,16 @@ import pyarrow.compute as pc
 import pyarrow.dataset
 import pyarrow.fs
 
+from saecore.images.chunks import read_chunk
 from saecore.query import by_latent
 from saecore.query.by_latent import Reader
 from saecore.runs import latents
 from saecore.runs import run as runs
 from saecore.schema import INDEX_BITS, VERSION
 from saecore.storage import filesystem_of, join_uri
+
+ORIGINAL_BYTES = 16 << 20
+"""Encoded images that are held at once."""
 
 
 def read_record(uri: str) -> dict[str, Any]:
@@ -121,25 +126,30 @@ class Tables:
         """DuckDB's answer about `datasets`, `latents`, and `more` by name; ValueError for what is not one SELECT."""
         for name, table in more.items():
             self._database.register(name, table)
-        statements = self._database.extract_statements(query)
-        if [statement.type for statement in statements] != [duckdb.StatementType.SELECT]:
-            kinds = ", ".join(statement.type.name for statement in statements)
-            raise ValueError(
-                "a question is one SELECT (FROM, WITH, VALUES, DESCRIBE, SUMMARIZE and SHOW are some too): "
-                f"this is {len(statements)} statements{kinds and f', {kinds}'}"
-            )
-        found = self._database.sql(statements[0], params=list(parameters)).to_arrow_table()
-        for name in more:
-            self._database.unregister(name)
-        return found
+        try:
+            statements = self._database.extract_statements(query)
+            if [statement.type for statement in statements] != [duckdb.StatementType.SELECT]:
+                kinds = ", ".join(statement.type.name for statement in statements)
+                raise ValueError(
+                    "a question is one SELECT (FROM, WITH, VALUES, DESCRIBE, SUMMARIZE and SHOW are some too): "
+                    f"this is {len(statements)} statements{kinds and f', {kinds}'}"
+                )
+            return self._database.sql(statements[0], params=list(parameters)).to_arrow_table()
+        finally:
+            for name in more:
+                self._database.unregister(name)
+
+    @functools.cached_property
+    def plan(self) -> pa.Table:
+        """plan.parquet: the chunks that the run's input was cut into."""
+        return runs.read_plan(self.uri)
 
     @functools.cached_property
     def _chunk_starts(self) -> tuple[np.ndarray, np.ndarray]:
         """The plan's chunks in the order of their images: their first image_id, their chunk_id."""
-        plan = runs.read_plan(self.uri)
-        first = plan["shard_id"].to_numpy() << INDEX_BITS | plan["start"].to_numpy()
+        first = self.plan["shard_id"].to_numpy() << INDEX_BITS | self.plan["start"].to_numpy()
         order = np.argsort(first)
-        return first[order], plan["chunk_id"].to_numpy()[order]
+        return first[order], self.plan["chunk_id"].to_numpy()[order]
 
     def chunks_of(self, image_ids: Sequence[int] | pa.ChunkedArray | np.ndarray) -> np.ndarray:
         """The chunk id of each of some images; of the nearest chunk for an image that is not of this run."""
@@ -161,3 +171,17 @@ class Tables:
         return dataset.to_table(
             columns=["image_id", *columns], filter=these if condition is None else these & condition
         )
+
+    def originals(self, image_ids: Sequence[int] | np.ndarray) -> Iterator[pa.Table]:
+        """RAW rows of some images, from the shards that the run read, chunk by chunk, so that a shard is opened once for all.
+
+        Of a chunk whose storage does not answer there is no row. A shard may have changed since: its row then has another key
+        than the run's, or an error.
+        """
+        wanted = np.asarray(image_ids, np.int64)
+        chunk_ids = self.chunks_of(wanted)
+        for chunk in self.plan.filter(pc.is_in(self.plan["chunk_id"], pa.array(np.unique(chunk_ids)))).to_pylist():
+            places = wanted[chunk_ids == chunk["chunk_id"]] % (1 << INDEX_BITS)
+            # The storage does not answer, or the shard is gone.
+            with contextlib.suppress(OSError):
+                yield from read_chunk(chunk, batch_bytes=ORIGINAL_BYTES, indices=set(places.tolist()))
