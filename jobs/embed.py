@@ -93,9 +93,9 @@ def embed(argv: list[str]) -> int:
         log.run = job.run.uri
         worked = pipeline.complete(job, arguments, clock)
         record = job.run.record()
-        shape = record["images"] - sum(record["refused"].values()), record["n_outputs"]
+        shape = record.images - record.n_refused, record.n_outputs
         said = write_memory_map(
-            arguments, record["config"]["clip"], arguments.split, "image", shape, memmaps.image_rows(job.run.uri)
+            arguments, record.clip, arguments.split, "image", shape, memmaps.image_rows(job.run.uri)
         )
         if worked:
             record = pipeline.close(job, clock)

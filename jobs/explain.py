@@ -26,7 +26,8 @@ from saecore.methods import DEFAULT_OPTIONS, Options, dtype_of, parse_methods, p
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.stages import Decode, Explain, ExplainConfig, load_models, load_words
 from saecore.report.preview import write_preview
-from saecore.runs.fit import ENOUGH, Fit, advice
+from saecore.runs.fit import ENOUGH, Fit
+from saecore.runs.record import Record
 from saecore.spellings import Model, check_same, telling
 from saecore.storage import writing
 
@@ -105,9 +106,8 @@ def explain(argv: list[str]) -> int:
             return POOR_FIT
         record = job.run.record()
     print(run_summary(arguments.out, record))
-    fit = Fit(**record.get("fit", {}))
-    if fit.is_poor() and not arguments.allow_poor_fit:
-        print(f"kept, but {advice(fit, record)}")
+    if record.fit.is_poor() and not arguments.allow_poor_fit:
+        print(f"kept, but {advice(record.fit, record)}")
         return POOR_FIT
     print(next_steps(arguments.out))
     return 0
@@ -117,6 +117,17 @@ def watch(job: pipeline.Job, arguments: Arguments, fit: Fit) -> None:
     """`pipeline.AlarmError` once it is sure that the SAE does not fit these images, unless that is allowed."""
     if fit.is_poor(ENOUGH) and not arguments.allow_poor_fit:
         raise pipeline.AlarmError(advice(fit, job.run.record()))
+
+
+def advice(fit: Fit, record: Record) -> str:
+    """One sentence on a poor fit: what was counted, and what to check."""
+    sae = record.sae
+    reads = f"{sae['site']}, {sae['n_inputs']} wide" + (f", of {sae['model']}" if sae["model"] else "")
+    return (
+        f"{fit.words()}: the SAE, taken to read {reads}, does not fit --clip {record.clip}; "
+        "check that it was trained on this model, on its final embedding, and whether on embeddings of length 1 "
+        "(--site embedding:l2), or let it pass with --allow-poor-fit"
+    )
 
 
 # ---- Before any actor starts.

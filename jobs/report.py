@@ -66,7 +66,7 @@ def make(argv: list[str]) -> int:
     with commands.mistakes():
         arguments = commands.parse(Arguments, argv, "jobs.report")
         run = results.open(arguments.run)
-    if run.tables.index is None and run.record["rows"]["activations"] > SLOW_ROWS:
+    if run.tables.index is None and run.record.rows["activations"] > SLOW_ROWS:
         print(
             f"this run is large and has no index: python -m jobs.index --run {arguments.run} makes pages of latents far faster"
         )

@@ -11,43 +11,42 @@ import pyarrow.compute as pc
 import pyarrow.fs
 
 from saecore.runs import durations
-from saecore.runs.fit import Fit
+from saecore.runs.record import Record, Unread
 from saecore.storage import filesystem_of, join_uri, split_settings
 
 # ---- Runs.
 
 
-def run_summary(uri: str, record: Mapping[str, Any]) -> str:
+def run_summary(uri: str, record: Record) -> str:
     """run.json of a complete run, as a person reads it."""
-    refused, size = record["refused"], record["bytes"]
+    refused, size = record.refused, record.bytes
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(refused.items())) or "none"
     sizes = ", ".join(f"{table} {in_bytes(count)}" for table, count in size.items())
     lines = [
-        f"images        {record['images']:,}, refused: {reasons}",
+        f"images        {record.images:,}, refused: {reasons}",
         f"time          {durations.waited(record)}",
         f"work          {durations.worked(record)}",
     ]
-    if "worst_completeness_error" in record:
-        worst = record["worst_completeness_error"]
-        lines.append(f"exactness     {worst:.1e} worst error of map + remainder, in {record['parts']['dtype']}")
-    if (fit := Fit(**record.get("fit", {}))).is_poor(least=1):
+    if (worst := record.worst_completeness_error) is not None:
+        lines.append(f"exactness     {worst:.1e} worst error of map + remainder, in {record.parts['dtype']}")
+    if (fit := record.fit).is_poor(least=1):
         lines.append(f"warning       {fit.words()}: does this SAE belong to this model?")
     lines += [f"warning       {said}" for said in _missing(record)]
     return "\n".join([*lines, f"on disk       {sizes} in {uri}"])
 
 
-def _missing(record: Mapping[str, Any]) -> Iterator[str]:
-    """Sentences about the inputs that could not be read: see `saecore.runs.run.missing`."""
-    if lost := record.get("lost"):
-        images = _count(lost["images"], "image")
+def _missing(record: Record) -> Iterator[str]:
+    """Sentences about the inputs that could not be read: see `saecore.runs.run.unread`."""
+    if lost := record.lost:
+        images = _count(lost.images or 0, "image")
         yield f"{images} of {_named_shards(lost)} could not be read: damaged or gone after the run was planned"
-    if damaged := record.get("damaged"):
+    if damaged := record.damaged:
         yield f"{_named_shards(damaged)} ended in damage when the run was planned: what followed the damage is not known"
 
 
-def _named_shards(loss: Mapping[str, Any]) -> str:
-    more = ", .." if loss["shards"] > len(loss["first"]) else ""
-    return f"{_count(loss['shards'], 'shard')} ({', '.join(loss['first'])}{more})"
+def _named_shards(unread: Unread) -> str:
+    more = ", .." if unread.shards > len(unread.first) else ""
+    return f"{_count(unread.shards, 'shard')} ({', '.join(unread.first)}{more})"
 
 
 def _count(number: int, what: str) -> str:
