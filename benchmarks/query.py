@@ -20,8 +20,8 @@ import pyarrow.compute as pc
 from benchmarks import synthetic
 from saecore.query import by_latent, indexing, results
 from saecore.query import statistics as latent_statistics
-from saecore.query.tables import read_record
 from saecore.runs import run as runs
+from saecore.runs.record import read_complete
 
 TOP = 100
 
@@ -101,14 +101,13 @@ def write(uri: str, sizes: Sizes, images: int) -> None:
 
 def index(uri: str, budget: indexing.Budget) -> None:
     """by_latent/ and top_images/, or what is new of them."""
-    record = read_record(uri)
-    before = by_latent.read_index(uri, record["fingerprint"])
+    record = read_complete(uri)
+    before = by_latent.read_index(uri, record.fingerprint)
     plan = indexing.plan(runs.read_manifest(uri), before, TOP, 1)
     made = [
-        indexing.build_segment(uri, record["fingerprint"], record["n_latents"], TOP, group, budget)
-        for group in plan.groups
+        indexing.build_segment(uri, record.fingerprint, record.n_latents, TOP, group, budget) for group in plan.groups
     ]
-    by_latent.write_index(uri, by_latent.Index(record["fingerprint"], TOP, [*plan.kept, *made]))
+    by_latent.write_index(uri, by_latent.Index(record.fingerprint, TOP, [*plan.kept, *made]))
 
 
 def count(uri: str) -> None:
@@ -125,7 +124,7 @@ def sizes_on_disk(uri: str) -> dict[str, int]:
     found = {
         table: pc.sum(manifest["bytes"].filter(pc.equal(manifest["table"], table))).as_py() for table in runs.TABLES
     }
-    held = by_latent.read_index(uri, read_record(uri)["fingerprint"])
+    held = by_latent.read_index(uri, read_complete(uri).fingerprint)
     assert held is not None
     found[by_latent.ROWS] = sum(file.bytes for segment in held.segments for file in segment.rows)
     found[by_latent.TOP] = sum(file.bytes for segment in held.segments for file in segment.top)

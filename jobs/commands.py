@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -93,11 +94,16 @@ class Checked(Protocol):
 A = TypeVar("A", bound=Checked)
 
 
+def flag(field: str) -> str:
+    """The flag that tyro makes of a field: `batch_size` is `--batch-size`."""
+    return "--" + field.replace("_", "-")
+
+
 def at_least(arguments: Any, **least: float) -> None:
     """ValueError for the first argument below its least value."""
     for name, value in least.items():
         if getattr(arguments, name) < value:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be at least {value}")
+            raise ValueError(f"{flag(name)} {getattr(arguments, name)}: must be at least {value}")
 
 
 def parse(kind: type[A], argv: list[str], module: str) -> A:
@@ -118,7 +124,7 @@ def check_addresses(arguments: Any) -> None:
                 try:
                     check_address(text)
                 except ValueError as error:
-                    raise ValueError(f"--{field.name.replace('_', '-')}: {error}") from error
+                    raise ValueError(f"{flag(field.name)}: {error}") from error
 
 
 @contextmanager
@@ -131,6 +137,22 @@ def given(flag: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{flag} {error}") from error
+
+
+@contextmanager
+def given_fields(*owners: Any) -> Iterator[None]:
+    """ValueErrors inside that begin with the name of a field of one of the owners (dataclasses) begin with its flag instead.
+
+    The library says `batch_size 0: must be at least 1`, and the user reads `--batch-size 0: must be at least 1`.
+    """
+    names = {field.name for owner in owners for field in dataclasses.fields(owner)}
+    try:
+        yield
+    except ValueError as error:
+        first = re.split(r"\W", str(error), maxsplit=1)[0]
+        if first not in names:
+            raise
+        raise ValueError(flag(first) + str(error)[len(first) :]) from error
 
 
 def check_writable(flag: str, folder: str) -> None:

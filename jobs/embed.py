@@ -31,13 +31,13 @@ import pyarrow.parquet as pq
 from saecore import schema
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.stages import Decode, Embed, EmbedConfig
-from saecore.report import preview as report
 from saecore.runs import run as runs
 from saecore.schema import TEXTS_FILE
 from saecore.storage import filesystem_of, join_uri, write_atomic
 from saecore.training import memmaps
 
 from . import cluster, commands, console, pipeline
+from .summaries import outline, run_summary
 
 if TYPE_CHECKING:
     from saecore.towers.text import TextTower
@@ -93,13 +93,13 @@ def embed(argv: list[str]) -> int:
         log.run = job.run.uri
         worked = pipeline.complete(job, arguments, clock)
         record = job.run.record()
-        shape = record["images"] - sum(record["refused"].values()), record["n_outputs"]
+        shape = record.images - record.n_refused, record.n_outputs
         said = write_memory_map(
-            arguments, record["config"]["clip"], arguments.split, "image", shape, memmaps.image_rows(job.run.uri)
+            arguments, record.clip, arguments.split, "image", shape, memmaps.image_rows(job.run.uri)
         )
         if worked:
             record = pipeline.close(job, clock)
-    print(report.summary(arguments.out, record))
+    print(run_summary(arguments.out, record))
     print(said)
     return 0
 
@@ -119,7 +119,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
     tags = {"clip": clip, "clip_sha256": parts["clip"]}
     if arguments.dry_run:
         how = [f"with CLIP {clip}, {tower.n_outputs} numbers per image"]
-        print(report.outline(make_plan(), "embed", arguments.out, how))
+        print(outline(make_plan(), "embed", arguments.out, how))
         return None
     made_by = pipeline.made_by("jobs.embed", argv, config, arguments.images, pool) | {"n_outputs": tower.n_outputs}
     run = pipeline.open_run(arguments, parts, made_by, shards, make_plan)

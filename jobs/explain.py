@@ -25,12 +25,14 @@ from saecore.demo import scenes
 from saecore.methods import DEFAULT_OPTIONS, Options, dtype_of, parse_methods, parse_targets
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.stages import Decode, Explain, ExplainConfig, load_models, load_words
-from saecore.report import preview as report
-from saecore.runs.fit import ENOUGH, Fit, advice
+from saecore.report.preview import write_preview
+from saecore.runs.fit import ENOUGH, Fit
+from saecore.runs.record import Record
 from saecore.spellings import Model, check_same, telling
 from saecore.storage import writing
 
 from . import commands, console, pipeline
+from .summaries import next_steps, outline, run_summary
 
 DEFAULT_K = 32
 
@@ -97,18 +99,17 @@ def explain(argv: list[str]) -> int:
         log.run = job.run.uri
         try:
             if pipeline.complete(job, arguments, clock, functools.partial(watch, job, arguments)):
-                report.write_preview(job.run)
+                write_preview(job.run.uri)
                 pipeline.close(job, clock)
         except pipeline.AlarmError as alarm:
             print(f"stopped: {alarm}")
             return POOR_FIT
         record = job.run.record()
-    print(report.summary(arguments.out, record))
-    fit = Fit(**record.get("fit", {}))
-    if fit.is_poor() and not arguments.allow_poor_fit:
-        print(f"kept, but {advice(fit, record)}")
+    print(run_summary(arguments.out, record))
+    if record.fit.is_poor() and not arguments.allow_poor_fit:
+        print(f"kept, but {advice(record.fit, record)}")
         return POOR_FIT
-    print(report.next_steps(arguments.out))
+    print(next_steps(arguments.out))
     return 0
 
 
@@ -116,6 +117,17 @@ def watch(job: pipeline.Job, arguments: Arguments, fit: Fit) -> None:
     """`pipeline.AlarmError` once it is sure that the SAE does not fit these images, unless that is allowed."""
     if fit.is_poor(ENOUGH) and not arguments.allow_poor_fit:
         raise pipeline.AlarmError(advice(fit, job.run.record()))
+
+
+def advice(fit: Fit, record: Record) -> str:
+    """One sentence on a poor fit: what was counted, and what to check."""
+    sae = record.sae
+    reads = f"{sae['site']}, {sae['n_inputs']} wide" + (f", of {sae['model']}" if sae["model"] else "")
+    return (
+        f"{fit.words()}: the SAE, taken to read {reads}, does not fit --clip {record.clip}; "
+        "check that it was trained on this model, on its final embedding, and whether on embeddings of length 1 "
+        "(--site embedding:l2), or let it pass with --allow-poor-fit"
+    )
 
 
 # ---- Before any actor starts.
@@ -193,7 +205,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
             f"with CLIP {clip} and SAE {sae_address}, which reads {sae.config.site}",
             f"{k} latents per image, maps of {', '.join(targets.specs())} by {', '.join(methods)}",
         ]
-        print(report.outline(make_plan(), "explain", arguments.out, how))
+        print(outline(make_plan(), "explain", arguments.out, how))
         return None
     made_by = pipeline.made_by("jobs.explain", argv, config, images, pool) | {
         "grid": [height, width],

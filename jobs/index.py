@@ -16,15 +16,14 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from saecore.query import by_latent, indexing, results, statistics
 from saecore.query.by_latent import Segment
-from saecore.query.tables import read_record
 from saecore.runs import card, latents
 from saecore.runs import run as runs
+from saecore.runs.record import Record, read_complete
 from saecore.storage import join_uri, resolved
 
 from . import cluster, commands, console
@@ -67,8 +66,8 @@ def index(argv: list[str]) -> int:
     """Check everything, index what is new, count, say what came of it."""
     with commands.mistakes():
         arguments = commands.parse(Arguments, argv, "jobs.index")
-        record = read_record(arguments.run)
-        before = None if arguments.rebuild else by_latent.read_index(arguments.run, record["fingerprint"])
+        record = read_complete(arguments.run)
+        before = None if arguments.rebuild else by_latent.read_index(arguments.run, record.fingerprint)
         plan = indexing.plan(runs.read_manifest(arguments.run), before, arguments.top, arguments.segments)
     whole = not plan.groups and before is not None and plan.kept == before.segments
     held = before if whole and before is not None else make(arguments, record, plan)
@@ -86,10 +85,10 @@ def index(argv: list[str]) -> int:
     return 0
 
 
-def make(arguments: Arguments, record: dict[str, Any], plan: indexing.Plan) -> by_latent.Index:
+def make(arguments: Arguments, record: Record, plan: indexing.Plan) -> by_latent.Index:
     """The segments that are not there yet, and the index that names all of them."""
     build = functools.partial(
-        indexing.build_segment, resolved(arguments.run), record["fingerprint"], record["n_latents"], arguments.top
+        indexing.build_segment, resolved(arguments.run), record.fingerprint, record.n_latents, arguments.top
     )
     with commands.mistakes():
         commands.check_writable("--run", arguments.run)
@@ -97,7 +96,7 @@ def make(arguments: Arguments, record: dict[str, Any], plan: indexing.Plan) -> b
             commands.check_writable("--folder", arguments.folder)
     started, work = time.perf_counter(), on_ray if arguments.segments > 1 else in_process
     made = work(build, plan.groups, arguments)
-    held = by_latent.Index(record["fingerprint"], arguments.top, [*plan.kept, *made])
+    held = by_latent.Index(record.fingerprint, arguments.top, [*plan.kept, *made])
     by_latent.write_index(arguments.run, held)
     print(outline(made, held, time.perf_counter() - started), flush=True)
     return held

@@ -23,15 +23,15 @@ import pyarrow as pa
 
 from saecore import spellings
 from saecore.query import results
-from saecore.query.tables import read_record
-from saecore.report import preview as report
 from saecore.runs import card, latents
 from saecore.runs import run as runs
+from saecore.runs.record import read_complete
 from saecore.sae.sites import check_embedding
 from saecore.storage import write_atomic
 from saecore.training.embeddings import draw, open_embeddings
 
 from . import commands, console
+from .summaries import naming_summary
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,14 +134,14 @@ def name(argv: list[str]) -> int:
     else:
         data = runs.parquet_bytes(table.replace_schema_metadata(metadata), latents.ROW_GROUP_ROWS)
         write_atomic(arguments.out, data)
-    print(report.named(table, job.made_by, arguments.run, arguments.out))
+    print(naming_summary(table, job.made_by, arguments.run, arguments.out))
     return 0
 
 
 def check_place(arguments: Arguments) -> None:
     """ValueError if the names cannot be written where they are to go: before anything is loaded."""
     if arguments.run:
-        read_record(arguments.run)
+        read_complete(arguments.run)
         commands.check_writable("--run", arguments.run)
     else:
         commands.check_file("--out", arguments.out)
@@ -174,7 +174,7 @@ def prepare(arguments: Arguments) -> Job:
 
     sae = load_sae(arguments, run)
     way = arguments.by or ("data" if has_embeddings(run) else "decoder")
-    clip = arguments.clip or (run.record["config"]["clip"] if run else "")
+    clip = arguments.clip or (run.record.clip if run else "")
     tower, texts = None, None
     if arguments.interpreter:
         way = "interpreter"
@@ -211,15 +211,15 @@ def prepare(arguments: Arguments) -> Job:
 
 def has_embeddings(run: results.Results | None) -> bool:
     """Whether the run was made with --embeddings, and of some images."""
-    return run is not None and run.record["parts"]["embeddings"] and run.n_images > 0
+    return run is not None and run.record.keeps_embeddings and run.n_images > 0
 
 
 def load_sae(arguments: Arguments, run: results.Results | None) -> "SAE":
     """The SAE; ValueError if there is none, or it is not the run's."""
     from saecore.sae import checkpoints
 
-    address = arguments.sae or (run.record["config"]["sae"] if run else "")
-    sae = checkpoints.load_sae(address, arguments.site or (run.record["config"].get("site", "") if run else ""))
+    address = arguments.sae or (run.record.sae_address if run else "")
+    sae = checkpoints.load_sae(address, arguments.site or (run.record.config.get("site", "") if run else ""))
     check_embedding(sae.config.site, sae.config.model, address)
     check_same("sae", address, sae.sha256(), run)
     return sae
@@ -263,7 +263,7 @@ def words_of(arguments: Arguments, tower: "TextTower", clip: str) -> tuple[list[
 
 def check_same(model: str, address: str, digest: str, run: results.Results | None) -> None:
     """ValueError if a model is not what the run was made with."""
-    if run and not digest.startswith(made_with := run.record["parts"][model]):
+    if run and not digest.startswith(made_with := run.record.parts[model]):
         raise ValueError(
             f"--{model} {address} is not what {run.uri} was made with: its hash begins with {digest[:16]}, not {made_with}"
         )

@@ -32,6 +32,7 @@ from saecore.pipeline.isolation import Suspects, Witness, pieces, refuse, surviv
 from saecore.pipeline.stages import Decode
 from saecore.runs import run as runs
 from saecore.runs.fit import Fit
+from saecore.runs.record import Record, write_record
 from saecore.storage import resolved
 
 from . import cluster, commands, console, origin
@@ -231,7 +232,7 @@ def complete(job: Job, arguments: Arguments, clock: Clock, watch: Callable[[Fit]
     del done  # one for every chunk: not to be held for hours
     if not pending.num_rows:
         print(f"{arguments.out} is complete: nothing to do")
-        if job.run.record()["status"] == "complete":
+        if job.run.record().is_complete:
             return False
         job.run.finish(0, 0.0)  # stopped between the last chunk and the end
         return True
@@ -261,11 +262,13 @@ def complete(job: Job, arguments: Arguments, clock: Clock, watch: Callable[[Fit]
     return True
 
 
-def close(job: Job, clock: Clock) -> dict[str, Any]:
+def close(job: Job, clock: Clock) -> Record:
     """Note what the session that completed the run took; returns the run's record."""
     clock.lap("close")
-    job.run.update(session_seconds={part: round(seconds, 3) for part, seconds in clock.seconds.items()})
-    return job.run.record()
+    seconds = {part: round(seconds, 3) for part, seconds in clock.seconds.items()}
+    record = dataclasses.replace(job.run.record(), session_seconds=seconds)
+    write_record(job.run.uri, record)
+    return record
 
 
 # ---- What a job's `prepare` puts together.
@@ -321,7 +324,7 @@ def address(name: str) -> str:
 def listed(arguments: Arguments, images: Sequence[str]) -> list[Shard]:
     """The shards of --images. Where a run was made of the same, what is missing now is for `open_run` to judge."""
     run = runs.run_at(resolved(arguments.out))
-    is_known = run is not None and run.record().get("config", {}).get("images") == list(images)
+    is_known = run is not None and run.record().config.get("images") == list(images)
     return list_shards(images, say=print, may_lack=is_known)
 
 

@@ -25,6 +25,17 @@ N_SCENES = 48
 """Scenes of the shared small run: 3 shards of 16, in 6 chunks of 8."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks `ray` and `browser` follow from what a test asks for: a fixture, or the flag of a job among its parameters."""
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if "ray_session" in fixtures or any(isinstance(value, str) and value == "--ray" for value in parameters):
+            item.add_marker("ray")
+        if "chromium" in fixtures:
+            item.add_marker("browser")
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A real Ray on this machine, started once: it takes seconds."""

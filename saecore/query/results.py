@@ -12,7 +12,6 @@ A latent *fires* for an image where it is kept with an activation other than zer
 """
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import duckdb
@@ -24,8 +23,9 @@ from saecore.query import by_latent, histograms, search
 from saecore.query.by_latent import MAP, SHOWN
 from saecore.query.contrast import contrast
 from saecore.query.maps import Maps
-from saecore.query.tables import Tables, read_record
+from saecore.query.tables import Tables
 from saecore.runs.latents import lookup
+from saecore.runs.record import Record, read_complete
 
 NAMES = ("name", "score", "valid")
 """Columns of `latents` that say what a latent is called and how surely, where jobs.name wrote them."""
@@ -47,7 +47,7 @@ def number(text: str) -> int | None:
 
 def open(uri: str) -> "Results":  # noqa: A001 - `results.open` is what it is
     """A complete run of jobs.explain, local or at an address; ValueError if there is none, or an index of another run's."""
-    return Results(uri, read_record(uri))
+    return Results(uri, read_complete(uri))
 
 
 def decode(table: pa.Table, grid: tuple[int, int]) -> np.ndarray:
@@ -61,13 +61,13 @@ def decode(table: pa.Table, grid: tuple[int, int]) -> np.ndarray:
 class Results:
     """A finished run."""
 
-    def __init__(self, uri: str, record: Mapping[str, Any]) -> None:
+    def __init__(self, uri: str, record: Record) -> None:
         self.uri = uri
         self.record = record
         """run.json."""
-        self.grid: tuple[int, int] = tuple(record["grid"])
-        self.n_latents: int = record["n_latents"]
-        self.n_images: int = record["images"] - sum(record["refused"].values())
+        self.grid = record.grid
+        self.n_latents = record.n_latents
+        self.n_images = record.images - record.n_refused
         """Images that were not refused."""
         self.tables = Tables(uri, record)
 

@@ -5,7 +5,7 @@ the files that hold them and no others.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import duckdb
@@ -13,36 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset
-import pyarrow.fs
 
 from saecore.query import by_latent
 from saecore.query.by_latent import Reader
 from saecore.runs import latents
 from saecore.runs import run as runs
-from saecore.schema import INDEX_BITS, VERSION
-from saecore.storage import filesystem_of, join_uri
-
-
-def read_record(uri: str) -> dict[str, Any]:
-    """run.json of a complete run of jobs.explain; ValueError if there is none at `uri`."""
-    if not uri:
-        raise ValueError("the run's folder has no name: give that of a run of jobs.explain")
-    filesystem, path = filesystem_of(join_uri(uri, "run.json"))
-    try:
-        if filesystem.get_file_info(path).type != pyarrow.fs.FileType.File:
-            raise ValueError(f"{uri} holds no run: there is no run.json")
-        record = runs.record_at(uri)
-    except OSError as error:
-        raise ValueError(f"{uri} cannot be read: {error}") from error
-    if record["parts"].get("kind", "explain") != "explain":
-        raise ValueError(f"{uri} is a run of another job and holds no latents: jobs.explain makes those")
-    if (version := record["parts"]["schema"]) != VERSION:
-        raise ValueError(
-            f"{uri} has tables of version {version}, and these questions are to version {VERSION}: make it again"
-        )
-    if record["status"] != "complete":
-        raise ValueError(f"{uri} is not complete; the command that began it, given again, ends it: {record['command']}")
-    return record
+from saecore.runs.record import Record
+from saecore.schema import INDEX_BITS
+from saecore.storage import filesystem_of
 
 
 def connect(**settings: Any) -> duckdb.DuckDBPyConnection:
@@ -60,11 +38,11 @@ def connect(**settings: Any) -> duckdb.DuckDBPyConnection:
 class Tables:
     """The tables of the run at `uri`. Files are opened when they are asked for, footers are kept. For one thread at a time."""
 
-    def __init__(self, uri: str, record: Mapping[str, Any]) -> None:
+    def __init__(self, uri: str, record: Record) -> None:
         self.uri = uri
-        self.n_latents: int = record["n_latents"]
+        self.n_latents = record.n_latents
         self.manifest = runs.read_manifest(uri).drop_columns(["bytes", "sha256"])
-        self.index = by_latent.read_index(uri, record["fingerprint"])
+        self.index = by_latent.read_index(uri, record.fingerprint)
         """None where there is none."""
         self.reader = None if self.index is None else Reader(uri, self.index)
         covered = np.zeros(0, np.int64) if self.index is None else self.index.chunk_ids()

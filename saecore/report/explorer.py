@@ -117,7 +117,7 @@ class Answers:
             return _html(self.site.target(place))
 
     def images(self, request: Request) -> Response:
-        total = self.site.run.record["images"]
+        total = self.site.run.record.images
         first = _first(request, total)
         with self._alone:
             image_ids = self.site.views.image_ids(np.arange(first, min(first + LISTED_IMAGES, total)))

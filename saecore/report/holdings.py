@@ -25,7 +25,7 @@ class Holding(NamedTuple):
 
 def wanted(run: Results) -> Wanted:
     """What the maps of a run explain: latents as run.json has it, texts and concepts as the maps themselves."""
-    config = run.record.get("config", {})
+    config = run.record.config
     given = Wanted(*config["targets"]) if "targets" in config else KEPT
     by_kind = {
         kind: tuple(target.removeprefix(f"{kind}: ") for target in run.targets if target.startswith(f"{kind}: "))
@@ -89,7 +89,7 @@ def _methods(run: Results) -> Holding:
 
 
 def _embeddings(run: Results) -> Holding:
-    held = run.record["parts"].get("embeddings", False)
+    held = run.record.keeps_embeddings
     missing = "" if held else "CLIP's embeddings of the images, with which jobs.name finds better names"
     return Holding(
         "Embeddings", "of every image" if held else "none", missing, "" if held else _again(run, "--embeddings")
@@ -119,10 +119,10 @@ def _index(run: Results) -> Holding:
 
 def _again(run: Results, *more: str) -> str:
     """The run's own command with other values for some options, into another folder."""
-    if "command" not in run.record:
+    if not run.record.command:
         return ""
     replaced, kept, skipped = {"--out", more[0]}, list[str](), False
-    for word in shlex.split(run.record["command"]):
+    for word in shlex.split(run.record.command):
         if word.startswith("--"):
             skipped = word.partition("=")[0] in replaced
         if not skipped:

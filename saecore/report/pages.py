@@ -83,7 +83,7 @@ class Site:
         """Images known to have no picture."""
         self.uri = split_settings(run.uri)[0]  # which may hold what nobody else should read
         self.name = self.uri.rstrip("/").rpartition("/")[2]
-        self.day = run.record.get("started", "")[:10]
+        self.day = run.record.started[:10]
         self.grid = run.grid
         self.methods = run.methods
         self.images = f"{run.n_images:,}"
@@ -143,7 +143,7 @@ class Site:
             figures=captions.FIGURES,
             methods=captions.METHODS,
             decompose=DECOMPOSE,
-            refused=record["refused"],
+            refused=record.refused,
             holdings=holdings(self.run),
             made=self._made(),
         )
@@ -203,7 +203,7 @@ class Site:
 
     def image_list(self, views: Sequence[ImageView], first: int = 0) -> str:
         """images.html: some images, in the order of the plan from the `first` on."""
-        total = self.run.record["images"]
+        total = self.run.record.images
         return self._html("images", views=views, total=total, first=first, **self._steps(first, LISTED_IMAGES, total))
 
     def search(self) -> str:
@@ -284,7 +284,7 @@ class Site:
 
     def _cards(self) -> list[dict[str, str]]:
         record, figures = self.run.record, self.views.overview.figures
-        refused, firing = sum(record["refused"].values()), len(self.views.by_rate)
+        refused, firing = record.n_refused, len(self.views.by_rate)
         cards = [
             {
                 "value": self.images,
@@ -304,25 +304,25 @@ class Site:
         ):
             if name in figures:
                 cards.append({"value": number(figures[name]["mean"]), "unit": unit, "note": note})
-        if "worst_completeness_error" in record:
-            worst = number(record["worst_completeness_error"])
+        if record.worst_completeness_error is not None:
+            worst = number(record.worst_completeness_error)
             cards.append({"value": worst, "unit": "worst error", "note": "of map + remainder = pre-activation"})
         return cards
 
     def _made(self) -> dict[str, str]:
         record = self.run.record
-        config, parts = record.get("config", {}), record.get("parts", {})
+        clip, sae = record.clip, record.sae_address
         known = {
-            "command": record.get("command"),
-            "CLIP": f"{config['clip']} ({parts.get('clip')})" if "clip" in config else None,
-            "SAE": f"{config['sae']} ({parts.get('sae')})" if "sae" in config else None,
-            "site": record.get("sae", {}).get("site"),
-            "started": record.get("started"),
-            "time": durations.waited(record) if "session_seconds" in record else None,
-            "work": durations.worked(record) if "step_seconds" in record else None,
-            "versions": ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items()),
-            "commit": record.get("git_commit"),
-            "fingerprint": record.get("fingerprint"),
+            "command": record.command,
+            "CLIP": f"{clip} ({record.parts.get('clip')})" if clip else None,
+            "SAE": f"{sae} ({record.parts.get('sae')})" if sae else None,
+            "site": record.sae.get("site"),
+            "started": record.started,
+            "time": durations.waited(record) if record.session_seconds else None,
+            "work": durations.worked(record) if record.step_seconds else None,
+            "versions": ", ".join(f"{name} {version}" for name, version in record.versions.items()),
+            "commit": record.git_commit,
+            "fingerprint": record.fingerprint,
         }
         return {name: value for name, value in known.items() if value}
 

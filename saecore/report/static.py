@@ -70,7 +70,7 @@ class Report:
     def __init__(self, run: Results, choice: Choice) -> None:
         views = Views(run)
         latents = views.by_rate[: choice.latents]
-        n_images = run.record["images"]
+        n_images = run.record.images
         spread = np.unique(np.linspace(0, n_images - 1, min(choice.images, n_images)).astype(int))
         refused = [row["image_id"] for row in views.overview.refused]
         self.image_ids = np.union1d(views.image_ids(spread), np.array(refused, np.int64))
@@ -139,7 +139,7 @@ class Report:
         _write(folder / "images.html", site.image_list(listed))
         _write(folder / "search.html", site.search())
         _write(folder / "data" / "search.js", f"window.searchIndex = {self._search_index(listed)};\n")
-        mark = {"run": site.uri, "fingerprint": site.run.record["fingerprint"]}
+        mark = {"run": site.uri, "fingerprint": site.run.record.fingerprint}
         _write(folder / MARK, json.dumps(mark) + "\n")
 
     def _search_index(self, listed: list[ImageView]) -> str:

@@ -247,7 +247,7 @@ class Views:
         chunk = int(np.flatnonzero(ids <= image_id)[np.argmax(ids[ids <= image_id])])
         place = int(starts[chunk] + image_id - ids[chunk])
         before = int(self.image_ids([place - 1])[0]) if place else None
-        return before, int(self.image_ids([place + 1])[0]) if place + 1 < self.run.record["images"] else None
+        return before, int(self.image_ids([place + 1])[0]) if place + 1 < self.run.record.images else None
 
     @functools.cached_property
     def _chunks(self) -> tuple[np.ndarray, np.ndarray]:

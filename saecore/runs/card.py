@@ -9,11 +9,11 @@ which run.json has, do not appear. Whoever removes the line `MARK` keeps what th
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pyarrow.fs
 
+from saecore.runs.record import Record
 from saecore.storage import filesystem_of, join_uri, split_settings, write_atomic
 
 NAME = "README.md"
@@ -41,7 +41,7 @@ hf upload OWNER/NAME FOLDER . --repo-type dataset
 ```"""
 
 
-def write(uri: str, record: Mapping[str, Any]) -> None:
+def write(uri: str, record: Record) -> None:
     """Write the card of the run at `uri`, as run.json and the files there have it; not over one that is somebody's own."""
     before = _read(uri, NAME)
     if before is not None and MARK not in before.decode(errors="replace"):
@@ -51,9 +51,9 @@ def write(uri: str, record: Mapping[str, Any]) -> None:
         write_atomic(join_uri(uri, NAME), said)
 
 
-def tables(uri: str, record: Mapping[str, Any]) -> list[str]:
+def tables(uri: str, record: Record) -> list[str]:
     """Those of `TABLES` that have files. A glob without files would make `load_dataset` fail for that table."""
-    found = {name for name, rows in record["rows"].items() if rows}
+    found = {name for name, rows in record.rows.items() if rows}
     if _is_file(uri, "latents.parquet"):
         found.add("latents")
     index = json.loads(_read(uri, "by_latent/_index.json") or "{}")
@@ -62,7 +62,7 @@ def tables(uri: str, record: Mapping[str, Any]) -> list[str]:
     return [name for name in TABLES if name in found]
 
 
-def text(name: str, record: Mapping[str, Any], held: Sequence[str]) -> str:
+def text(name: str, record: Record, held: Sequence[str]) -> str:
     """The card of a run of that name with these tables."""
     facts = [f"- {words}: {said}" for words, said in _facts(record).items() if said]
     listed = [f"- {_code(table)}: {TABLES[table][1]}{_rows(record, table)}" for table in held]
@@ -86,56 +86,51 @@ def _front_matter(held: Sequence[str]) -> str:
     return "\n".join([*lines, "---"])
 
 
-def _what(record: Mapping[str, Any]) -> str:
-    if record["parts"].get("kind", "explain") == "embed":
+def _what(record: Record) -> str:
+    if record.kind == "embed":
         return "CLIP makes of a collection of images: embeddings"
     return "a CLIP and a sparse autoencoder see in a collection of images, and where"
 
 
-def _facts(record: Mapping[str, Any]) -> dict[str, str]:
+def _facts(record: Record) -> dict[str, str]:
     """What made the run, and how much there is; nothing for what its record does not say."""
-    config, made = record.get("config", {}), record["parts"]
-    refused = sum(record["refused"].values())
-    grid = record.get("grid")
+    parts, worst = record.parts, record.worst_completeness_error
+    grid = ["{} x {} patches".format(*record.grid)] if any(record.grid) else []
+    latents = f", {record.n_latents:,} latents" if record.sae_address else ""
     return {
-        "images": f"{record['images']:,}" + (f", of which {refused:,} were refused" if refused else ""),
-        "CLIP": _model(config.get("clip"), made.get("clip")),
-        "SAE": _model(config.get("sae"), made.get("sae"))
-        + (f", {record['n_latents']:,} latents" if "sae" in config else ""),
-        "maps": ", ".join(
-            [*map(_code, config.get("methods", [])), *([f"{grid[0]} x {grid[1]} patches"] if grid else [])]
-        ),
-        "of": ", ".join(map(_code, made.get("targets", []))),
-        "latents kept of each image": f"{made['k']}" if "k" in made else "",
-        "worst error of map + remainder": f"{record['worst_completeness_error']:.1e}"
-        if "worst_completeness_error" in record
-        else "",
-        "made": record.get("started", "")[:10],
-        "versions": ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items()),
+        "images": f"{record.images:,}" + (f", of which {record.n_refused:,} were refused" if record.n_refused else ""),
+        "CLIP": _model(record.clip, parts.get("clip")),
+        "SAE": _model(record.sae_address, parts.get("sae")) + latents,
+        "maps": ", ".join([*map(_code, record.methods), *grid]),
+        "of": ", ".join(map(_code, parts.get("targets", []))),
+        "latents kept of each image": f"{parts['k']}" if "k" in parts else "",
+        "worst error of map + remainder": "" if worst is None else f"{worst:.1e}",
+        "made": record.started[:10],
+        "versions": ", ".join(f"{name} {version}" for name, version in record.versions.items()),
     }
 
 
-def _model(address: str | None, digest: str | None) -> str:
+def _model(address: str, digest: str | None) -> str:
     """A model by its id on the Hub, or by the last part of its path: where it lies is nobody's business."""
-    if address is None:
+    if not address:
         return ""
     local = address.startswith("/") or ("://" in address and not address.startswith("hf://"))
     shown = split_settings(address)[0].rstrip("/").rpartition("/")[2] if local else address
     return _code(shown) + (f" (its hash begins with {_code(digest)})" if digest else "")
 
 
-def _rows(record: Mapping[str, Any], table: str) -> str:
-    return f"; {record['rows'][table]:,} rows" if table in record["rows"] else ""
+def _rows(record: Record, table: str) -> str:
+    return f"; {record.rows[table]:,} rows" if table in record.rows else ""
 
 
-def _example(record: Mapping[str, Any], held: Sequence[str]) -> str:
-    table = "maps" if "maps" in held and "grid" in record else "images"
+def _example(record: Record, held: Sequence[str]) -> str:
+    table = "maps" if "maps" in held and any(record.grid) else "images"
     load = (
         f'from datasets import load_dataset\n\nrows = load_dataset("FOLDER or OWNER/NAME", "{table}", split="train")\n'
     )
     if table == "images":
         return load
-    height, width = record["grid"]
+    height, width = record.grid
     decode = f'np.frombuffer(row["map"], np.int8).reshape({height}, {width}) * row["scale"]'
     return f"import numpy as np\n{load}row = rows[0]\nrelevance = {decode}  # in the method's units\n"
 

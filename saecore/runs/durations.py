@@ -6,8 +6,7 @@
 The first are what one waits for. The second add up to more where processes work side by side, and to less where they wait.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from saecore.runs.record import Record
 
 WORDS = {
     "start": "to start",
@@ -16,11 +15,9 @@ WORDS = {
 }
 
 
-def waited(record: Mapping[str, Any]) -> str:
+def waited(record: Record) -> str:
     """By the clock, from the command to its last word; without the start of Python and the end of Ray."""
-    seconds, images = record["session_seconds"], record["session_images"]
-    if not isinstance(seconds, Mapping):  # runs from before the others were counted
-        seconds = {"images": seconds}
+    seconds, images = record.session_seconds, record.session_images
     rate = f"{images / max(seconds.get('images', 0.0), 1e-9):,.1f}"
     counted = "1 image" if images == 1 else f"{images:,} images"
     parts = [
@@ -28,13 +25,13 @@ def waited(record: Mapping[str, Any]) -> str:
         for part, words in WORDS.items()
         if part in seconds
     ]
-    last = "" if images == record["images"] else "the last session took "
+    last = "" if images == record.images else "the last session took "
     return f"{last}{sum(seconds.values()):.1f} s in all: {', '.join(parts)}"
 
 
-def worked(record: Mapping[str, Any]) -> str:
+def worked(record: Record) -> str:
     """Added up over processes, by step."""
-    steps = record["step_seconds"]
+    steps = record.step_seconds
     total = sum(steps.values())
     shares = ", ".join(f"{step} {seconds / (total or 1.0):.0%}" for step, seconds in steps.items())
     return f"{total:.1f} s added up over processes{': ' if shares else ''}{shares}"

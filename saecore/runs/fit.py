@@ -10,8 +10,8 @@ Left out: an SAE without a training mean (most foreign files) is measured from t
 explains much: a poor fit may then stay below 0.9 and pass.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 POOR = 0.9
 """fvu from which an image counts as poorly reconstructed."""
@@ -46,14 +46,3 @@ def judged(fvus: Iterable[float | None]) -> Fit:
     """Of the fvu of some images; refused images have none, and an embedding that is the training mean has NaN."""
     known = [fvu for fvu in fvus if fvu is not None and fvu == fvu]
     return Fit(len(known), sum(fvu >= POOR for fvu in known))
-
-
-def advice(fit: Fit, record: Mapping[str, Any]) -> str:
-    """One sentence of a poor fit in the run of this run.json: what was seen, and what to check."""
-    sae = record["sae"]
-    reads = f"{sae['site']}, {sae['n_inputs']} wide" + (f", of {sae['model']}" if sae["model"] else "")
-    return (
-        f"{fit.words()}: the SAE, taken to read {reads}, does not fit --clip {record['config']['clip']}; "
-        "check that it was trained on this model, on its final embedding, and whether on embeddings of length 1 "
-        "(--site embedding:l2), or let it pass with --allow-poor-fit"
-    )

@@ -33,9 +33,10 @@ import pyarrow.dataset
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from saecore.runs import card
 from saecore import schema
+from saecore.runs import card
 from saecore.runs.fit import Fit, judged
+from saecore.runs.record import Record, Unread, from_document, read_record, write_record
 from saecore.storage import check_writable, filesystem_of, join_uri, reason, write_atomic
 
 TABLES = ("images", "activations", "maps")
@@ -166,15 +167,11 @@ class Run:
         done, plan = pa.array([commit.chunk_id for commit in found], pa.int64()), self.plan()
         return plan.filter(pc.invert(pc.is_in(plan["chunk_id"], done)))
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Record:
         """The content of run.json."""
-        return record_at(self.uri)
+        return read_record(self.uri)
 
-    def update(self, **fields: Any) -> None:
-        """Add to, or replace in, run.json."""
-        _write_json(join_uri(self.uri, "run.json"), {**self.record(), **fields})
-
-    def finish(self, images: int, seconds: float) -> dict[str, Any]:
+    def finish(self, images: int, seconds: float) -> Record:
         """Check that every planned image was written once, write manifest and card, complete run.json; returns its content.
 
         `images`, and the `seconds` they took, are those of the session that ends here: a resumed run had others before.
@@ -191,18 +188,21 @@ class Run:
         rows = [{"chunk_id": commit.chunk_id, **file} for commit in commits for file in commit.files]
         manifest = pa.Table.from_pylist(rows, schema=MANIFEST)
         write_atomic(join_uri(self.uri, "manifest.parquet"), parquet_bytes(manifest, 65_536))
-        session = {"session_images": images, "session_seconds": {"images": round(seconds, 3)}}
-        done = {"status": "complete", **session, **summarise(commits), **missing(plan, commits)}
-        card.write(self.uri, self.record() | done)
-        self.update(**done)
-        return self.record()
+        record = dataclasses.replace(
+            completed(self.record(), plan, commits),
+            session_images=images,
+            session_seconds={"images": round(seconds, 3)},
+        )
+        card.write(self.uri, record)
+        write_record(self.uri, record)
+        return record
 
 
-def summarise(commits: Iterable[Commit]) -> dict[str, Any]:
-    """What the commit records of a run add up to, for run.json."""
+def completed(record: Record, plan: pa.Table, commits: Iterable[Commit]) -> Record:
+    """The record of a run that is complete: with what its commit records add up to."""
     refused, seconds, rows, size = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
     commits = list(commits)
-    images, errors, fit = 0, list[float](), fit_of(commits)
+    images, errors = 0, list[float]()
     for commit in commits:
         images += commit.images
         errors += [] if commit.completeness is None else [commit.completeness]
@@ -211,20 +211,24 @@ def summarise(commits: Iterable[Commit]) -> dict[str, Any]:
         for file in commit.files:
             rows[file["table"]] += file["rows"]
             size[file["table"]] += file["bytes"]
-    return {
-        "images": images,
-        "refused": dict(refused),
-        "rows": dict(rows),
-        "bytes": dict(size),
-        "step_seconds": {step: round(value, 3) for step, value in seconds.items()},
-        **({"worst_completeness_error": max(errors)} if errors else {}),
-        **({"fit": fit._asdict()} if fit.judged else {}),
-    }
+    lost, damaged = unread(plan, commits)
+    return dataclasses.replace(
+        record,
+        status="complete",
+        images=images,
+        refused=dict(refused),
+        rows=dict(rows),
+        bytes=dict(size),
+        step_seconds={step: round(value, 3) for step, value in seconds.items()},
+        worst_completeness_error=max(errors, default=None),
+        fit=fit_of(commits),
+        lost=lost,
+        damaged=damaged,
+    )
 
 
-def missing(plan: pa.Table, commits: Iterable[Commit]) -> dict[str, dict[str, Any]]:
-    """What of the inputs could not be read, for run.json: `lost` after the plan, `damaged` when it was made; each only where
-    there is some, with the number of shards, the first of them and, where it is known, the number of images."""
+def unread(plan: pa.Table, commits: Iterable[Commit]) -> tuple[Unread | None, Unread | None]:
+    """What of the inputs could not be read: what was lost after the plan was made, and what was damaged when it was made."""
     chunks = {row["chunk_id"]: row for row in plan.select(["chunk_id", "uri", "damage"]).to_pylist()}
     damaged = [row["uri"] for row in chunks.values() if row["damage"] is not None]
     lost = Counter[str]()
@@ -234,11 +238,10 @@ def missing(plan: pa.Table, commits: Iterable[Commit]) -> dict[str, dict[str, An
         gone = commit.refused.get("damaged-shard", 0) - (chunk["damage"] is not None)
         gone += commit.refused.get("missing-file", 0)
         lost.update({chunk["uri"]: gone} if gone > 0 else {})
-    return {
-        name: {"shards": len(uris), "first": list(uris)[:3], **more}
-        for name, uris, more in (("lost", lost, {"images": lost.total()}), ("damaged", damaged, {}))
-        if uris
-    }
+    return (
+        Unread(len(lost), list(lost)[:3], lost.total()) if lost else None,
+        Unread(len(damaged), damaged[:3]) if damaged else None,
+    )
 
 
 def fit_of(commits: Iterable[Commit]) -> Fit:
@@ -255,10 +258,10 @@ def open_run(uri: str, parts: dict[str, Any], made_by: dict[str, Any], make_plan
     run = Run(uri, parts, fingerprint(parts))
     if not holds_run(uri):
         write_atomic(join_uri(uri, "plan.parquet"), parquet_bytes(make_plan(), 65_536))
-        record = {"status": "running", "fingerprint": run.fingerprint, "parts": parts, **made_by}
-        _write_json(join_uri(uri, "run.json"), record)
+        begun = {"status": "running", "fingerprint": run.fingerprint, "parts": parts}
+        write_record(uri, from_document(begun | made_by))
         return run
-    refuse_other(uri, run.record()["parts"], parts)
+    refuse_other(uri, run.record().parts, parts)
     return run
 
 
@@ -266,24 +269,8 @@ def run_at(uri: str) -> Run | None:
     """The run that a folder holds, as it was made; None if there is none; ValueError as of `holds_run`."""
     if not holds_run(uri):
         return None
-    parts = record_at(uri)["parts"]
+    parts = read_record(uri).parts
     return Run(uri, parts, fingerprint(parts))
-
-
-def record_at(uri: str) -> dict[str, Any]:
-    """run.json of the run at `uri`; ValueError, which names the file, if no run wrote that; OSError if there is none."""
-    where = join_uri(uri, "run.json")
-    try:
-        record = json.loads(_read_bytes(where))
-    except ValueError as error:
-        raise ValueError(f"{where} is damaged: {error}") from error
-    if (
-        not isinstance(record, dict)
-        or not {"parts", "status"} <= record.keys()
-        or not isinstance(record["parts"], dict)
-    ):
-        raise ValueError(f"{where} is not what a run writes: {uri} holds no run")
-    return record
 
 
 def holds_run(uri: str) -> bool:
@@ -301,7 +288,7 @@ def holds_run(uri: str) -> bool:
 
 def check_place(uri: str) -> None:
     """ValueError unless a run may be written at `uri`; one that is complete needs no more writing."""
-    if not (holds_run(uri) and record_at(uri)["status"] == "complete"):
+    if not (holds_run(uri) and read_record(uri).is_complete):
         try:
             check_writable(uri)
         except ValueError as error:
@@ -378,10 +365,6 @@ def parquet_bytes(table: pa.Table, row_group_rows: int) -> pa.Buffer:
         write_page_checksum=True,
     )
     return sink.getvalue()
-
-
-def _write_json(uri: str, content: Mapping[str, Any]) -> None:
-    write_atomic(uri, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def _read_bytes(uri: str) -> bytes:

@@ -17,6 +17,7 @@ from saecore.runs import run as runs
 from saecore.towers.text import embed_texts, load_text_tower
 from saecore.training import memmaps
 from tests.conftest import N_SCENES, command
+from tests.helpers.mistakes import mistake
 
 
 def arguments(images: Path, out: Path, *more: str) -> list[str]:
@@ -172,20 +173,20 @@ def test_a_vocabulary_becomes_a_table_and_a_memory_map(
     assert embed.main(given) == 0
     assert "is complete: nothing to do" in capsys.readouterr().out
     assert file.stat().st_mtime_ns == before
-    assert embed.main([*given, "--templates", "a {}", "the {}"]) == 2
-    assert "templates was ['{}'], now ['a {}', 'the {}']" in capsys.readouterr().err
+    said = mistake(embed.main, [*given, "--templates", "a {}", "the {}"], capsys)
+    assert "templates was ['{}'], now ['a {}', 'the {}']" in said
 
 
 def test_the_wrong_folder_is_refused(
     shards: Path, embedded: Path, local_run: Path, words: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path for run in (embedded, local_run) for path in run.rglob("*")}
-    assert embed.main(arguments(shards, local_run, "--local")) == 2
-    assert "holds an 'explain' run, and this is an 'embed' one" in capsys.readouterr().err
-    assert explain.main(command(shards, embedded, "--local")) == 2
-    assert "holds an 'embed' run, and this is an 'explain' one" in capsys.readouterr().err
-    assert embed.main(["--text", str(words), "--clip", "demo", "--out", str(embedded)]) == 2
-    assert "holds a run over images" in capsys.readouterr().err
+    said = mistake(embed.main, arguments(shards, local_run, "--local"), capsys)
+    assert "holds an 'explain' run, and this is an 'embed' one" in said
+    said = mistake(explain.main, command(shards, embedded, "--local"), capsys)
+    assert "holds an 'embed' run, and this is an 'explain' one" in said
+    said = mistake(embed.main, ["--text", str(words), "--clip", "demo", "--out", str(embedded)], capsys)
+    assert "holds a run over images" in said
     assert {path for run in (embedded, local_run) for path in run.rglob("*")} == before
 
 
@@ -209,9 +210,5 @@ def test_a_mistake_is_one_sentence(
     given: list[str], complaint: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [argument.format(shards=shards) for argument in given]
-    assert embed.main([*given, "--local", "--out", str(tmp_path / "run")]) == 2
-    said = capsys.readouterr()
-    assert complaint in said.err
-    assert said.err.startswith("error: ")
-    assert said.err.count("\n") == 1
+    assert complaint in mistake(embed.main, [*given, "--local", "--out", str(tmp_path / "run")], capsys)
     assert not (tmp_path / "run").exists()

@@ -25,17 +25,19 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from jobs import commands, explain, pipeline
+from jobs.summaries import next_steps, run_summary
 from saecore import schema
 from saecore.demo import scenes
 from saecore.methods import DECOMPOSE, METHODS
 from saecore.pipeline import isolation
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.stages import Decode, Explain
-from saecore.report import preview as report
 from saecore.runs import run as runs
+from saecore.runs.record import read_record
 from saecore.sae.checkpoints import load_sae
 from saecore.sae.model import from_tensors
 from tests.conftest import N_SCENES, command
+from tests.helpers.mistakes import mistake
 from tests.helpers.photographs import photographs
 from tests.images.test_images import png
 
@@ -284,6 +286,7 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+@pytest.mark.ray
 def test_killed_in_the_middle_and_run_again(tmp_path: Path) -> None:
     """SIGKILL of the driver and of every Ray process, then the same command: the rest is done, and nothing else."""
     folder, out = tmp_path / "scenes", tmp_path / "run"
@@ -510,11 +513,7 @@ def test_a_mistake_is_one_sentence(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     given = [argument.format(shards=shards) for argument in arguments]
-    assert explain.main([*given, "--out", str(tmp_path / "run")]) == 2
-    said = capsys.readouterr()
-    assert complaint in said.err
-    assert said.err.startswith("error: ")
-    assert said.err.count("\n") == 1
+    assert complaint in mistake(explain.main, [*given, "--out", str(tmp_path / "run")], capsys)
     assert not (tmp_path / "run").exists()
 
 
@@ -527,8 +526,7 @@ def test_an_argument_that_does_not_exist_exits_with_2(capsys: pytest.CaptureFixt
 def test_another_configuration_into_the_same_run_is_refused(
     shards: Path, local_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert explain.main(command(shards, local_run, "--local", "--k", "4")) == 2
-    assert "k was 12, now 4" in capsys.readouterr().err
+    assert "k was 12, now 4" in mistake(explain.main, command(shards, local_run, "--local", "--k", "4"), capsys)
 
 
 @pytest.mark.parametrize(
@@ -539,8 +537,8 @@ def test_a_damaged_record_is_told_by_the_name_of_its_file(
 ) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text(content)
-    assert explain.main(command(shards, tmp_path / "run", "--local")) == 2
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/run/run.json {complaint}")
+    said = mistake(explain.main, command(shards, tmp_path / "run", "--local"), capsys)
+    assert said.startswith(f"{tmp_path}/run/run.json {complaint}")
 
 
 def test_a_complete_run_says_what_has_changed_in_its_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -586,8 +584,7 @@ def test_a_complete_run_says_what_has_changed_in_its_inputs(tmp_path: Path, caps
     (out / "run.json").write_text(json.dumps({**record, "status": "running"}))  # stopped just before the end
     assert explain.main(arguments) == 0
     assert json.loads((out / "run.json").read_text())["status"] == "complete"
-    assert explain.main(command(tmp_path / "nowhere", out, "--local")) == 2
-    assert "no such file" in capsys.readouterr().err
+    assert "no such file" in mistake(explain.main, command(tmp_path / "nowhere", out, "--local"), capsys)
 
 
 def test_a_run_that_is_not_complete_needs_its_inputs_as_they_were(
@@ -602,12 +599,10 @@ def test_a_run_that_is_not_complete_needs_its_inputs_as_they_were(
     whole, written = second.read_bytes(), second.stat().st_mtime_ns
     second.write_bytes(whole[:-4096])
     (folder / "new.tar").write_bytes(first.read_bytes())
-    assert explain.main(arguments) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: --out {out} is not complete, and its inputs have changed since it began: 1 new (")
+    said = mistake(explain.main, arguments, capsys)
+    assert said.startswith(f"--out {out} is not complete, and its inputs have changed since it began: 1 new (")
     assert f"1 changed in size or time ({second}); the same command resumes once they are as they were" in said
-    assert explain.main([*arguments, "--k", "4"]) == 2
-    assert "holds a run made otherwise" in capsys.readouterr().err
+    assert "holds a run made otherwise" in mistake(explain.main, [*arguments, "--k", "4"], capsys)
     (folder / "new.tar").unlink()
     second.write_bytes(whole)
     os.utime(second, ns=(written, written))
@@ -631,12 +626,13 @@ def test_a_shard_that_is_lost_after_the_plan_is_told_at_the_end(
     capsys.readouterr()
     assert pipeline.complete(job, commands.parse(explain.Arguments, arguments, "jobs.explain"), Clock())
     record = job.run.record()
-    said = report.summary(str(out), record)
+    said = run_summary(str(out), record)
     errors = Counter(row["error"] for row in rows(out, "images").values())
     lost = errors["damaged-shard"] - 1
     assert 16 < lost < 32
-    assert record["lost"] == {"shards": 2, "first": [str(one), str(two)], "images": lost}
-    assert record["damaged"] == {"shards": 1, "first": [str(three)]}
+    document = json.loads((out / "run.json").read_text())
+    assert document["lost"] == {"shards": 2, "first": [str(one), str(two)], "images": lost}
+    assert document["damaged"] == {"shards": 1, "first": [str(three)]}
     assert (
         f"warning       {lost} images of 2 shards ({one}, {two}) could not be read: damaged or gone after the run was"
         in said
@@ -649,9 +645,8 @@ def test_a_shard_that_is_lost_after_the_plan_is_told_at_the_end(
 
 
 def test_a_run_without_losses_warns_of_nothing(local_run: Path) -> None:
-    record = json.loads((local_run / "run.json").read_text())
-    assert not {"lost", "damaged"} & record.keys()
-    assert "warning" not in report.summary(str(local_run), record)
+    assert not {"lost", "damaged"} & json.loads((local_run / "run.json").read_text()).keys()
+    assert "warning" not in run_summary(str(local_run), read_record(str(local_run)))
 
 
 def test_dry_run_says_what_and_writes_nothing(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -661,8 +656,6 @@ def test_dry_run_says_what_and_writes_nothing(shards: Path, tmp_path: Path, caps
 
 
 def test_the_query_that_is_printed_can_be_pasted(local_run: Path) -> None:
-    from saecore.report.preview import next_steps
-
     pasted = next_steps(str(local_run)).split("\n\n", 1)[1]
     said = subprocess.run(["bash", "-c", pasted], capture_output=True, text=True, check=True).stdout
     assert "strongest_image" in said

@@ -25,6 +25,7 @@ from saecore.sae.checkpoints import load_sae
 from saecore.towers.clip import DEMO
 from saecore.towers.text import embed_words, load_text_tower, read_vocabulary
 from tests.conftest import command
+from tests.helpers.mistakes import mistake
 
 FACET_OF = {word: facet for facet, words in FACETS.items() for word in words}
 
@@ -306,9 +307,5 @@ def test_mistakes_are_told_in_one_sentence(
         given = [word for word in command(shards, places["WITHOUT"], "--local") if word != "--embeddings"]
         assert explain.main(given) == 0
     places |= {"RUN": local_run, "CLIP": DEMO}
-    capsys.readouterr()
-    assert name.main([str(places.get(word, word)) for word in argv]) == 2
-    said = capsys.readouterr()
-    assert sentence in said.err
-    assert said.err.count("\n") == 1
+    assert sentence in mistake(name.main, [str(places.get(word, word)) for word in argv], capsys)
     assert not (local_run / "latents.parquet").exists()

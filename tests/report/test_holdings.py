@@ -8,9 +8,9 @@ from jobs import explain, index, name, report
 from saecore.query import results
 from saecore.report import captions, preview
 from saecore.report.holdings import Holding, holdings, maps_in_words
-from saecore.runs import run as runs
 from tests.conftest import command
 from tests.helpers import planted
+from tests.helpers.mistakes import mistake
 from tests.helpers.reading import Page, check_links
 
 
@@ -31,8 +31,8 @@ def test_a_text_adds_to_the_kept_latents(shards: Path, tmp_path: Path, capsys: p
     capsys.readouterr()
     assert run_of(shards, tmp_path / "run", "concept:red", "kept", "text: a red square ") == 0
     assert "is complete: nothing to do" in capsys.readouterr().out
-    assert run_of(shards, tmp_path / "run", "text:a red square") == 2
-    assert "targets was ['kept', 'text:a red square', 'concept:red']" in capsys.readouterr().err
+    said = mistake(lambda targets: run_of(shards, tmp_path / "run", *targets), ["text:a red square"], capsys)
+    assert "targets was ['kept', 'text:a red square', 'concept:red']" in said
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_a_preview_puts_on_one_scale_what_has_one_unit(
     assert (
         explain.main(command(shards, out, "--local", "--limit", "8", "--method", methods, "--targets", *targets)) == 0
     )
-    first = next(preview.examples(runs.Run(str(out), {}, ""), 1, 3))
+    first = preview.examples(results.open(str(out)), 1, 3)[0]
     assert first.targets == shown
     assert len(first.maps) == len(shown)
     assert first.meaning == captions.meaning(methods.partition(",")[0], shown[0].partition(":")[0].partition(" ")[0])

@@ -12,10 +12,12 @@ import pytest
 from huggingface_hub import DatasetCard
 
 from jobs import embed, index
-from saecore.runs import card, latents, run as runs
 from saecore.query import results
-from tests.helpers import album, planted
+from saecore.runs import card, latents
+from saecore.runs import run as runs
+from saecore.runs.record import Record, from_document
 from tests.conftest import command
+from tests.helpers import album, planted
 
 
 def configs(run: Path | str) -> dict[str, dict[str, Any]]:
@@ -104,7 +106,8 @@ def test_embeddings_have_a_card_too(shards: Path, tmp_path: Path) -> None:
 
 def test_nothing_in_a_run_ends_what_the_card_says(tmp_path: Path) -> None:
     hostile = "x\n---\n# `` <script>alert(1)</script> ``` \x1b[31m | a"
-    record = {
+    document = {
+        "status": "complete",
         "images": 3,
         "refused": {},
         "rows": {"images": 3},
@@ -115,7 +118,7 @@ def test_nothing_in_a_run_ends_what_the_card_says(tmp_path: Path) -> None:
         },
         "n_latents": 4,
     }
-    said = card.text(hostile, record, ["images"])
+    said = card.text(hostile, from_document(document), ["images"])
     assert DatasetCard(said).data.to_dict()["configs"] == [
         {"config_name": "images", "data_files": "images/*.parquet", "default": True}
     ]
@@ -149,8 +152,8 @@ def test_a_card_that_somebody_made_their_own_is_left_alone(tmp_path: Path) -> No
 def test_the_card_comes_before_the_run_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever finds a complete run finds its card."""
 
-    def refuse(uri: str, record: dict[str, Any]) -> None:
-        raise OSError(f"no card for {record['images']} images")
+    def refuse(uri: str, record: Record) -> None:
+        raise OSError(f"no card for {record.images} images")
 
     monkeypatch.setattr(card, "write", refuse)
     with pytest.raises(OSError, match="no card for 6 images"):

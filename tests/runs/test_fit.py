@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from jobs import explain, report
-from saecore.runs import run as runs
 from saecore.demo import scenes
+from saecore.runs import run as runs
 from saecore.runs.fit import ENOUGH, FEW, Fit, judged
 from saecore.sae.model import SAE, SAEConfig
 from tests.conftest import command

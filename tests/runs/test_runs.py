@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from saecore.runs import run as runs
 from saecore import schema
+from saecore.runs import run as runs
 
 PARTS = {"clip": "aaaa", "k": 2}
 
@@ -65,12 +65,12 @@ def test_a_run_from_start_to_end(tmp_path: Path) -> None:
         run.finish(6, 1.0)
     write(run, 1)
     record = run.finish(6, 2.0)
-    assert record["status"] == "complete"
-    assert record["images"] == 6
-    assert record["refused"] == {"truncated": 3}
-    assert record["rows"] == {"images": 6, "activations": 6, "maps": 6}
-    assert record["worst_completeness_error"] == pytest.approx(2e-7)
-    assert record["step_seconds"]["read"] == 3.0
+    assert record.status == "complete"
+    assert record.images == 6
+    assert record.refused == {"truncated": 3}
+    assert record.rows == {"images": 6, "activations": 6, "maps": 6}
+    assert record.worst_completeness_error == pytest.approx(2e-7)
+    assert record.step_seconds["read"] == 3.0
     manifest = pq.read_table(tmp_path / "run" / "manifest.parquet")
     assert manifest.schema.remove_metadata() == runs.MANIFEST
     assert sum(manifest["bytes"].to_pylist()) == sum(
@@ -122,7 +122,7 @@ def test_a_chunk_with_anything_amiss_is_done_again(tmp_path: Path, damage: str) 
         record.unlink()
     assert started(tmp_path).pending()["chunk_id"].to_pylist() == [1]
     write(run, 1)
-    assert run.finish(0, 0.0)["images"] == 6
+    assert run.finish(0, 0.0).images == 6
 
 
 def test_another_configuration_is_refused_by_what_differs(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from saecore.sae.model import SAE
 from saecore.towers.clip import load_tower
 from saecore.towers.siglip import SiglipTower
 from saecore.towers.text import TextTower, embed_texts, load_text_tower
+from tests.helpers.mistakes import mistake
 from tests.helpers.towers import SIGLIP_SHAPES, fill, random_pixels, random_sae, random_siglip
 from tests.relevance.test_methods import Layer, assert_close, fused, ours, plain_layers, read, some_latents
 
@@ -326,8 +327,8 @@ def test_explain_on_a_saved_model(
     assert len(maps) == 6 * len(METHODS) * (8 + 2)
     assert {row["target"] for row in maps} == {None, "text: a Red circle", "concept: blue"}
 
-    assert explain.main([*given, "--norm", "frozen", "--embeddings", "--limit", "6", "--local"]) == 2
-    assert "norms was {" in capsys.readouterr().err
+    again = [*given, "--norm", "frozen", "--embeddings", "--limit", "6", "--local"]
+    assert "norms was {" in mistake(explain.main, again, capsys)
 
     model, processor = SiglipModel.from_pretrained(folder).eval(), SiglipImageProcessorPil.from_pretrained(folder)
     for row in rows:
@@ -389,7 +390,4 @@ def test_a_tower_that_is_not_supported_is_refused_by_name(
         (["--clip", str(folder), "--layers", "2"], "--layers 2: contrib has 1"),
         (["--clip", str(blind), "--method", "legrad"], "unless --no-legrad-correction"),
     ):
-        assert explain.main([*given, *more]) == 2
-        said = capsys.readouterr().err
-        assert complaint in said
-        assert said.count("\n") == 1
+        assert complaint in mistake(explain.main, [*given, *more], capsys)

@@ -15,6 +15,7 @@ from saecore.training.embeddings import Survey
 from saecore.training.loop import Course, Silence, Training, make_plan
 from saecore.training.recipe import Recipe
 from saecore.training.trainer import Trainer, Worker
+from tests.helpers.mistakes import mistake
 
 D, ATOMS, ACTIVE, ROWS = 64, 96, 3, 30_000
 
@@ -228,8 +229,5 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
     more: list[str],
     complaint: str,
 ) -> None:
-    assert train.main(arguments(planted[0], tmp_path / "out", *more)) == 2
-    said = capsys.readouterr()
-    assert complaint in said.err
-    assert said.err.count("\n") == 1
+    assert complaint in mistake(train.main, arguments(planted[0], tmp_path / "out", *more), capsys)
     assert not (tmp_path / "out" / "sae.safetensors").exists()
