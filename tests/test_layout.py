@@ -175,7 +175,7 @@ def test_the_house_can_be_seen_at_a_glance() -> None:
 
 
 TO_SPLIT = {
-    "saecore.demo.scenes", "saecore.images.chunks", "saecore.report.preview", "saecore.report.views", "saecore.runs.run",
+    "saecore.images.chunks", "saecore.report.preview", "saecore.report.views", "saecore.runs.run",
     "saecore.sae.model", "saecore.training.embeddings", "jobs.pipeline",
 }  # fmt: skip
 

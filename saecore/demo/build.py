@@ -22,7 +22,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
-from saecore.demo import scenes as world
+from saecore.demo import drawing, scenes
 from saecore.demo.figures import embed, text_embeddings, zero_shot
 from saecore.demo.lessons import FACETS, MEAN, PIXELS, STD, WORDS, Batch, make_batch, make_tokenizer, normalise
 
@@ -81,7 +81,7 @@ def whiten(model: CLIPModel) -> None:
     Flat colour has 10,000 times the variance of edges here: without this and without levels (`lessons.at_level`), shapes were
     still at chance after 100,000 scenes.
     """
-    pixels = normalise(np.stack([world.render(scene, PIXELS) for scene in world.scenes(world.SEED_SAE, 400)]))
+    pixels = normalise(np.stack([drawing.render(scene, PIXELS) for scene in scenes.scenes_of(scenes.SEED_SAE, 400)]))
     weight = model.vision_model.embeddings.patch_embedding.weight
     width, size = len(weight), weight.shape[-1]
     patches = pixels.unfold(2, size, size).unfold(3, size, size).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
@@ -155,7 +155,7 @@ def train_clip(config: ClipBuild) -> None:
         heads.load_state_dict(state["heads"])
         optimiser.load_state_dict(state["optimiser"])
         done, spent, level = state["done"], state["spent"], state["level"]
-    sample = list(world.scenes(world.SEED_EVALUATION, 256))
+    sample = list(scenes.scenes_of(scenes.SEED_EVALUATION, 256))
     queue: Queue[Batch] = Queue(4)
 
     def produce(start: int) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from jobs import explain, report
-from saecore.demo import scenes
+from saecore.demo import writing
 from saecore.runs import run as runs
 from saecore.runs.fit import ENOUGH, FEW, Fit, judged
 from saecore.sae.model import SAE, SAEConfig
@@ -22,7 +22,7 @@ N = 320
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("many")
-    scenes.write_shards(folder, N, 1)
+    writing.write_shards(folder, N, 1)
     return folder
 
 
