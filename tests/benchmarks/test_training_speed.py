@@ -22,7 +22,9 @@ def test_the_dense_loop_takes_the_same_steps(architecture: str, levels: tuple[in
 
     Three steps, since the second is the first that sees decoder rows and moments after a step.
     """
-    batches = np.random.default_rng(0).normal(size=(3, BATCH, WIDTH)).astype(np.float32)  # what ours rounds embeddings to
+    batches = (
+        np.random.default_rng(0).normal(size=(3, BATCH, WIDTH)).astype(np.float32)
+    )  # what ours rounds embeddings to
     seen = Survey(BATCH, np.zeros(WIDTH, np.float32), 1.0, np.zeros(0, np.int64), batches[0], batches[0], False)
     recipe = Recipe(latents=LATENTS, architecture=architecture, k=K, rate=5e-4, batch_size=BATCH, dead="none")
     ours = Trainer(recipe, WIDTH, seen, Worker())
