@@ -21,7 +21,7 @@ from pathlib import Path
 
 import tyro
 
-from saecore.demo import scenes
+from saecore.demo.writing import write_shards
 from saecore.methods import DEFAULT_OPTIONS, Options, dtype_of, parse_methods, parse_targets
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.stages import Decode, Explain, ExplainConfig, load_models, load_words
@@ -227,7 +227,7 @@ def demo_images(out: str) -> tuple[str, ...]:
         with writing(str(folder)):
             unfinished = Path(tempfile.mkdtemp(prefix=folder.name, dir=_made(folder.parent)))
             try:
-                scenes.write_shards(unfinished, DEMO_SCENES, DEMO_SHARDS)
+                write_shards(unfinished, DEMO_SCENES, DEMO_SHARDS)
                 unfinished.rename(folder)
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)  # still there only if something above failed
