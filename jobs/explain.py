@@ -24,7 +24,8 @@ import tyro
 from saecore.demo.writing import write_shards
 from saecore.methods import DEFAULT_OPTIONS, Options, dtype_of, parse_methods, parse_targets
 from saecore.pipeline.clock import Clock
-from saecore.pipeline.stages import Decode, Explain, ExplainConfig, load_models, load_words
+from saecore.pipeline.models import load_models, load_word_targets
+from saecore.pipeline.stages import Decode, Explain, ExplainConfig
 from saecore.report.preview import write_preview
 from saecore.runs.fit import ENOUGH, Fit
 from saecore.runs.record import Record
@@ -135,7 +136,7 @@ def advice(fit: Fit, record: Record) -> str:
 
 def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
     """Resolve the arguments to a job, or print what it would be for --dry-run; ValueError for what the user can mend."""
-    from saecore.pipeline.inference import check_fits
+    from saecore.relevance.explain import check_fits
 
     methods, targets = parse_methods(arguments.method), parse_targets(arguments.targets)
     pipeline.check_outside(arguments)
@@ -170,7 +171,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
         embeddings=arguments.embeddings or arguments.demo,
         threads=pool.threads,
     )
-    load_words(config, tower, sae)  # so that a text tower that cannot be had is told now
+    load_word_targets(config, tower, sae)  # so that a text tower that cannot be had is told now
     norms = {method: arguments.options.norm_of(method) for method in methods}
     parts = pipeline.parts(arguments, shards, pool) | {
         "dtype": dtype_of(pool.device, methods),

@@ -209,7 +209,7 @@ def _own_targets(batch: Batch, layers: int) -> Tensor:
 
 
 def corrects_legrad(tower: ImageTower, options: Options) -> bool:
-    """Whether legrad needs `Words.blank`: for SigLIP, which has no token but the patches."""
+    """Whether legrad needs `WordTargets.blank`: for SigLIP, which has no token but the patches."""
     return options.legrad_correction and options.legrad_target == "mean" and tower.n_own == 0
 
 

@@ -6,21 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from saecore.methods import CAUSES, DECOMPOSE, UNITS
+from saecore.methods import PRE_ACTIVATION, RECORDS
 from saecore.query.histograms import Bins, alike
 from saecore.report.views import Map, Tile
-
-METHODS = {
-    "contrib": "exact contribution of each patch to the CLS token",
-    "contrib_grad": "attention times its exact gradient along the CLS path",
-    "chefer": "Transformer-MM-Explainability's rule",
-    "legrad": "gradient of the target by attention",
-    "gradeclip": "Grad-ECLIP with the model's real heads",
-    "rollout": "gradient-weighted rollout through all layers",
-    "dense": "each patch's own token read by the SAE: an activation, not a cause",
-    "occlusion": "what the target loses when a patch is taken out",
-    "attention": "CLS attention, which knows nothing of the target",
-}
 
 FIGURES = {
     "l0": ("L0", "latents that fire for an image"),
@@ -57,7 +45,7 @@ def label(tile: Tile, one: Map) -> str:
 def caption(one: Map, method: str) -> str:
     """The map's numbers."""
     places = _places(one, lambda value: f" {signed(value)}")
-    if method not in DECOMPOSE:
+    if not RECORDS[method].decomposes:
         return places
     return f"patches {signed(one.total)}, remainder {signed(one.remainder)}; {places}"
 
@@ -81,13 +69,13 @@ def meaning(method: str, kind: str) -> str:
         return "orange: attention, whatever the target; no units"
     if not has_signs(method):
         return "orange: the target depends on it; no units"
-    colours = "orange adds, blue takes away" if method in CAUSES else "orange above zero, blue below"
+    colours = "orange adds, blue takes away" if RECORDS[method].is_cause else "orange above zero, blue below"
     return f"{colours}; {units(method, kind)}"
 
 
 def units(method: str, kind: str) -> str:
     """Of a method's values for this kind of target; nothing where they have none."""
-    return UNITS.get(method, "").replace("pre-activation units", "cosine" if kind == "text" else "pre-activation units")
+    return RECORDS[method].units.replace(PRE_ACTIVATION, "cosine" if kind == "text" else PRE_ACTIVATION)
 
 
 def name_unit(row: Mapping[str, Any], naming: Mapping[str, Any]) -> str:
@@ -133,7 +121,7 @@ def value(kind: str) -> str:
 
 def has_signs(method: str) -> bool:
     """Whether its maps have values below zero: those that have units do."""
-    return method in UNITS
+    return bool(RECORDS[method].units)
 
 
 class Bar(NamedTuple):

@@ -4,7 +4,7 @@ import json
 import shlex
 from typing import Any, NamedTuple
 
-from saecore.methods import KEPT, METHODS, Wanted
+from saecore.methods import KEPT, METHODS, TargetRequest
 from saecore.query.results import Results
 from saecore.storage import split_settings
 
@@ -23,10 +23,10 @@ class Holding(NamedTuple):
     """Adds what is missing."""
 
 
-def wanted(run: Results) -> Wanted:
+def wanted(run: Results) -> TargetRequest:
     """What the maps of a run explain: latents as run.json has it, texts and concepts as the maps themselves."""
     config = run.record.config
-    given = Wanted(*config["targets"]) if "targets" in config else KEPT
+    given = TargetRequest(*config["targets"]) if "targets" in config else KEPT
     by_kind = {
         kind: tuple(target.removeprefix(f"{kind}: ") for target in run.targets if target.startswith(f"{kind}: "))
         for kind in ("text", "concept")
