@@ -127,6 +127,9 @@ RECORDS = {
 }
 """Every method, by name."""
 
+UNKNOWN = Method(gives="", norm="none", layers=None, target="none", is_cause=False)
+"""What is known of a method of another version, whose runs can still be looked at, and of a run without maps."""
+
 METHODS = tuple(RECORDS)
 """The names of the methods."""
 

@@ -21,6 +21,7 @@ GROUND = [
     "saecore.hub",
     "saecore.spellings",
     "saecore.numbering",
+    "saecore.heatmaps",
 ]
 """What every wing may stand on, and what stands on nothing but itself."""
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from saecore.methods import PRE_ACTIVATION, RECORDS
+from saecore.methods import PRE_ACTIVATION, RECORDS, UNKNOWN
 from saecore.query.histograms import Bins, alike
 from saecore.report.views import Map, Tile
 
@@ -45,7 +45,7 @@ def label(tile: Tile, one: Map) -> str:
 def caption(one: Map, method: str) -> str:
     """The map's numbers."""
     places = _places(one, lambda value: f" {signed(value)}")
-    if not RECORDS[method].decomposes:
+    if not RECORDS.get(method, UNKNOWN).decomposes:
         return places
     return f"patches {signed(one.total)}, remainder {signed(one.remainder)}; {places}"
 
@@ -69,13 +69,15 @@ def meaning(method: str, kind: str) -> str:
         return "orange: attention, whatever the target; no units"
     if not has_signs(method):
         return "orange: the target depends on it; no units"
-    colours = "orange adds, blue takes away" if RECORDS[method].is_cause else "orange above zero, blue below"
+    colours = (
+        "orange adds, blue takes away" if RECORDS.get(method, UNKNOWN).is_cause else "orange above zero, blue below"
+    )
     return f"{colours}; {units(method, kind)}"
 
 
 def units(method: str, kind: str) -> str:
     """Of a method's values for this kind of target; nothing where they have none."""
-    return RECORDS[method].units.replace(PRE_ACTIVATION, "cosine" if kind == "text" else PRE_ACTIVATION)
+    return RECORDS.get(method, UNKNOWN).units.replace(PRE_ACTIVATION, "cosine" if kind == "text" else PRE_ACTIVATION)
 
 
 def name_unit(row: Mapping[str, Any], naming: Mapping[str, Any]) -> str:
@@ -121,7 +123,7 @@ def value(kind: str) -> str:
 
 def has_signs(method: str) -> bool:
     """Whether its maps have values below zero: those that have units do."""
-    return bool(RECORDS[method].units)
+    return bool(RECORDS.get(method, UNKNOWN).units)
 
 
 class Bar(NamedTuple):

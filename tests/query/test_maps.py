@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from saecore.query.maps import Maps, peaks
+from saecore.query.maps import ImageMaps, peaks
 
 
 @pytest.mark.parametrize(
