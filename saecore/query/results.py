@@ -249,7 +249,7 @@ class Results:
         found = self.tables.rows("activations", [self.image_id(image)], ("rank", "latent", *STRENGTH))
         return self._named(found.drop_columns("image_id").sort_by("rank"))
 
-    def maps(self, image: int | str, method: str | None = None) -> Maps:
+    def maps(self, image: int | str, method: str | None = None) -> ImageMaps:
         """Its relevance maps by one method."""
         by_method = pc.field("method") == self._method(method)
         columns = ("latent", "target", "method", "map", "scale", "remainder")
@@ -259,7 +259,7 @@ class Results:
         ranks = lookup(found.select(["latent"]), kept, "latent")["rank"]
         found = found.take(pc.sort_indices(pc.fill_null(ranks, np.iinfo(np.int16).max)))
         latents, targets, methods = (found[name].to_pylist() for name in ("latent", "target", "method"))
-        return Maps(decode(found, self.grid), latents, targets, methods, found["remainder"].to_numpy())
+        return ImageMaps(decode(found, self.grid), latents, targets, methods, found["remainder"].to_numpy())
 
     # ---- All latents.
 
