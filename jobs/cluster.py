@@ -48,16 +48,25 @@ def here(gpus_per_replica: float) -> Pool:
 
 
 def make_pool(replicas: int, gpus_per_replica: float) -> Pool:
-    """On Ray, as many replicas as the GPUs carry, or one on the CPU. ValueError if they do not fit."""
+    """On Ray, which is joined or started for it. ValueError if the replicas do not fit."""
     connect(replicas or 1)
     import ray
 
-    cluster = ray.cluster_resources()
-    cpus, gpus = int(cluster.get("CPU", 0)), cluster.get("GPU", 0.0)
+    resources = ray.cluster_resources()
+    return divided(replicas, gpus_per_replica, int(resources.get("CPU", 0)), resources.get("GPU", 0.0))
+
+
+def divided(replicas: int, gpus_per_replica: float, cpus: int, gpus: float) -> Pool:
+    """A cluster of so many CPUs and GPUs as a pool: as many replicas as the GPUs carry, or one on the CPU, unless told.
+
+    ValueError if the GPUs do not suffice, or no CPU is left to read, decode and write.
+    """
     share = gpus_per_replica if gpus_per_replica >= 0 else (1.0 if gpus else 0.0)
     if share:
-        wanted = replicas or int(gpus / share)
-        if wanted < 1 or wanted * share > gpus:
+        # Rounded, since 7 GPUs in shares of 0.07 are 99.99999999999999 in floating point.
+        most = int(round(gpus / share, 6))
+        wanted = replicas or most
+        if not 1 <= wanted <= most:
             raise ValueError(
                 f"{max(wanted, 1)} replicas of {share:g} GPUs need more than the {gpus:g} GPUs of this cluster"
             )

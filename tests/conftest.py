@@ -121,5 +121,5 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def command(images: Path | str, out: Path | str, *more: str) -> list[str]:
     """The arguments of a small run with the embedded models."""
-    fixed = ["--clip", "demo", "--sae", "demo", "--chunk-size", "8", "--embeddings"]
+    fixed = ["--clip", "demo", "--sae", "demo", "--chunk-size", "8", "--keep-embeddings"]
     return ["--images", str(images), "--out", str(out), *fixed, *more]

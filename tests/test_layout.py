@@ -177,7 +177,7 @@ def test_the_house_can_be_seen_at_a_glance() -> None:
 
 TO_SPLIT = {
     "saecore.demo.scenes", "saecore.images.chunks", "saecore.report.views",
-    "saecore.sae.model", "saecore.training.embeddings", "jobs.pipeline",
+    "saecore.sae.model", "saecore.training.embeddings",
 }  # fmt: skip
 
 

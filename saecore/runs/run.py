@@ -260,21 +260,18 @@ def holds_run(uri: str) -> bool:
     try:
         names = {info.base_name for info in _listing(uri)}
     except OSError as error:
-        raise ValueError(f"--out {uri} is no folder that can be read: {reason(error)}") from error
+        raise ValueError(f"{uri} is no folder that can be read: {reason(error)}") from error
     # These alone are a start that was interrupted, or refused.
     started = {"plan.parquet", "run.log"} | {name for name in names if name.startswith(".")}
     if "run.json" not in names and names - started:
-        raise ValueError(f"--out {uri} holds other files and no run; name a new or empty folder")
+        raise ValueError(f"{uri} holds other files and no run; name a new or empty folder")
     return "run.json" in names
 
 
 def check_place(uri: str) -> None:
     """ValueError unless a run may be written at `uri`; one that is complete needs no more writing."""
     if not (holds_run(uri) and read_record(uri).is_complete):
-        try:
-            check_writable(uri)
-        except ValueError as error:
-            raise ValueError(f"--out {error}") from error
+        check_writable(uri)
 
 
 def refuse_other(uri: str, before: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
@@ -282,18 +279,14 @@ def refuse_other(uri: str, before: Mapping[str, Any], parts: Mapping[str, Any]) 
     # Runs of jobs.explain carry no kind: their fingerprints are older than the second kind.
     kind, wanted = (of.get("kind", "explain") for of in (before, parts))
     if kind != wanted:
-        raise ValueError(
-            f"--out {uri} holds an {kind!r} run, and this is an {wanted!r} one; name another folder for it"
-        )
+        raise ValueError(f"{uri} holds an {kind!r} run, and this is an {wanted!r} one; name another folder for it")
     changed = [
         f"{key} was {before.get(key)!r}, now {parts.get(key)!r}"
         for key in sorted(before.keys() | parts.keys())
         if before.get(key) != parts.get(key)
     ]
     if changed:
-        raise ValueError(
-            f"--out {uri} holds a run made otherwise ({'; '.join(changed)}); name another folder for this one"
-        )
+        raise ValueError(f"{uri} holds a run made otherwise ({'; '.join(changed)}); name another folder for this one")
 
 
 def _read_bytes(uri: str) -> bytes:

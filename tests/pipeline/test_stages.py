@@ -11,7 +11,8 @@ from saecore import schema
 from saecore.demo import scenes
 from saecore.images import decode as images
 from saecore.pipeline import inference
-from saecore.pipeline.stages import Decode, Explain, ExplainConfig
+from saecore.pipeline.config import ExplainConfig
+from saecore.pipeline.stages import Decode, Explain
 
 CONFIG = ExplainConfig(clip="demo", sae="demo", k=5, batch_size=4, embeddings=True)
 

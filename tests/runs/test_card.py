@@ -96,7 +96,7 @@ def test_embeddings_have_a_card_too(shards: Path, tmp_path: Path) -> None:
     given = [
         word
         for word in command(shards, out, "--local", "--limit", "8", "--no-npy")
-        if word not in ("--sae", "--embeddings")
+        if word not in ("--sae", "--keep-embeddings")
     ]
     given.remove("demo")  # the SAE's
     assert embed.main(given) == 0
