@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import tyro
 
-from saecore.demo import scenes
+from saecore.demo.writing import write_shards
 from saecore.methods import DEFAULT_OPTIONS, Options, parse_methods, parse_targets
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.config import ExplainConfig, Models, keeps_results
@@ -254,7 +254,7 @@ def demo_images(out: str) -> tuple[str, ...]:
         with writing(str(folder)):
             unfinished = Path(tempfile.mkdtemp(prefix=folder.name, dir=_made(folder.parent)))
             try:
-                scenes.write_shards(unfinished, DEMO_SCENES, DEMO_SHARDS)
+                write_shards(unfinished, DEMO_SCENES, DEMO_SHARDS)
                 unfinished.rename(folder)
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)  # still there only if something above failed

@@ -299,7 +299,7 @@ def names(job: Job, arguments: Arguments) -> pa.Table:
 
 
 def evidence(run: results.Results, seed: int) -> "tuple[Tensor, Tensor, Tensor]":
-    """What `naming.by_data` takes: the embeddings of all top images, whose they are, and those of random images."""
+    """What `saecore.naming.names.by_data` takes: embeddings of all top images, whose they are, embeddings of random ones."""
     import torch
 
     from saecore.naming.names import TOP_IMAGES

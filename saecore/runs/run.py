@@ -68,7 +68,7 @@ def fingerprint(parts: Mapping[str, Any]) -> str:
 
 
 def listing_hash(shards: Iterable[tuple[Any, ...]]) -> str:
-    """Hash of the input's listing: names, sizes and times of change, as `saecore.images.chunks.list_shards` gives them."""
+    """Hash of the input's listing: names, sizes and times of change, as `saecore.images.listing.list_shards` gives them."""
     digest = hashlib.sha256()
     for shard in shards:
         digest.update(json.dumps(list(shard)).encode())

@@ -12,7 +12,7 @@ import pytest
 
 from jobs import embed, explain
 from saecore import schema
-from saecore.demo import scenes
+from saecore.demo import drawing, scenes
 from saecore.runs.files import open_dataset
 from saecore.runs.run import Commit, Run
 from saecore.towers.text import embed_texts, load_text_tower
@@ -72,7 +72,7 @@ def test_the_memory_map_has_the_rows_of_the_table_without_the_refused(
     for shard in range(2):
         with tarfile.open(folder / f"{shard}.tar", "w") as tar:
             for index in range(10):
-                data = scenes.jpeg(scenes.scene_at(scenes.SEED_EVALUATION, 10 * shard + index), 64)
+                data = drawing.jpeg(scenes.scene_at(scenes.SEED_EVALUATION, 10 * shard + index), 64)
                 data = b"broken" if index in (2, 3) else data
                 info = tarfile.TarInfo(f"{index}.jpg")
                 info.size = len(data)

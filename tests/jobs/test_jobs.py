@@ -27,7 +27,7 @@ from sklearn.metrics import roc_auc_score
 from jobs import commands, explain, pipeline
 from jobs.summaries import next_steps, run_summary
 from saecore import schema
-from saecore.demo import scenes
+from saecore.demo import drawing, outlines, scenes, writing
 from saecore.methods import DECOMPOSE, METHODS
 from saecore.numbering import shard_of
 from saecore.pipeline import isolation
@@ -122,7 +122,7 @@ def test_maps_point_at_the_object_that_their_latent_follows(demo_run: Path, caps
     followed = {}
     for latent, activations in fired.items():
         scores = np.array([activations.get(image, 0.0) for image in chosen])
-        for word in (*scenes.COLOURS, *scenes.SHAPES):
+        for word in (*scenes.COLOURS, *outlines.SHAPES):
             shown = np.array([any(word in (t.colour, t.shape) for t in truth[image].things) for image in chosen])
             if (scores[shown] > 0).sum() >= 5 and roc_auc_score(shown, scores) > 0.9:
                 followed[latent] = word
@@ -134,7 +134,7 @@ def test_maps_point_at_the_object_that_their_latent_follows(demo_run: Path, caps
         wanted = [word in (thing.colour, thing.shape) for thing in scene.things]
         if not any(wanted):
             continue
-        mask = np.asarray(scenes.visible(scene, 64)[wanted].any(axis=0))
+        mask = np.asarray(drawing.visible(scene, 64)[wanted].any(axis=0))
         best = int(np.frombuffer(row["map"], np.int8).argmax())
         hit = on_mask(mask, 8 * (best // 8) + 4, 8 * (best % 8) + 4)
         hits.append(hit)
@@ -261,7 +261,7 @@ def test_maps_of_a_text_alone_point_at_it(shards: Path, tmp_path: Path) -> None:
         wanted = [row["target"] == f"text: {thing.colour}" for thing in scene.things]
         if any(wanted):
             best = int(np.frombuffer(row["map"], np.int8).argmax())
-            mask = np.asarray(scenes.visible(scene, 64)[wanted].any(axis=0))
+            mask = np.asarray(drawing.visible(scene, 64)[wanted].any(axis=0))
             hits.append(on_mask(mask, 8 * (best // 8) + 4, 8 * (best % 8) + 4))
     assert len(hits) > N_SCENES
     assert np.mean(hits) > 0.9
@@ -291,7 +291,7 @@ def descendants(pid: int) -> list[int]:
 def test_killed_in_the_middle_and_run_again(tmp_path: Path) -> None:
     """SIGKILL of the driver and of every Ray process, then the same command: the rest is done, and nothing else."""
     folder, out = tmp_path / "scenes", tmp_path / "run"
-    scenes.write_shards(folder, 192, 4)
+    writing.write_shards(folder, 192, 4)
     arguments = command(folder, out, "--batch-size", "4", "--ray")
     with (tmp_path / "output").open("w") as output:
         job = subprocess.Popen(
@@ -545,7 +545,7 @@ def test_a_damaged_record_is_told_by_the_name_of_its_file(
 def test_a_complete_run_says_what_has_changed_in_its_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Gone and changed shards take nothing from it: exit code 0, no work. New ones are no part of it: refused."""
     folder, out = tmp_path / "scenes", tmp_path / "run"
-    scenes.write_shards(folder, 16, 2)
+    writing.write_shards(folder, 16, 2)
     first, second = sorted(folder.iterdir())
     arguments = command(folder, out, "--local")
     assert explain.main(arguments) == 0
@@ -567,7 +567,7 @@ def test_a_complete_run_says_what_has_changed_in_its_inputs(tmp_path: Path, caps
     said = again(0)
     assert f"changed since the run was made: 1 no longer listed ({second})" in said
     assert "is complete: nothing to do" in said
-    scenes.write_shards(tmp_path / "more", 8, 1)
+    writing.write_shards(tmp_path / "more", 8, 1)
     new = next((tmp_path / "more").iterdir()).rename(folder / "new.tar")
     said = again(2)
     assert (
@@ -592,7 +592,7 @@ def test_a_run_that_is_not_complete_needs_its_inputs_as_they_were(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, out = tmp_path / "scenes", tmp_path / "run"
-    scenes.write_shards(folder, 32, 2)
+    writing.write_shards(folder, 32, 2)
     first, second = sorted(folder.iterdir())
     arguments = command(folder, out, "--local")
     assert explain.main(arguments) == 0
@@ -615,7 +615,7 @@ def test_a_shard_that_is_lost_after_the_plan_is_told_at_the_end(
     more: list[str], ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, out = tmp_path / "scenes", tmp_path / "run"
-    scenes.write_shards(folder, 48, 3)
+    writing.write_shards(folder, 48, 3)
     one, two, three = sorted(folder.iterdir())
     three.write_bytes(three.read_bytes().rstrip(b"\0"))  # damaged before: its end is not known
     arguments = command(folder, out, *more)

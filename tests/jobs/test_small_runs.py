@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from jobs import explain, index, name, query, report
-from saecore.demo import scenes
+from saecore.demo import drawing, scenes
 from saecore.query import results
 from saecore.report.pages import Site
 from saecore.report.views import Views
@@ -17,7 +17,7 @@ from tests.helpers.reading import Page, check_links
 
 
 def photograph() -> bytes:
-    return scenes.jpeg(scenes.scene_at(7, 3), 192)
+    return drawing.jpeg(scenes.scene_at(7, 3), 192)
 
 
 def plain(side: int, colour: tuple[int, int, int]) -> bytes:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from jobs import explain, report
-from saecore.demo import scenes
+from saecore.demo import writing
 from saecore.runs.files import open_dataset
 from saecore.runs.fit import ENOUGH, FEW, Fit, judged
 from saecore.runs.run import Commit, Run, fit_of
@@ -23,7 +23,7 @@ N = 320
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("many")
-    scenes.write_shards(folder, N, 1)
+    writing.write_shards(folder, N, 1)
     return folder
 
 

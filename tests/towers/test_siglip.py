@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from jobs import embed, explain
-from saecore.demo import scenes
+from saecore.demo import drawing, scenes
 from saecore.methods import DECOMPOSE, METHODS, Options
 from saecore.pipeline import inference
 from saecore.relevance.maps import completeness_error
@@ -256,7 +256,7 @@ def test_what_this_tower_has_not_is_refused() -> None:
 
 def spiece(folder: Path) -> SiglipTokenizer:
     """SigLIP's own tokenizer, over a vocabulary learned from scene captions. It lower-cases, and drops punctuation."""
-    captions = (scene.caption for scene in scenes.scenes(scenes.SEED_DEMO, 300))
+    captions = (scene.caption for scene in scenes.scenes_of(scenes.SEED_DEMO, 300))
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=captions, model_prefix=str(folder / "spiece"), vocab_size=60, minloglevel=2
     )
@@ -333,7 +333,7 @@ def test_explain_on_a_saved_model(
     model, processor = SiglipModel.from_pretrained(folder).eval(), SiglipImageProcessorPil.from_pretrained(folder)
     for row in rows:
         scene = scenes.scene_at(scenes.SEED_DEMO, int(Path(row["key"]).stem))
-        picture = Image.open(io.BytesIO(scenes.jpeg(scene, 192))).convert("RGB")
+        picture = Image.open(io.BytesIO(drawing.jpeg(scene, 192))).convert("RGB")
         with torch.inference_mode():
             expected = model.vision_model(**processor(picture, return_tensors="pt")).pooler_output[0]
         np.testing.assert_allclose(row["embedding"], expected, rtol=1e-4, atol=1e-4)
