@@ -33,13 +33,14 @@ from saecore.pipeline.clock import Clock
 from saecore.pipeline.config import EmbedConfig, Models
 from saecore.pipeline.stages import Decode, Embed
 from saecore.runs.files import ROW_GROUP_ROWS, parquet_bytes
+from saecore.runs.refusals import refusals
 from saecore.runs.run import listing_hash, refuse_other
 from saecore.schema import TEXTS_FILE
 from saecore.storage import filesystem_of, join_uri, write_atomic
 from saecore.training import memmaps
 
 from . import cluster, commands, console, pipeline
-from .summaries import outline, run_summary
+from .summaries import outline, refused_images, run_summary
 
 if TYPE_CHECKING:
     from saecore.towers.text import TextTower
@@ -102,6 +103,8 @@ def embed(argv: list[str]) -> int:
         if worked:
             record = pipeline.close(job, clock)
     print(run_summary(arguments.out, record))
+    if record.n_refused:
+        print(refused_images(arguments.out, refusals(job.run), is_explained=False))
     print(said)
     return 0
 

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import tyro
 
@@ -30,11 +30,12 @@ from saecore.pipeline.stages import Decode, Explain, load_models, load_words
 from saecore.report.preview import write_preview
 from saecore.runs.fit import ENOUGH, Fit
 from saecore.runs.record import Record
+from saecore.runs.refusals import refusals
 from saecore.spellings import Model, check_same, telling
 from saecore.storage import writing
 
 from . import commands, console, pipeline
-from .summaries import next_steps, outline, run_summary
+from .summaries import next_steps, outline, refused_images, run_summary
 
 if TYPE_CHECKING:
     from saecore.sae.model import SAE
@@ -73,7 +74,8 @@ class Arguments(pipeline.Arguments):
     """Latents that make up a concept."""
     concept_positive: bool = False
     """A concept takes only latents with a positive weight."""
-    options: tyro.conf.OmitArgPrefixes[Options] = DEFAULT_OPTIONS
+    # The name is the title of their group in --help.
+    options: Annotated[Options, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="methods'")] = DEFAULT_OPTIONS
     keep_embeddings: bool = dataclasses.field(
         default=False, metadata=keeps_results("`ExplainConfig.embeddings` holds it")
     )
@@ -117,6 +119,8 @@ def explain(argv: list[str]) -> int:
             return POOR_FIT
         record = job.run.record()
     print(run_summary(arguments.out, record))
+    if record.n_refused:
+        print(refused_images(arguments.out, refusals(job.run)))
     if record.fit.is_poor() and not arguments.allow_poor_fit:
         print(f"kept, but {advice(record.fit, record)}")
         return POOR_FIT

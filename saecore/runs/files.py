@@ -7,7 +7,7 @@
 Left out: the table `latents`, which is one file and has writers of its own (`saecore.runs.latents`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -37,12 +37,12 @@ MANIFEST = pa.schema(
 
 def read_plan(uri: str) -> pa.Table:
     """All chunks of a run (schema.PLAN)."""
-    return _read_parquet(uri, "plan.parquet")
+    return read_file(uri, "plan.parquet")
 
 
 def read_manifest(uri: str) -> pa.Table:
     """Every file of a complete run (MANIFEST)."""
-    return _read_parquet(uri, "manifest.parquet")
+    return read_file(uri, "manifest.parquet")
 
 
 def of_chunks(manifest: pa.Table, chunk_ids: np.ndarray) -> pa.Table:
@@ -93,6 +93,7 @@ def parquet_bytes(table: pa.Table, row_group_rows: int) -> pa.Buffer:
     return sink.getvalue()
 
 
-def _read_parquet(uri: str, name: str) -> pa.Table:
+def read_file(uri: str, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """One Parquet file below the run: all of it, or some columns."""
     filesystem, path = filesystem_of(join_uri(uri, name))
-    return pq.read_table(path, filesystem=filesystem)
+    return pq.read_table(path, columns=None if columns is None else list(columns), filesystem=filesystem)
