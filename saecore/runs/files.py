@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 from saecore.storage import filesystem_of, join_uri
 
 TABLES = ("images", "activations", "maps")
-"""All that a run may have; the payload that is written says which it has."""
+"""The tables that a run may have. Which it has follows from the payload that is written."""
 
-# One image's rows should be one small read, a whole table's scan few large ones.
+# The rows of one image should be one small read, the scan of a table few large reads.
 ROW_GROUP_ROWS = {"images": 4096, "activations": 131_072, "maps": 2048}
 
 MANIFEST = pa.schema(
@@ -46,20 +46,20 @@ def read_manifest(uri: str) -> pa.Table:
 
 
 def of_chunks(manifest: pa.Table, chunk_ids: np.ndarray) -> pa.Table:
-    """The rows of a manifest that are of some chunks."""
+    """The rows of a manifest that belong to some chunks."""
     return manifest.filter(pc.is_in(manifest["chunk_id"], pa.array(chunk_ids, pa.int64())))
 
 
 def open_dataset(uri: str, table: str, manifest: pa.Table | None = None) -> pyarrow.dataset.Dataset:
-    """One table of a complete run, `images`, `activations` or `maps`, through its manifest, or those rows of it."""
-    held = read_manifest(uri) if manifest is None else manifest
+    """One table of a complete run (`images`, `activations` or `maps`), or the part in some rows of its manifest."""
+    files = read_manifest(uri) if manifest is None else manifest
     filesystem, root = filesystem_of(uri)
-    names = held.filter(pc.equal(held["table"], table))["path"].to_pylist()
+    names = files.filter(pc.equal(files["table"], table))["path"].to_pylist()
     return pyarrow.dataset.dataset([f"{root}/{name}" for name in names], filesystem=filesystem, format="parquet")
 
 
 def scan_table(uri: str, table: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """Some columns of a complete run's table, in the order of its chunks and of the images in each, a few rows at a time."""
+    """Some columns of a table of a complete run, in the order of the chunks and of their images, a row group at a time."""
     manifest = read_manifest(uri)
     for name in manifest.filter(pc.equal(manifest["table"], table))["path"].to_pylist():
         filesystem, path = filesystem_of(join_uri(uri, name))
@@ -73,9 +73,10 @@ def chunk_file(table: str, chunk_id: int) -> str:
 
 
 def parquet_bytes(table: pa.Table, row_group_rows: int) -> pa.Buffer:
-    """Parquet in memory (a chunk's file is a few MB), so that it is hashed and written in one piece.
+    """A Parquet file in memory (a chunk's file is a few MB), so that it is hashed and written in one piece.
 
-    Floats byte-stream-split and ids as differences: the demo's activations are 37 % smaller than by default, its maps 9 %.
+    Floats are byte-stream-split and ids are stored as differences: the demo's activations are 37 % smaller than by default, its
+    maps 9 %.
     """
     encodings = {pa.float32(): "BYTE_STREAM_SPLIT", pa.int64(): "DELTA_BINARY_PACKED"}
     encoded = {field.name: encodings[field.type] for field in table.schema if field.type in encodings}
