@@ -59,12 +59,12 @@ def make_pool(replicas: int, gpus_per_replica: float) -> Pool:
 def divided(replicas: int, gpus_per_replica: float, cpus: int, gpus: float) -> Pool:
     """A cluster of so many CPUs and GPUs as a pool: as many replicas as the GPUs carry, or one on the CPU, unless told.
 
-    ValueError if the GPUs do not suffice, or no CPU is left to read, decode and write.
+    ValueError if the GPUs do not suffice, or no CPU is left to read, decode and write. Left out: on which nodes they are.
     """
     share = gpus_per_replica if gpus_per_replica >= 0 else (1.0 if gpus else 0.0)
     if share:
-        # Rounded, since 7 GPUs in shares of 0.07 are 99.99999999999999 in floating point.
-        most = int(round(gpus / share, 6))
+        # A replica with a share of a GPU cannot have parts of two; rounded, since shares are no exact binary fractions.
+        most = int(gpus) * int(round(1 / share, 6)) if share < 1 else int(gpus / share)
         wanted = replicas or most
         if not 1 <= wanted <= most:
             raise ValueError(

@@ -132,8 +132,9 @@ def test_a_living_cluster_passes(monkeypatch: pytest.MonkeyPatch) -> None:
         ((0, 0.5), (16, 2), (4, "cuda", 1, 0.5, 0)),
         ((0, 0.3), (16, 1), (3, "cuda", 1, 0.3, 0)),
         ((0, 2), (16, 5), (2, "cuda", 1, 2, 0)),
-        ((0, 0.07), (200, 7), (100, "cuda", 1, 0.07, 0)),
-        ((100, 0.07), (200, 7), (100, "cuda", 1, 0.07, 0)),
+        ((0, 0.1), (16, 1), (10, "cuda", 1, 0.1, 0)),
+        ((0, 0.6), (16, 2), (2, "cuda", 1, 0.6, 0)),  # not 3: no GPU has room for a second
+        ((4, 0.4), (16, 2), (4, "cuda", 1, 0.4, 0)),
         ((0, 0), (16, 4), (1, "cpu", 14, 0, 16)),
         ((0, -1), (16, 0), (1, "cpu", 14, 0, 16)),
         ((3, -1), (16, 0), (3, "cpu", 4, 0, 5)),
@@ -154,6 +155,7 @@ def test_a_cluster_is_divided(told: tuple[int, float], cluster_has: tuple[int, f
     [
         ((0, 1), (16, 0), "1 replicas of 1 GPUs need more than the 0 GPUs"),
         ((3, -1), (16, 2), "3 replicas of 1 GPUs need more than the 2 GPUs"),
+        ((3, 0.6), (16, 2), "3 replicas of 0.6 GPUs need more than the 2 GPUs"),
         ((0, 2), (16, 1), "1 replicas of 2 GPUs need more than the 1 GPUs"),
         ((0, -1), (4, 4), "4 replicas of 1 CPUs leave none of the cluster's 4 CPUs"),
         ((2, -1), (2, 0), "2 replicas of 1 CPUs leave none of the cluster's 2 CPUs"),
