@@ -12,7 +12,10 @@ import pyarrow.fs
 
 from saecore.runs import durations
 from saecore.runs.record import Record, Unread
+from saecore.runs.refusals import Refusal
 from saecore.storage import filesystem_of, join_uri, split_settings
+
+from .terminal import printable
 
 # ---- Runs.
 
@@ -33,6 +36,20 @@ def run_summary(uri: str, record: Record) -> str:
         lines.append(f"warning       {fit.words()}: does this SAE belong to this model?")
     lines += [f"warning       {said}" for said in _missing(record)]
     return "\n".join([*lines, f"on disk       {sizes} in {uri}"])
+
+
+def refused_images(uri: str, refused: Sequence[Refusal], is_explained: bool = True) -> str:
+    """Which images were refused: of each reason the first few names, and how to ask for all."""
+    lines = []
+    for refusal in refused:
+        names = ", ".join(map(printable, refusal.names)) + (", .." if refusal.images > len(refusal.names) else "")
+        lines.append(f"{refusal.images:,} {refusal.reason}: {names}")
+    if is_explained:
+        query = "SELECT uri, key, error, error_detail FROM images WHERE error IS NOT NULL"
+        lines.append(f'all of them: python -m jobs.query sql {shlex.quote(uri)} "{query}"')
+    else:
+        lines.append(f"all of them: the rows of {uri}/images whose column `error` is not null")
+    return "\n".join(f"{'' if place else 'refused':<14}{line}" for place, line in enumerate(lines))
 
 
 def _missing(record: Record) -> Iterator[str]:

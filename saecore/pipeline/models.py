@@ -8,9 +8,9 @@ PyTorch is loaded when models are: who only decodes imports this module too, and
 from typing import TYPE_CHECKING
 
 from saecore.methods import BLANK_TEXT
+from saecore.pipeline.config import ExplainConfig
 
 if TYPE_CHECKING:
-    from saecore.pipeline.stages import ExplainConfig
     from saecore.relevance.targets import WordTargets
     from saecore.sae.model import SAE
     from saecore.towers.tower import ImageTower
@@ -36,7 +36,7 @@ def load_models(clip: str, sae_address: str, site: str = "") -> "tuple[ImageTowe
     return tower, sae
 
 
-def load_word_targets(config: "ExplainConfig", tower: "ImageTower", sae: "SAE") -> "WordTargets | None":
+def load_word_targets(config: ExplainConfig, tower: "ImageTower", sae: "SAE") -> "WordTargets | None":
     """What the model's text tower is needed for: targets that are texts or concepts, and the text that says nothing.
 
     None if no text tower is needed; ValueError if it is needed and cannot be had.

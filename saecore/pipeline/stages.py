@@ -7,7 +7,6 @@ A refused image passes through with its reason. No stage keeps anything from one
 come in any order, any size, and twice. Decode does not load PyTorch: workers that decode would wait seconds for it.
 """
 
-import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,49 +15,11 @@ import pyarrow.compute as pc
 
 from saecore import schema
 from saecore.images import decode as images
-from saecore.methods import DEFAULT_OPTIONS, KEPT, Options, TargetRequest
+from saecore.pipeline.config import EmbedConfig, ExplainConfig
 from saecore.pipeline.models import load_models, load_word_targets
 
 if TYPE_CHECKING:
     from saecore.pipeline.inference import Embedder, Inference
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EmbedConfig:
-    """Everything `Embed` needs to build itself in another process."""
-
-    clip: str
-    """CLIP or SigLIP: a Hub id, a local directory in transformers format, or `demo`."""
-    batch_size: int = 64
-    """Images per forward. Changes speed and memory, not results."""
-    device: str = "cpu"
-    """`cpu` or `cuda`."""
-    threads: int = 0
-    """CPU threads of the forward; 0 leaves PyTorch's own choice (Ray sets OMP_NUM_THREADS to an actor's num_cpus)."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExplainConfig(EmbedConfig):
-    """Everything `Explain` needs, which begins with the embedding."""
-
-    sae: str
-    """SAE: a folder, a file, a Hub address, or `demo`."""
-    site: str = ""
-    """Where it reads, where its files do not say."""
-    k: int
-    """Latents kept per image."""
-    methods: tuple[str, ...] = ("contrib",)
-    """How maps are computed."""
-    targets: TargetRequest = KEPT
-    """What they explain."""
-    concept_latents: int = 8
-    """Latents that make up a concept."""
-    concept_positive: bool = False
-    """Whether a concept takes latents with a positive weight only."""
-    options: Options = DEFAULT_OPTIONS
-    """What the methods leave open."""
-    embeddings: bool = False
-    """Whether the CLIP embedding is written too."""
 
 
 class Decode:

@@ -92,7 +92,7 @@ def _embeddings(run: Results) -> Holding:
     held = run.record.keeps_embeddings
     missing = "" if held else "CLIP's embeddings of the images, with which jobs.name finds better names"
     return Holding(
-        "Embeddings", "of every image" if held else "none", missing, "" if held else _again(run, "--embeddings")
+        "Embeddings", "of every image" if held else "none", missing, "" if held else _again(run, "--keep-embeddings")
     )
 
 

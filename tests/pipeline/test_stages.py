@@ -10,7 +10,8 @@ import torch
 from saecore import schema
 from saecore.demo import drawing, scenes
 from saecore.images import decode as images
-from saecore.pipeline.stages import Decode, Explain, ExplainConfig
+from saecore.pipeline.config import ExplainConfig
+from saecore.pipeline.stages import Decode, Explain
 from saecore.relevance.explain import explain_latents
 
 CONFIG = ExplainConfig(clip="demo", sae="demo", k=5, batch_size=4, embeddings=True)

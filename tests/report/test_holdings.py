@@ -98,7 +98,7 @@ def test_what_would_add_what_is_missing(tmp_path: Path) -> None:
     assert found["Methods"].held == "contrib and chefer"
     again = "python -m planted --method contrib,chefer,contrib_grad --out NEW_FOLDER"
     assert found["Methods"].command == again
-    assert found["Embeddings"].command == "python -m planted --embeddings --out NEW_FOLDER"
+    assert found["Embeddings"].command == "python -m planted --keep-embeddings --out NEW_FOLDER"
     assert found["Names"].command == f"python -m jobs.name --run {tmp_path / 'run'}"
     assert found["Index"].command == f"python -m jobs.index --run {tmp_path / 'run'}"
     bare = results.open(planted.write(tmp_path / "bare", methods=()))

@@ -308,7 +308,7 @@ def test_explain_on_a_saved_model(
         str(tmp_path / "run"),
     ]
     given += ["--method", ",".join(METHODS), "--targets", "kept", "text:a Red circle", "concept:blue"]
-    assert explain.main([*given, "--embeddings", "--limit", "6", "--local"]) == 0
+    assert explain.main([*given, "--keep-embeddings", "--limit", "6", "--local"]) == 0
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (
         f"{record['worst_completeness_error']:.1e} worst error of map + remainder, in float32"
@@ -327,7 +327,7 @@ def test_explain_on_a_saved_model(
     assert len(maps) == 6 * len(METHODS) * (8 + 2)
     assert {row["target"] for row in maps} == {None, "text: a Red circle", "concept: blue"}
 
-    again = [*given, "--norm", "frozen", "--embeddings", "--limit", "6", "--local"]
+    again = [*given, "--norm", "frozen", "--keep-embeddings", "--limit", "6", "--local"]
     assert "norms was {" in mistake(explain.main, again, capsys)
 
     model, processor = SiglipModel.from_pretrained(folder).eval(), SiglipImageProcessorPil.from_pretrained(folder)
