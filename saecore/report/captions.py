@@ -118,7 +118,7 @@ def doubt(row: Mapping[str, Any], naming: Mapping[str, Any]) -> str:
             for name, (what, held, unit) in found.items()
             if held < least[name]
         ]
-    return "; ".join(reasons) or "it did not pass the thresholds of jobs.name"
+    return "; ".join(reasons) or "it did not pass the thresholds of a valid name"
 
 
 def _apart(value: float, least: float) -> str:

@@ -1,7 +1,7 @@
 """What a run's first page says besides its record, as plain values.
 
-How often latents fire, how well images are reconstructed, which images were refused, how faithful the maps are where that was
-measured. Histograms are counted where the rows are.
+How often latents fire, how well images are reconstructed, which images were refused. DuckDB counts the histograms, so that no
+column of a large run is loaded.
 """
 
 import math
@@ -9,14 +9,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.fs
-import pyarrow.parquet as pq
 
 from saecore.query.histograms import Bins, alike
 from saecore.query.results import Results
 from saecore.runs.fit import POOR
-from saecore.storage import filesystem_of, join_uri
 
 BINS = 24
 
@@ -37,8 +33,6 @@ class Overview(NamedTuple):
     """Whether half of the images or more are reconstructed poorly: what to read before all else."""
     refused: list[dict[str, Any]]
     """The first refused images: image_id, uri, key, error, error_detail."""
-    faithfulness: list[dict[str, Any]]
-    """Means of faithfulness.parquet by method; empty where nothing was measured."""
 
 
 def overview(run: Results, firing_rates: Sequence[float]) -> Overview:
@@ -64,7 +58,6 @@ def overview(run: Results, firing_rates: Sequence[float]) -> Overview:
         histograms,
         figures.get("fvu", {"median": 0.0})["median"] >= POOR,
         run.sql(refused, REFUSED_LISTED).to_pylist(),
-        _faithfulness(run),
     )
 
 
@@ -79,14 +72,3 @@ def histogram(run: Results, name: str, least: float, most: float) -> Bins:
         FROM images WHERE error IS NULL GROUP BY bin"""
     counts = {row["bin"]: row["images"] for row in run.sql(query, least, most, n).to_pylist()}
     return Bins(np.linspace(least, most, n + 1).tolist(), [counts.get(place, 0) for place in range(n)])
-
-
-def _faithfulness(run: Results) -> list[dict[str, Any]]:
-    filesystem, path = filesystem_of(join_uri(run.uri, "faithfulness.parquet"))
-    if filesystem.get_file_info(path).type != pyarrow.fs.FileType.File:
-        return []
-    measured = pq.read_table(path, filesystem=filesystem)
-    figures = [field.name for field in measured.schema if pa.types.is_floating(field.type)]
-    means = measured.group_by("method").aggregate([(name, "mean") for name in figures])
-    named = means.select(["method", *(f"{name}_mean" for name in figures)])
-    return named.rename_columns(["method", *figures]).to_pylist()

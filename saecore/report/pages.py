@@ -24,6 +24,9 @@ from saecore.report.views import ImageView, LatentView, Section, TargetView, Til
 from saecore.runs import durations
 from saecore.storage import split_settings
 
+EXPLORER = "explorer"
+"""Key of `Site.hints`: the command that shows every latent and every image."""
+
 FOLDER = Path(__file__).parent / "site"
 """Templates, and the files that pages load."""
 
@@ -72,6 +75,7 @@ class Site:
         strongest: int = 12,
         latents: Collection[int] | None = None,
         images: Sequence[int] | None = None,
+        hints: Mapping[str, str] | None = None,
     ) -> None:
         run = views.run
         self.run = run
@@ -79,6 +83,8 @@ class Site:
         """Whether a server answers, which makes any page and searches the whole run."""
         self.views = views
         self.pictures = Pictures(run, 448 if live else 224)
+        self.hints = hints or {}
+        """Command lines that pages name: by `Holding.what` those that add what is missing, and `EXPLORER`."""
         self.missing: set[int] = set()
         """Images known to have no picture."""
         self.uri = split_settings(run.uri)[0]  # which may hold what nobody else should read
