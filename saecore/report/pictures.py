@@ -49,7 +49,7 @@ class Pictures:
 
     def read(self, image_ids: np.ndarray) -> Iterator[tuple[int, bytes | None]]:
         """Each image's number and picture, None if there is none; chunk by chunk, so that a shard is opened once for all."""
-        chunk_ids = self.run.tables.chunks_of(image_ids)
+        chunk_ids = self.run.tables.numbering.chunks_of(image_ids)
         for chunk_id in np.unique(chunk_ids):
             yield from self._of_chunk(image_ids[chunk_ids == chunk_id].tolist()).items()
 
