@@ -36,7 +36,8 @@ from saecore.spellings import Model, check_same, telling
 from saecore.storage import writing
 
 from . import commands, console, pipeline
-from .summaries import next_steps, outline, refused_images, run_summary
+from .hints import after_explain
+from .summaries import outline, refused_images, run_summary
 
 if TYPE_CHECKING:
     from saecore.sae.model import SAE
@@ -125,7 +126,7 @@ def explain(argv: list[str]) -> int:
     if record.fit.is_poor() and not arguments.allow_poor_fit:
         print(f"kept, but {advice(record.fit, record)}")
         return POOR_FIT
-    print(next_steps(arguments.out))
+    print(after_explain(arguments.out, record.clip))
     return 0
 
 

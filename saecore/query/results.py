@@ -177,13 +177,13 @@ class Results:
     # ---- One text or concept.
 
     def label(self, target: str) -> str:
-        """A text or concept as MAPS has it, from any spelling that --targets takes; ValueError if it is not the run's."""
+        """A text or concept as MAPS has it, from any spelling that jobs.explain takes; ValueError if it is not the run's."""
         labels = {_spelling(label): label for label in reversed(self.targets)}
         if target in self.targets:
             return target
         if _spelling(target) not in labels:
-            known = "; ".join(self.targets) or "none: jobs.explain --targets kept 'text:A PHRASE' makes maps of one"
-            raise ValueError(f"target {target}: this run's, beside latents, are {known}")
+            known = "; ".join(self.targets) or "nothing"
+            raise ValueError(f"target {target}: besides latents, this run explains {known}")
         return labels[_spelling(target)]
 
     def values_of(self, target: str, n: int | None = None) -> pa.Table:

@@ -8,7 +8,10 @@ import numpy as np
 
 from saecore.methods import PRE_ACTIVATION, RECORDS, UNKNOWN
 from saecore.query.histograms import Bins, alike
+from saecore.query.results import Results
 from saecore.report.views import Map, Tile
+from saecore.runs import durations
+from saecore.runs.record import Record
 
 FIGURES = {
     "l0": ("L0", "latents that fire for an image"),
@@ -108,7 +111,7 @@ def doubt(row: Mapping[str, Any], naming: Mapping[str, Any]) -> str:
             for name, (what, held, unit) in found.items()
             if held < least[name]
         ]
-    return "; ".join(reasons) or "it did not pass the thresholds of jobs.name"
+    return "; ".join(reasons) or "it did not pass the thresholds of a valid name"
 
 
 def _apart(value: float, least: float) -> str:
@@ -190,3 +193,47 @@ def chart(
 def counted(n: int, unit: str) -> str:
     """`1 image`, `2,000 images`: a unit is given in its plural."""
     return f"{n:,} {unit.removesuffix('s') if n == 1 else unit}"
+
+
+def cards(run: Results, figures: Mapping[str, Mapping[str, float]], firing: int) -> list[dict[str, str]]:
+    """The first figures that one reads: a value, its unit, and a note. `firing`: latents that fire."""
+    held = [
+        {
+            "value": f"{run.n_images:,}",
+            "unit": "image" if run.n_images == 1 else "images",
+            "note": f"explained; {run.record.n_refused:,} refused",
+        },
+        {
+            "value": f"{firing:,}",
+            "unit": f"of {run.n_latents:,} latents fire",
+            "note": f"{run.n_latents - firing:,} for none",
+        },
+    ]
+    for name, unit, note in (
+        ("l0", "latents", "fire for an image, mean (L0)"),
+        ("cosine", "cosine", "of the reconstruction, mean"),
+        ("fvu", "FVU", "of the reconstruction, mean"),
+    ):
+        if name in figures:
+            held.append({"value": number(figures[name]["mean"]), "unit": unit, "note": note})
+    if (worst := run.record.worst_completeness_error) is not None:
+        held.append({"value": number(worst), "unit": "worst error", "note": "of map + remainder = pre-activation"})
+    return held
+
+
+def made(record: Record) -> dict[str, str]:
+    """How the run was made, as far as its record says."""
+    clip, sae = record.clip, record.sae_address
+    known = {
+        "command": record.command,
+        "CLIP": f"{clip} ({record.parts.get('clip')})" if clip else None,
+        "SAE": f"{sae} ({record.parts.get('sae')})" if sae else None,
+        "site": record.sae.get("site"),
+        "started": record.started,
+        "time": durations.waited(record) if record.session_seconds else None,
+        "work": durations.worked(record) if record.step_seconds else None,
+        "versions": ", ".join(f"{name} {version}" for name, version in record.versions.items()),
+        "commit": record.git_commit,
+        "fingerprint": record.fingerprint,
+    }
+    return {name: value for name, value in known.items() if value}
