@@ -38,8 +38,6 @@ class UnfinishedError(Exception):
     """Work that ended before its end. str() is what is done, and what the same command does next; `__cause__` is why."""
 
 
-AGAIN = "the same command starts again"
-
 RESUMES = "the same command resumes from here"
 
 
@@ -58,7 +56,7 @@ def run_job(job: Callable[[], int]) -> int:
             print(f"error: {mistake}", file=sys.stderr)
             return 2
         except (Exception, KeyboardInterrupt) as error:
-            then = str(error) if isinstance(error, UnfinishedError) else AGAIN
+            then = str(error) if isinstance(error, UnfinishedError) else signals.AGAIN
             if asked.number is not None or behind(error, KeyboardInterrupt):
                 print(f"stopped: {then}", file=sys.stderr, flush=True)
                 if asked.number is not None and "ray" in sys.modules:
