@@ -24,7 +24,7 @@ import tyro
 from saecore.demo import scenes
 from saecore.methods import DEFAULT_OPTIONS, Options, dtype_of, parse_methods, parse_targets
 from saecore.pipeline.clock import Clock
-from saecore.pipeline.stages import Decode, Explain, ExplainConfig, load_models, load_words
+from saecore.pipeline.stages import Decode, Explain, ExplainConfig, check_widths, load_words
 from saecore.report.preview import write_preview
 from saecore.runs.fit import ENOUGH, Fit
 from saecore.runs.record import Record
@@ -136,12 +136,18 @@ def advice(fit: Fit, record: Record) -> str:
 def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
     """Resolve the arguments to a job, or print what it would be for --dry-run; ValueError for what the user can mend."""
     from saecore.pipeline.inference import check_fits
+    from saecore.sae.checkpoints import load_embedding_sae
+    from saecore.towers.clip import load_tower
 
     methods, targets = parse_methods(arguments.method), parse_targets(arguments.targets)
     pipeline.check_outside(arguments)
     images = arguments.images or demo_images(arguments.out)
     clip, sae_address = pipeline.address(arguments.clip or "demo"), pipeline.address(arguments.sae or "demo")
-    tower, sae = load_models(clip, sae_address, arguments.site)
+    with commands.given("--sae"):
+        sae = load_embedding_sae(sae_address, arguments.site)
+    tower = load_tower(clip)
+    with commands.given("--sae"):
+        check_widths(sae_address, sae, clip, tower)
     found = Model(telling(clip), tower.sha256()[:16])  # once: of L/14 it takes a second
     remark = check_same(sae.config.trained_on, sae_address, f"--clip {clip}", found, arguments.any_clip)
     sae.firing_threshold()  # a BatchTopK SAE may have none yet

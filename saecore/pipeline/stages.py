@@ -64,20 +64,22 @@ class ExplainConfig(EmbedConfig):
 
 
 def load_models(clip: str, sae: str, site: str = "") -> "tuple[ImageTower, SAE]":
-    """CLIP and SAE on the CPU; ValueError if one cannot be had, they do not fit each other, or it reads what is not had yet."""
-    from saecore.sae.checkpoints import load_sae
-    from saecore.sae.sites import check_embedding
+    """CLIP and SAE on the CPU; ValueError if one cannot be loaded, or if they do not fit each other."""
+    from saecore.sae.checkpoints import load_embedding_sae
     from saecore.towers.clip import load_tower
 
-    autoencoder = load_sae(sae, site)
-    check_embedding(autoencoder.config.site, autoencoder.config.model, sae)
-    tower = load_tower(clip)
-    if autoencoder.config.n_inputs != tower.n_outputs:
-        raise ValueError(
-            f"--sae {sae} takes embeddings of width {autoencoder.config.n_inputs}, "
-            f"--clip {clip} makes them {tower.n_outputs} wide: they do not belong together"
-        )
+    autoencoder, tower = load_embedding_sae(sae, site), load_tower(clip)
+    check_widths(sae, autoencoder, clip, tower)
     return tower, autoencoder
+
+
+def check_widths(sae_address: str, sae: "SAE", clip: str, tower: "ImageTower") -> None:
+    """ValueError if an SAE does not take embeddings as wide as a tower makes them."""
+    if sae.config.n_inputs != tower.n_outputs:
+        raise ValueError(
+            f"{sae_address} takes embeddings of width {sae.config.n_inputs}, and the model {clip} makes them "
+            f"{tower.n_outputs} wide: they do not belong together"
+        )
 
 
 def load_words(config: ExplainConfig, tower: "ImageTower", sae: "SAE") -> "Words | None":

@@ -16,7 +16,7 @@ import torch.distributed
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from saecore.evaluation.quality import calibrate
+from saecore.sae.calibration import calibrate
 from saecore.sae.model import SAE
 from saecore.training.embeddings import Survey, geometric_median
 from saecore.training.objectives import objective

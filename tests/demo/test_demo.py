@@ -19,7 +19,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from saecore.demo import figures, lessons
 from saecore.demo import scenes as world
-from saecore.sae.model import load_folder
+from saecore.sae.checkpoints import load_folder
 
 SIZE = 192
 DEMO = Path(world.__file__).parent
