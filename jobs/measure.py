@@ -23,8 +23,9 @@ import pyarrow.fs
 
 from saecore.spellings import check_same, telling
 from saecore.storage import filesystem_of, resolved
-from saecore.training.embeddings import Embeddings, draw, open_embeddings, unit_length
+from saecore.training.embeddings import Embeddings, open_embeddings
 from saecore.training.recipe import doubled
+from saecore.training.survey import draw, unit_length
 
 from . import commands
 from .summaries import measuring_summary

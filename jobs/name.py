@@ -27,7 +27,8 @@ from saecore.runs import card, latents
 from saecore.runs import run as runs
 from saecore.runs.record import read_complete
 from saecore.storage import write_atomic
-from saecore.training.embeddings import draw, open_embeddings
+from saecore.training.embeddings import open_embeddings
+from saecore.training.survey import draw
 
 from . import commands, console
 from .summaries import naming_summary
