@@ -28,7 +28,7 @@ from saecore.demo.lessons import photo
 from saecore.methods import METHODS, RECORDS
 from saecore.relevance.explain import explain_latents
 from saecore.report import display
-from saecore.sae.model import load_folder
+from saecore.sae.checkpoints import load_folder
 from saecore.towers.clip import load_tower
 
 

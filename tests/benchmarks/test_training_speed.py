@@ -9,8 +9,8 @@ import torch
 from benchmarks import __main__ as benchmark
 from benchmarks import training as training_speed
 from benchmarks.naive import DenseTopK
-from saecore.training.embeddings import Survey
 from saecore.training.recipe import Recipe, doubled
+from saecore.training.survey import Survey
 from saecore.training.trainer import Trainer, Worker
 
 WIDTH, LATENTS, K, BATCH = 12, 40, 3, 32

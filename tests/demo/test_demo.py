@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from saecore.demo import drawing, figures, lessons, outlines, scenes, writing
-from saecore.sae.model import load_folder
+from saecore.sae.checkpoints import load_folder
 
 SIZE = 192
 DEMO = Path(scenes.__file__).parent

@@ -35,8 +35,7 @@ from saecore.pipeline.clock import Clock
 from saecore.pipeline.stages import Decode, Explain
 from saecore.runs.files import TABLES, open_dataset
 from saecore.runs.record import read_record
-from saecore.sae.checkpoints import load_sae
-from saecore.sae.model import from_tensors
+from saecore.sae.checkpoints import from_tensors, load_sae
 from tests.conftest import N_SCENES, command
 from tests.helpers.mistakes import mistake
 from tests.helpers.photographs import photographs

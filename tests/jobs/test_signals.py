@@ -80,7 +80,7 @@ def test_stopped_in_the_middle(where: str, number: int, group: bool, code: int, 
     [
         (
             "jobs.explain",
-            "jobs.explain.load_models",
+            "saecore.towers.clip.load_tower",
             ["--images", "{shards}", "--clip", "demo", "--sae", "demo", "--out", "{out}"],
         ),
         ("jobs.embed", "saecore.towers.clip.load_tower", ["--images", "{shards}", "--clip", "demo", "--out", "{out}"]),
