@@ -7,6 +7,7 @@ python -m benchmarks truth        where maps of the demo's scenes lie, against t
 """
 
 import dataclasses
+import inspect
 import json
 import platform
 import sys
@@ -185,10 +186,8 @@ class Query:
 
 @dataclasses.dataclass(frozen=True)
 class Truth:
-    """Maps of the demo's scenes by every method, against the true masks of their objects.
-
-    Unless --norm is given, every method that has a norm has a row for the other one too.
-    """
+    """Maps of the demo's scenes by every method, against the true masks of their objects. Unless --norm is given, every method
+    that has a norm has a row for the other one too."""
 
     scenes: int = 2000
     """Scenes to measure on; as many others choose the latents."""
@@ -240,9 +239,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def benchmark(argv: list[str]) -> int:
     """Measure and print."""
     ways = {"train": Train(), "maps": Maps(), "query": Query(), "truth": Truth()}
-    kinds: Any = tyro.extras.subcommand_type_from_defaults(ways)
+    kinds: Any = tyro.extras.subcommand_type_from_defaults(
+        ways, {name: inspect.getdoc(way) or "" for name, way in ways.items()}
+    )
     with commands.mistakes():
-        chosen = tyro.cli(kinds, args=argv, prog="python -m benchmarks", config=(tyro.conf.OmitArgPrefixes,))
+        chosen = tyro.cli(
+            kinds, args=argv, prog="python -m benchmarks", description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
+        )
         chosen.check()
     chosen.tell()
     return 0

@@ -12,8 +12,11 @@ The committed CLIP was interrupted once and resumed. No latent follows one shape
 open. How the CLIP is trained is in `saecore.demo.build`.
 """
 
+import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,6 +80,8 @@ class DrawMethods:
 
     scene: int = 12
     """Which of the demo's scenes."""
+    choosing: int = 2000
+    """How many scenes say which latent follows which colour."""
     side: int = 140
     """Pixels of a map."""
     out: Path = Path("docs/methods.png")
@@ -87,30 +92,30 @@ class DrawMethods:
 def draw_methods(config: DrawMethods) -> None:
     tower, sae = load_tower("demo"), load_folder(SAE_FOLDER)
     scene = scenes.scene_at(scenes.SEED_DEMO, config.scene)
-    following = {word: latent for latent, word in truth.followers(tower, sae, truth.sample(2000, 0)).items()}
+    following = {word: latent for latent, word in truth.followers(tower, sae, truth.sample(config.choosing, 0)).items()}
     latents = [following[thing.colour] for thing in scene.things if thing.colour in following]
     pixels = torch.from_numpy(photo(scene)[None])
     values = sae.pre_activations(tower.embed(pixels))[0, latents].tolist()
-    found = explain(tower, sae, pixels, torch.tensor([latents]), METHODS).values()
+    by_method = explain(tower, sae, pixels, torch.tensor([latents]), METHODS).values()
     sheet = display.sheet(
         [drawing.render(scene, 4 * config.side)] * len(latents),
         [f"latent {latent}   {value:.2f}" for latent, value in zip(latents, values, strict=True)],
         METHODS,
         [UNITS.get(method) for method in METHODS],
-        np.stack([maps.relevance[0].unflatten(-1, tower.grid).numpy() for maps in found], 1),
-        np.stack([maps.remainder[0].numpy() for maps in found], 1),
+        np.stack([maps.relevance[0].unflatten(-1, tower.grid).numpy() for maps in by_method], 1),
+        np.stack([maps.remainder[0].numpy() for maps in by_method], 1),
         config.side,
     )
     config.out.write_bytes(display.png(sheet))
     print(f"scene {config.scene}: {scene.caption}; written to {config.out}")
 
 
-def main() -> None:
-    steps = tyro.extras.subcommand_type_from_defaults(
-        # the names on the command line
-        {"clip": ClipBuild(), "scenes": DrawScenes(), "evaluate": Evaluate(), "methods": DrawMethods()}
-    )
-    match tyro.cli(steps, description=__doc__):
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    commands = {"clip": ClipBuild(), "scenes": DrawScenes(), "evaluate": Evaluate(), "methods": DrawMethods()}
+    descriptions = {name: inspect.getdoc(kind) or "" for name, kind in commands.items()}
+    chosen: Any = tyro.extras.subcommand_type_from_defaults(commands, descriptions)
+    match tyro.cli(chosen, args=argv, prog="python -m benchmarks.demo", description=__doc__):
         case ClipBuild() as config:
             train_clip(config)
         case DrawScenes() as config:

@@ -6,7 +6,7 @@ Left out: a job around the steps: reading embeddings, evaluations, checkpoints.
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,7 +56,7 @@ def measure(
 
 
 def time_in_turn(
-    steps: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+    steps: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
     """Seconds of each step in every round. A round before them is not counted: the first step of each allocates."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}

@@ -99,7 +99,8 @@ def photo(scene: Scene, quality: int = 92) -> NDArray[np.uint8]:
 def _shrink(image: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=quality)
-    return np.asarray(Image.open(buffer).convert("RGB").resize((PIXELS, PIXELS), Image.Resampling.BICUBIC))
+    # A copy: PyTorch warns of arrays that may not be written.
+    return np.array(Image.open(buffer).convert("RGB").resize((PIXELS, PIXELS), Image.Resampling.BICUBIC))
 
 
 def normalise(pixels: NDArray[np.uint8]) -> Tensor:
