@@ -25,13 +25,14 @@ from saecore.demo.writing import write_shards
 from saecore.methods import DEFAULT_OPTIONS, Options, dtype_of, parse_methods, parse_targets
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.stages import Decode, Explain, ExplainConfig, load_models, load_words
-from saecore.report import preview as report
+from saecore.report.preview import write_preview
 from saecore.runs.fit import ENOUGH, Fit
 from saecore.runs.record import Record
 from saecore.spellings import Model, check_same, telling
 from saecore.storage import writing
 
 from . import commands, console, pipeline
+from .summaries import next_steps, outline, run_summary
 
 DEFAULT_K = 32
 
@@ -98,17 +99,17 @@ def explain(argv: list[str]) -> int:
         log.run = job.run.uri
         try:
             if pipeline.complete(job, arguments, clock, functools.partial(watch, job, arguments)):
-                report.write_preview(job.run)
+                write_preview(job.run.uri)
                 pipeline.close(job, clock)
         except pipeline.AlarmError as alarm:
             print(f"stopped: {alarm}")
             return POOR_FIT
         record = job.run.record()
-    print(report.summary(arguments.out, record))
+    print(run_summary(arguments.out, record))
     if record.fit.is_poor() and not arguments.allow_poor_fit:
         print(f"kept, but {advice(record.fit, record)}")
         return POOR_FIT
-    print(report.next_steps(arguments.out))
+    print(next_steps(arguments.out))
     return 0
 
 
@@ -204,14 +205,14 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
             f"with CLIP {clip} and SAE {sae_address}, which reads {sae.config.site}",
             f"{k} latents per image, maps of {', '.join(targets.specs())} by {', '.join(methods)}",
         ]
-        print(report.outline(make_plan(), "explain", arguments.out, how))
+        print(outline(make_plan(), "explain", arguments.out, how))
         return None
     made_by = pipeline.made_by("jobs.explain", argv, config, images, pool) | {
         "grid": [height, width],
         "n_latents": sae.config.n_latents,
         "sae": sae.describe(),
     }
-    run = pipeline.open_run(arguments, parts, made_by, shards, make_plan)
+    run = pipeline.begin_run(arguments, parts, made_by, shards, make_plan)
     decode = Decode(tower.preprocess, arguments.max_pixels)
     return pipeline.Job(run, decode, functools.partial(Explain, config), tags, pool)
 

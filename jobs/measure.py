@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.fs
 
-from saecore.report import preview as report
 from saecore.sae.sites import check_embedding
 from saecore.spellings import check_same, telling
 from saecore.storage import filesystem_of, resolved
@@ -29,6 +28,7 @@ from saecore.training.embeddings import Embeddings, draw, open_embeddings, unit_
 from saecore.training.recipe import doubled
 
 from . import commands
+from .summaries import measuring_summary
 
 if TYPE_CHECKING:
     from saecore.sae.model import SAE
@@ -143,7 +143,7 @@ def measure(argv: list[str]) -> int:
     if arguments.save:
         save_sae(sae, resolved(arguments.save))
         found["saved"] = arguments.save
-    print(json.dumps(found, indent=2) if arguments.json else report.measured(found))
+    print(json.dumps(found, indent=2) if arguments.json else measuring_summary(found))
     return 0
 
 

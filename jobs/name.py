@@ -23,15 +23,15 @@ import pyarrow as pa
 
 from saecore import spellings
 from saecore.query import results
-from saecore.report import preview as report
 from saecore.runs import card, latents
-from saecore.runs import run as runs
+from saecore.runs.files import parquet_bytes
 from saecore.runs.record import read_complete
 from saecore.sae.sites import check_embedding
 from saecore.storage import write_atomic
 from saecore.training.embeddings import draw, open_embeddings
 
 from . import commands, console
+from .summaries import naming_summary
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,9 +132,9 @@ def name(argv: list[str]) -> int:
         latents.merge(arguments.run, table.replace_schema_metadata(metadata))
         card.write(arguments.run, job.run.record)
     else:
-        data = runs.parquet_bytes(table.replace_schema_metadata(metadata), latents.ROW_GROUP_ROWS)
+        data = parquet_bytes(table.replace_schema_metadata(metadata), latents.ROW_GROUP_ROWS)
         write_atomic(arguments.out, data)
-    print(report.named(table, job.made_by, arguments.run, arguments.out))
+    print(naming_summary(table, job.made_by, arguments.run, arguments.out))
     return 0
 
 

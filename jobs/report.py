@@ -19,10 +19,10 @@ import tyro
 
 from saecore.query import results
 from saecore.query.results import Results
-from saecore.report import preview as report
 from saecore.report.static import DEFAULT_CHOICE, Choice, Report, check_place
 
 from . import commands, console
+from .summaries import in_bytes
 
 SLOW_ROWS = 1_000_000
 """Rows of activations from which on one should know of jobs.index: of 200,000 images a latent's page took 0.03 s with it and
@@ -87,8 +87,17 @@ def write(run: Results, arguments: Arguments) -> int:
         progress.add(1, 0)
     progress.close()
     missing = len(pages.site.missing)
-    print(report.pages_summary(out, len(pages.latents), len(pages.image_ids), len(pages.pictured) - missing, missing))
+    print(summary(out, len(pages.latents), len(pages.image_ids), len(pages.pictured) - missing, missing))
     return 0
+
+
+def summary(folder: Path, latents: int, images: int, pictures: int, missing: int) -> str:
+    """A report that was written, and where to look at it."""
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    lines = [f"pages         {latents:,} latents, {images:,} images, {pictures:,} pictures, {in_bytes(size)}"]
+    if missing:
+        lines.append(f"not found     {missing:,} pictures: their input has changed, or is gone or out of reach")
+    return "\n".join([*lines, f"open          {(folder / 'index.html').as_uri()}"])
 
 
 def serve(run: Results, arguments: Arguments) -> int:

@@ -24,11 +24,12 @@ import pyarrow.parquet as pq
 import tyro
 
 from saecore import storage
-from saecore.report import preview as report
 from saecore.storage import filesystem_of, join_uri, resolved, write_atomic
+from saecore.training.plot import training_plot
 from saecore.training.recipe import Recipe
 
 from . import cluster, commands, console, origin, signals
+from .summaries import training_header, training_line, training_summary
 
 LINES_EVERY = 10.0
 """Seconds between progress lines where there is nothing new to say."""
@@ -105,8 +106,8 @@ def train(argv: list[str]) -> int:
             print(f"{arguments.out} is complete: nothing to do")
         else:
             record = work(plan, made_by, arguments.workers)
-        write_atomic(join_uri(out, PLOT_FILE), report.training_plot(read_metrics(out)))
-    print(report.training_summary(record, arguments.out))
+        write_atomic(join_uri(out, PLOT_FILE), training_plot(read_metrics(out)))
+    print(training_summary(record, arguments.out))
     return 0
 
 
@@ -133,9 +134,9 @@ class Lines:
         now = time.perf_counter()
         if self._began is None:
             self._began, self._last = (now, done), now
-            print(report.training_header(), flush=True)
+            print(training_header(), flush=True)
         if figures is not None:
-            print(report.training_line(figures), flush=True)
+            print(training_line(figures), flush=True)
             self._last = now
         elif now - self._last >= LINES_EVERY:
             self._last = now
@@ -238,9 +239,9 @@ def print_evaluations(out: str, finished: threading.Event) -> None:
         last = finished.wait(1.0)
         rows = read_metrics(out)
         if rows and not printed:
-            print(report.training_header(), flush=True)
+            print(training_header(), flush=True)
         for row in rows[printed:]:
-            print(report.training_line(row), flush=True)
+            print(training_line(row), flush=True)
         printed = len(rows)
         if last:
             return

@@ -76,7 +76,7 @@ class Record:
     """Seconds of all sessions and processes by step."""
     worst_completeness_error: float | None = None
     """None where no method decomposes."""
-    fit: Fit = Fit()
+    fit: Fit = dataclasses.field(default_factory=Fit)
     lost: Unread | None = None
     """What could not be read after the plan was made."""
     damaged: Unread | None = None

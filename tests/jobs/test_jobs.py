@@ -25,14 +25,15 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from jobs import commands, explain, pipeline
+from jobs.summaries import next_steps, run_summary
 from saecore import schema
 from saecore.demo import drawing, outlines, scenes, writing
 from saecore.methods import DECOMPOSE, METHODS
+from saecore.numbering import shard_of
 from saecore.pipeline import isolation
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.stages import Decode, Explain
-from saecore.report import preview as report
-from saecore.runs import run as runs
+from saecore.runs.files import TABLES, open_dataset
 from saecore.runs.record import read_record
 from saecore.sae.checkpoints import load_sae
 from saecore.sae.model import from_tensors
@@ -46,7 +47,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 def rows(run: Path, table: str) -> dict[tuple[Any, ...], dict[str, Any]]:
     """A table's rows by (image_id, latent), or by image_id."""
-    found = runs.dataset(str(run), table).to_table().to_pylist()
+    found = open_dataset(str(run), table).to_table().to_pylist()
     by_key = {(row["image_id"], row.get("latent")): row for row in found}
     assert len(by_key) == len(found), "a row was written twice"
     return by_key
@@ -79,11 +80,11 @@ def test_tables_are_as_the_design_says(local_run: Path) -> None:
         ("activations", schema.ACTIVATIONS),
         ("maps", schema.maps_schema(64)),
     ):
-        assert runs.dataset(str(local_run), table).schema.remove_metadata() == expected
+        assert open_dataset(str(local_run), table).schema.remove_metadata() == expected
     images, k = rows(local_run, "images"), 12
     assert len(images) == N_SCENES
     assert {row["error"] for row in images.values()} == {None}
-    assert {key[0] >> schema.INDEX_BITS for key in images} == {0, 1, 2}
+    assert {shard_of(key[0]) for key in images} == {0, 1, 2}
     assert len(rows(local_run, "activations")) == len(rows(local_run, "maps")) == N_SCENES * k
     record = json.loads((local_run / "run.json").read_text())
     assert record["status"] == "complete"
@@ -213,7 +214,7 @@ def test_all_methods_and_targets_in_one_run(shards: Path, local_run: Path, tmp_p
         rows(run, table) for run, table in ((out, "activations"), (local_run, "activations"), (local_run, "maps"))
     )
     assert kept.keys() <= before.keys()
-    found = runs.dataset(str(out), "maps").to_table().to_pylist()
+    found = open_dataset(str(out), "maps").to_table().to_pylist()
     by_method: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {name: {} for name in METHODS}
     for row in found:
         by_method[row["method"]][row["image_id"], row["latent"], row["target"]] = row
@@ -254,7 +255,7 @@ def test_maps_of_a_text_alone_point_at_it(shards: Path, tmp_path: Path) -> None:
     )
     keys = {key[0]: row["key"] for key, row in rows(out, "images").items()}
     hits = []
-    for row in runs.dataset(str(out), "maps").to_table().to_pylist():
+    for row in open_dataset(str(out), "maps").to_table().to_pylist():
         scene = scenes.scene_at(scenes.SEED_DEMO, int(Path(keys[row["image_id"]]).stem))
         assert row["latent"] is None
         wanted = [row["target"] == f"text: {thing.colour}" for thing in scene.things]
@@ -626,7 +627,7 @@ def test_a_shard_that_is_lost_after_the_plan_is_told_at_the_end(
     capsys.readouterr()
     assert pipeline.complete(job, commands.parse(explain.Arguments, arguments, "jobs.explain"), Clock())
     record = job.run.record()
-    said = report.summary(str(out), record)
+    said = run_summary(str(out), record)
     errors = Counter(row["error"] for row in rows(out, "images").values())
     lost = errors["damaged-shard"] - 1
     assert 16 < lost < 32
@@ -646,7 +647,7 @@ def test_a_shard_that_is_lost_after_the_plan_is_told_at_the_end(
 
 def test_a_run_without_losses_warns_of_nothing(local_run: Path) -> None:
     assert not {"lost", "damaged"} & json.loads((local_run / "run.json").read_text()).keys()
-    assert "warning" not in report.summary(str(local_run), read_record(str(local_run)))
+    assert "warning" not in run_summary(str(local_run), read_record(str(local_run)))
 
 
 def test_dry_run_says_what_and_writes_nothing(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -656,8 +657,6 @@ def test_dry_run_says_what_and_writes_nothing(shards: Path, tmp_path: Path, caps
 
 
 def test_the_query_that_is_printed_can_be_pasted(local_run: Path) -> None:
-    from saecore.report.preview import next_steps
-
     pasted = next_steps(str(local_run)).split("\n\n", 1)[1]
     said = subprocess.run(["bash", "-c", pasted], capture_output=True, text=True, check=True).stdout
     assert "strongest_image" in said
@@ -679,5 +678,5 @@ def test_duckdb_reads_what_was_written(local_run: Path) -> None:
 
 
 def test_arrow_tables_of_a_run_are_plain(local_run: Path) -> None:
-    for table in runs.TABLES:
-        assert not any(isinstance(field.type, pa.ExtensionType) for field in runs.dataset(str(local_run), table).schema)
+    for table in TABLES:
+        assert not any(isinstance(field.type, pa.ExtensionType) for field in open_dataset(str(local_run), table).schema)

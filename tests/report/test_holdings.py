@@ -8,7 +8,6 @@ from jobs import explain, index, name, report
 from saecore.query import results
 from saecore.report import captions, preview
 from saecore.report.holdings import Holding, holdings, maps_in_words
-from saecore.runs import run as runs
 from tests.conftest import command
 from tests.helpers import planted
 from tests.helpers.mistakes import mistake
@@ -51,7 +50,7 @@ def test_a_preview_puts_on_one_scale_what_has_one_unit(
     assert (
         explain.main(command(shards, out, "--local", "--limit", "8", "--method", methods, "--targets", *targets)) == 0
     )
-    first = next(preview.examples(runs.Run(str(out), {}, ""), 1, 3))
+    first = preview.examples(results.open(str(out)), 1, 3)[0]
     assert first.targets == shown
     assert len(first.maps) == len(shown)
     assert first.meaning == captions.meaning(methods.partition(",")[0], shown[0].partition(":")[0].partition(" ")[0])

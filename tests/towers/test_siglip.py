@@ -31,7 +31,7 @@ from saecore.methods import DECOMPOSE, METHODS, Options
 from saecore.pipeline import inference
 from saecore.relevance.maps import completeness_error
 from saecore.relevance.targets import Targets, Words, words_of
-from saecore.runs import run as runs
+from saecore.runs.files import open_dataset
 from saecore.sae.model import SAE
 from saecore.towers.clip import load_tower
 from saecore.towers.siglip import SiglipTower
@@ -319,10 +319,10 @@ def test_explain_on_a_saved_model(
     assert record["grid"] == [4, 4]
     norms = record["parts"]["norms"]
     assert (norms["contrib"], norms["chefer"], norms["legrad"]) == ("frozen", "exact", "exact")
-    said = runs.dataset(str(tmp_path / "run"), "maps").schema.metadata[b"norms"].decode()
+    said = open_dataset(str(tmp_path / "run"), "maps").schema.metadata[b"norms"].decode()
     assert said.startswith("contrib frozen, contrib_grad frozen, chefer exact, ")
-    rows = runs.dataset(str(tmp_path / "run"), "images").to_table().sort_by("image_id").to_pylist()
-    maps = runs.dataset(str(tmp_path / "run"), "maps").to_table().to_pylist()
+    rows = open_dataset(str(tmp_path / "run"), "images").to_table().sort_by("image_id").to_pylist()
+    maps = open_dataset(str(tmp_path / "run"), "maps").to_table().to_pylist()
     assert len(rows) == 6
     assert len(maps) == 6 * len(METHODS) * (8 + 2)
     assert {row["target"] for row in maps} == {None, "text: a Red circle", "concept: blue"}
