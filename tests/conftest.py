@@ -86,9 +86,9 @@ def explorer(album_run: Path) -> Iterator[str]:
     with subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         said = process.stdout.readline()
-        found = re.search(r"(http://127\.0\.0\.1:\d+)/index\.html", said)
-        assert found is not None, said
-        yield found[1]
+        address = re.search(r"(http://127\.0\.0\.1:\d+)/index\.html", said)
+        assert address is not None, said
+        yield address[1]
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 0
         assert process.stdout.read() == ""

@@ -212,22 +212,22 @@ def test_text_is_pooled_at_the_end_token_whatever_the_padding(clip: CLIPModel) -
 
 
 def test_zero_shot_figures(clip: CLIPModel, sample: list[scenes.Scene], embeddings: torch.Tensor) -> None:
-    found = figures.zero_shot(clip, AutoTokenizer.from_pretrained(CLIP), embeddings, sample)
-    print(found)
-    assert found["single colour"] >= 0.99
-    assert found["single shape"] >= 0.95
-    assert found["mixed colour"] >= 0.85
-    assert found["mixed shape"] >= 0.85
+    measured = figures.zero_shot(clip, AutoTokenizer.from_pretrained(CLIP), embeddings, sample)
+    print(measured)
+    assert measured["single colour"] >= 0.99
+    assert measured["single shape"] >= 0.95
+    assert measured["mixed colour"] >= 0.85
+    assert measured["mixed shape"] >= 0.85
 
 
 def test_sae_figures(sample: list[scenes.Scene], embeddings: torch.Tensor) -> None:
     sae = load_folder(SAE)
     assert sae.config.k == 12
-    found = figures.sae_figures(sae, embeddings, sample)
-    print(found)
-    assert found["cosine"] >= 0.95
-    assert found["dead"] < 0.15
-    assert 1 < found["l0"] <= 12
+    measured = figures.sae_figures(sae, embeddings, sample)
+    print(measured)
+    assert measured["cosine"] >= 0.95
+    assert measured["dead"] < 0.15
+    assert 1 < measured["l0"] <= 12
 
 
 def test_followed_is_the_area_under_the_curve() -> None:
