@@ -70,6 +70,16 @@ def local_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make demo` explains, without Ray: all 512 scenes, with embeddings. Tests may name its latents, and nothing else."""
+    from jobs import explain
+
+    out = tmp_path_factory.mktemp("demo") / "run"
+    assert explain.main(["--demo", "--out", str(out), "--local"]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
 def album_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of `tests.helpers.album`, with names."""
     from tests.helpers import album

@@ -92,14 +92,6 @@ def test_tables_are_as_the_design_says(local_run: Path) -> None:
     assert (local_run / "preview.png").stat().st_size > 10_000
 
 
-@pytest.fixture(scope="module")
-def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `make demo` runs, without Ray."""
-    out = tmp_path_factory.mktemp("demo") / "run"
-    assert explain.main(["--demo", "--out", str(out), "--local"]) == 0
-    return out
-
-
 def test_the_demo_explains_all_its_scenes(demo_run: Path) -> None:
     images = rows(demo_run, "images")
     assert len(images) == 512

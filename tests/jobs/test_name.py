@@ -30,14 +30,6 @@ from tests.helpers.mistakes import mistake
 FACET_OF = {word: facet for facet, words in FACETS.items() for word in words}
 
 
-@pytest.fixture(scope="module")
-def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo, with embeddings: 512 scenes."""
-    out = tmp_path_factory.mktemp("demo") / "run"
-    assert explain.main(["--demo", "--local", "--embeddings", "--out", str(out)]) == 0
-    return out
-
-
 def named(run: Path | str, *more: str) -> pa.Table:
     assert name.main(["--run", str(run), *more]) == 0
     return results.open(str(run)).latents
