@@ -1,15 +1,15 @@
-"""The demo's models and pictures, made anew: its CLIP trained, the scenes of its SAE drawn, both measured, every method drawn.
+"""The demo's models and pictures made anew: train its CLIP, draw the scenes for its SAE, measure both, draw every method.
 
     python -m benchmarks.demo clip          # 50 minutes on 2 CPU cores shared with other work: 252,416 scenes
     python -m benchmarks.demo scenes        # 3 minutes: 40,000 scenes in tars; jobs.embed and jobs.train go on (docs/demo.md)
-    python -m benchmarks.demo evaluate      # half a minute: 4,000 scenes used for nothing else, which gave
+    python -m benchmarks.demo evaluate      # half a minute: 4,000 scenes that nothing else uses; it printed
     python -m benchmarks.demo methods       # docs/methods.png
 
     single colour 1.000   single shape 0.991   mixed colour 1.000   mixed shape 0.974      (zero-shot; "mixed": of the largest)
     SAE cosine 0.985   dead latents 0.013   latents that follow a word (area under ROC > 0.95): 8, one for each colour
 
-The committed CLIP was interrupted once and resumed. No latent follows one shape or texture that well (0.68 to 0.91); why is
-open. How the CLIP is trained is in `saecore.demo.build`.
+The training of the committed CLIP was interrupted once and resumed. No latent follows one shape or texture that well (0.68 to
+0.91); the reason is not known. How the CLIP is trained is in `saecore.demo.build`.
 """
 
 import inspect
@@ -54,7 +54,7 @@ def draw_scenes(config: DrawScenes) -> None:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Print the figures of both on scenes never seen."""
+    """Print the figures of the CLIP and of the SAE on scenes that neither has seen."""
 
     scenes: int = 4000
     """How many scenes."""
@@ -66,7 +66,7 @@ class Evaluate:
 
 def evaluate(config: Evaluate) -> None:
     model, tokenizer = CLIPModel.from_pretrained(config.clip).eval(), AutoTokenizer.from_pretrained(config.clip)
-    # The first scenes of this seed served to watch training and to choose the SAE's size: these did not.
+    # The first scenes of this seed served to watch training and to choose the SAE's size. These did not.
     sample = list(scenes.scenes_of(scenes.SEED_EVALUATION, config.scenes, start=200_000))
     x = embed(model, sample)
     figures = zero_shot(model, tokenizer, x, sample) | sae_figures(load_folder(config.sae), x, sample)
