@@ -26,7 +26,7 @@ N_SCENES = 48
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks `ray` and `browser` follow from what a test asks for: a fixture, or the flag of a job among its parameters."""
+    """Marks follow from what a test asks for: a fixture, or the flag of a job among its parameters."""
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
@@ -34,6 +34,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("ray")
         if "chromium" in fixtures:
             item.add_marker("browser")
+        if "demo_run" in fixtures:
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session")

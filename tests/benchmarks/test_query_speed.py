@@ -10,6 +10,7 @@ from benchmarks import query
 from benchmarks.__main__ import main
 
 
+@pytest.mark.slow
 def test_questions_to_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--images", "1000", "--latents", "64", "--k", "4", "--side", "2", "--rounds", "2"]
     assert main(["query", *small, "--folder", str(tmp_path)]) == 0

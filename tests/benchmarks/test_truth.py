@@ -16,6 +16,8 @@ from saecore.pipeline.inference import explain
 from saecore.pipeline.stages import load_models
 from tests.helpers.mistakes import mistake
 
+pytestmark = pytest.mark.slow
+
 N_SCENES = 192
 METHODS = ("contrib", "contrib_grad", "chefer", "legrad", "gradeclip", "dense", "attention")
 

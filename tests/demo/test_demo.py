@@ -131,21 +131,19 @@ def test_shards_recover_their_scenes_and_repeat_to_the_byte(tmp_path: Path) -> N
     names = []
     for path in paths:
         with tarfile.open(path) as tar:
-            members = {member.name: tar.extractfile(member) for member in tar}
-        with tarfile.open(path) as tar:
-            for name in members:
-                names.append(name)
-                file = tar.extractfile(name)
+            for member in tar:
+                names.append(member.name)
+                file = tar.extractfile(member)
                 assert file is not None
                 data = file.read()
-                if name.endswith(".jpg"):
+                if member.name.endswith(".jpg"):
                     image = np.asarray(Image.open(io.BytesIO(data)), dtype=float)
-                    truth = drawing.render(scenes.scene_at(77, int(name[:6])), 96)
+                    truth = drawing.render(scenes.scene_at(77, int(member.name[:6])), 96)
                     assert np.abs(image - truth).mean() < 6  # JPEG
                 else:
                     told = json.loads(data)
                     scene = scenes.scene_at(told["seed"], told["index"])
-                    assert told["index"] == int(name[:6])
+                    assert told["index"] == int(member.name[:6])
                     assert (told["caption"], told["attributes"]) == (scene.caption, scene.attributes)
     assert names == [f"{index:06d}.{suffix}" for index in range(11) for suffix in ("jpg", "json")]
 

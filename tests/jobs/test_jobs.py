@@ -195,6 +195,7 @@ def test_maps_of_an_sae_with_thresholds_and_a_normaliser_are_exact(
     assert json.loads((out / "run.json").read_text())["worst_completeness_error"] < 1e-4
 
 
+@pytest.mark.slow
 def test_all_methods_and_targets_in_one_run(shards: Path, local_run: Path, tmp_path: Path) -> None:
     """The same kept latents and `contrib` maps as by default; a remainder only where maps add up; every target by every
     method, a latent that is kept and asked for once."""
