@@ -17,6 +17,8 @@ from saecore.demo import writing
 from tests.conftest import command
 from tests.jobs.test_jobs import ROOT, descendants
 
+pytestmark = pytest.mark.slow
+
 RESUMES = "stopped: the same command resumes from here\n"
 AGAIN = "stopped: the same command starts again\n"
 
