@@ -21,7 +21,7 @@ import tyro
 from transformers import AutoTokenizer, CLIPModel
 
 from benchmarks import truth
-from saecore.demo import scenes as world
+from saecore.demo import drawing, scenes, writing
 from saecore.demo.build import CLIP_FOLDER, SAE_FOLDER, ClipBuild, train_clip
 from saecore.demo.figures import embed, sae_figures, zero_shot
 from saecore.demo.lessons import photo
@@ -45,7 +45,7 @@ class DrawScenes:
 
 
 def draw_scenes(config: DrawScenes) -> None:
-    world.write_shards(config.out, config.scenes, config.shards, seed=world.SEED_SAE)
+    writing.write_shards(config.out, config.scenes, config.shards, seed=scenes.SEED_SAE)
     print(f"{config.scenes} scenes in {config.shards} tars; written to {config.out}")
 
 
@@ -64,7 +64,7 @@ class Evaluate:
 def evaluate(config: Evaluate) -> None:
     model, tokenizer = CLIPModel.from_pretrained(config.clip).eval(), AutoTokenizer.from_pretrained(config.clip)
     # The first scenes of this seed served to watch training and to choose the SAE's size: these did not.
-    sample = list(world.scenes(world.SEED_EVALUATION, config.scenes, start=200_000))
+    sample = list(scenes.scenes_of(scenes.SEED_EVALUATION, config.scenes, start=200_000))
     x = embed(model, sample)
     figures = zero_shot(model, tokenizer, x, sample) | sae_figures(load_folder(config.sae), x, sample)
     for name, value in figures.items():
@@ -86,14 +86,14 @@ class DrawMethods:
 @torch.inference_mode()
 def draw_methods(config: DrawMethods) -> None:
     tower, sae = load_tower("demo"), load_folder(SAE_FOLDER)
-    scene = world.scene_at(world.SEED_DEMO, config.scene)
+    scene = scenes.scene_at(scenes.SEED_DEMO, config.scene)
     following = {word: latent for latent, word in truth.followers(tower, sae, truth.sample(2000, 0)).items()}
     latents = [following[thing.colour] for thing in scene.things if thing.colour in following]
     pixels = torch.from_numpy(photo(scene)[None])
     values = sae.pre_activations(tower.embed(pixels))[0, latents].tolist()
     found = explain(tower, sae, pixels, torch.tensor([latents]), METHODS).values()
     sheet = display.sheet(
-        [world.render(scene, 4 * config.side)] * len(latents),
+        [drawing.render(scene, 4 * config.side)] * len(latents),
         [f"latent {latent}   {value:.2f}" for latent, value in zip(latents, values, strict=True)],
         METHODS,
         [UNITS.get(method) for method in METHODS],

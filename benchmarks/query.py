@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from benchmarks import synthetic
 from saecore.query import by_latent, indexing, results
 from saecore.query import statistics as latent_statistics
-from saecore.runs import run as runs
+from saecore.runs.files import TABLES, read_manifest
 from saecore.runs.record import read_complete
 
 TOP = 100
@@ -103,7 +103,7 @@ def index(uri: str, budget: indexing.Budget) -> None:
     """by_latent/ and top_images/, or what is new of them."""
     record = read_complete(uri)
     before = by_latent.read_index(uri, record.fingerprint)
-    plan = indexing.plan(runs.read_manifest(uri), before, TOP, 1)
+    plan = indexing.plan(read_manifest(uri), before, TOP, 1)
     made = [
         indexing.build_segment(uri, record.fingerprint, record.n_latents, TOP, group, budget) for group in plan.groups
     ]
@@ -120,10 +120,8 @@ def count(uri: str) -> None:
 
 def sizes_on_disk(uri: str) -> dict[str, int]:
     """Bytes of every table."""
-    manifest = runs.read_manifest(uri)
-    found = {
-        table: pc.sum(manifest["bytes"].filter(pc.equal(manifest["table"], table))).as_py() for table in runs.TABLES
-    }
+    manifest = read_manifest(uri)
+    found = {table: pc.sum(manifest["bytes"].filter(pc.equal(manifest["table"], table))).as_py() for table in TABLES}
     held = by_latent.read_index(uri, read_complete(uri).fingerprint)
     assert held is not None
     found[by_latent.ROWS] = sum(file.bytes for segment in held.segments for file in segment.rows)
@@ -182,7 +180,7 @@ def told(found: dict[str, Any], sizes: Sizes) -> str:
     raw = {"activations": 8 * sizes.k, "maps": 4 * sizes.k * sizes.side**2}
     lines += ["", f"{'bytes per image':26}{'on disk':>9}{'as float32':>14}"]
     each = {name: size / sizes.images for name, size in found["bytes"].items()}
-    run = sum(each[name] for name in runs.TABLES)
+    run = sum(each[name] for name in TABLES)
     for name, size in [*each.items(), ("a run without maps", run - each["maps"]), ("a run with maps", run)]:
         lines.append(f"{name:26}{size:>9,.0f}{raw.get(name, ''):>14}")
     states = list(found["milliseconds"])

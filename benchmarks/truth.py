@@ -18,9 +18,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from saecore.demo.drawing import visible
 from saecore.demo.figures import followed
 from saecore.demo.lessons import FACETS, WORDS, photo
-from saecore.demo.scenes import SEED_EVALUATION, Scene, scenes, visible
+from saecore.demo.scenes import SEED_EVALUATION, Scene, scenes_of
 from saecore.evaluation import localisation
 from saecore.evaluation.localisation import Mean, mean_over_images
 from saecore.methods import DEFAULT_OPTIONS, METHODS, Options
@@ -54,7 +55,7 @@ class Sample(NamedTuple):
 
 def sample(count: int, start: int) -> Sample:
     """Scenes of the evaluation's seed, from number `start` on."""
-    drawn = list(scenes(SEED_EVALUATION, count, start))
+    drawn = list(scenes_of(SEED_EVALUATION, count, start))
     with ThreadPoolExecutor() as pool:
         return Sample(drawn, np.stack(list(pool.map(photo, drawn))))
 

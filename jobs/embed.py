@@ -31,7 +31,8 @@ import pyarrow.parquet as pq
 from saecore import schema
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.stages import Decode, Embed, EmbedConfig
-from saecore.runs import run as runs
+from saecore.runs.files import ROW_GROUP_ROWS, parquet_bytes
+from saecore.runs.run import listing_hash, refuse_other
 from saecore.schema import TEXTS_FILE
 from saecore.storage import filesystem_of, join_uri, write_atomic
 from saecore.training import memmaps
@@ -122,7 +123,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
         print(outline(make_plan(), "embed", arguments.out, how))
         return None
     made_by = pipeline.made_by("jobs.embed", argv, config, arguments.images, pool) | {"n_outputs": tower.n_outputs}
-    run = pipeline.open_run(arguments, parts, made_by, shards, make_plan)
+    run = pipeline.begin_run(arguments, parts, made_by, shards, make_plan)
     decode = Decode(tower.preprocess, arguments.max_pixels)
     return pipeline.Job(run, decode, functools.partial(Embed, config), tags, pool)
 
@@ -142,7 +143,7 @@ def embed_vocabulary(arguments: Arguments) -> int:
             "schema": schema.VERSION,
             "clip": tower.sha256()[:16],
             "templates": list(arguments.templates),
-            "words": f"{len(words)}, {runs.listing_hash(zip(words, strict=True))[:16]}",
+            "words": f"{len(words)}, {listing_hash(zip(words, strict=True))[:16]}",
         }
         done = holds_texts(arguments.out, parts)
         if not (done or arguments.dry_run):
@@ -157,7 +158,7 @@ def embed_vocabulary(arguments: Arguments) -> int:
         tags = {"clip": clip, "clip_sha256": parts["clip"], "templates": json.dumps(arguments.templates)}
         table = texts(tower, words, arguments, device).replace_schema_metadata(tags | {"parts": json.dumps(parts)})
         address = join_uri(arguments.out, TEXTS_FILE)
-        write_atomic(address, runs.parquet_bytes(table, runs.ROW_GROUP_ROWS["images"]))
+        write_atomic(address, parquet_bytes(table, ROW_GROUP_ROWS["images"]))
     shape = len(words), tower.n_outputs
     stored = read_texts(arguments.out)["embedding"].combine_chunks().flatten().to_numpy().reshape(shape)
     print(f"on disk       {TEXTS_FILE} in {arguments.out}")
@@ -193,7 +194,7 @@ def holds_texts(out: str, parts: dict[str, Any]) -> bool:
         raise ValueError(f"--out {out} holds a run over images; name another folder for words")
     if filesystem.get_file_info(f"{folder}/{TEXTS_FILE}").type == pyarrow.fs.FileType.NotFound:
         return False
-    runs.refuse_other(out, json.loads((read_texts(out).schema.metadata or {}).get(b"parts", b"{}")), parts)
+    refuse_other(out, json.loads((read_texts(out).schema.metadata or {}).get(b"parts", b"{}")), parts)
     return True
 
 

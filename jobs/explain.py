@@ -21,7 +21,7 @@ from pathlib import Path
 
 import tyro
 
-from saecore.demo import scenes
+from saecore.demo.writing import write_shards
 from saecore.methods import DEFAULT_OPTIONS, Options, dtype_of, parse_methods, parse_targets
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.stages import Decode, Explain, ExplainConfig, load_models, load_words
@@ -212,7 +212,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
         "n_latents": sae.config.n_latents,
         "sae": sae.describe(),
     }
-    run = pipeline.open_run(arguments, parts, made_by, shards, make_plan)
+    run = pipeline.begin_run(arguments, parts, made_by, shards, make_plan)
     decode = Decode(tower.preprocess, arguments.max_pixels)
     return pipeline.Job(run, decode, functools.partial(Explain, config), tags, pool)
 
@@ -227,7 +227,7 @@ def demo_images(out: str) -> tuple[str, ...]:
         with writing(str(folder)):
             unfinished = Path(tempfile.mkdtemp(prefix=folder.name, dir=_made(folder.parent)))
             try:
-                scenes.write_shards(unfinished, DEMO_SCENES, DEMO_SHARDS)
+                write_shards(unfinished, DEMO_SCENES, DEMO_SHARDS)
                 unfinished.rename(folder)
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)  # still there only if something above failed

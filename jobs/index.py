@@ -22,7 +22,7 @@ import numpy as np
 from saecore.query import by_latent, indexing, results, statistics
 from saecore.query.by_latent import Segment
 from saecore.runs import card, latents
-from saecore.runs import run as runs
+from saecore.runs.files import read_manifest
 from saecore.runs.record import Record, read_complete
 from saecore.storage import join_uri, resolved
 
@@ -68,7 +68,7 @@ def index(argv: list[str]) -> int:
         arguments = commands.parse(Arguments, argv, "jobs.index")
         record = read_complete(arguments.run)
         before = None if arguments.rebuild else by_latent.read_index(arguments.run, record.fingerprint)
-        plan = indexing.plan(runs.read_manifest(arguments.run), before, arguments.top, arguments.segments)
+        plan = indexing.plan(read_manifest(arguments.run), before, arguments.top, arguments.segments)
     whole = not plan.groups and before is not None and plan.kept == before.segments
     held = before if whole and before is not None else make(arguments, record, plan)
     started = time.perf_counter()

@@ -24,7 +24,7 @@ import pyarrow as pa
 from saecore import spellings
 from saecore.query import results
 from saecore.runs import card, latents
-from saecore.runs import run as runs
+from saecore.runs.files import parquet_bytes
 from saecore.runs.record import read_complete
 from saecore.sae.sites import check_embedding
 from saecore.storage import write_atomic
@@ -132,7 +132,7 @@ def name(argv: list[str]) -> int:
         latents.merge(arguments.run, table.replace_schema_metadata(metadata))
         card.write(arguments.run, job.run.record)
     else:
-        data = runs.parquet_bytes(table.replace_schema_metadata(metadata), latents.ROW_GROUP_ROWS)
+        data = parquet_bytes(table.replace_schema_metadata(metadata), latents.ROW_GROUP_ROWS)
         write_atomic(arguments.out, data)
     print(naming_summary(table, job.made_by, arguments.run, arguments.out))
     return 0
@@ -299,7 +299,7 @@ def names(job: Job, arguments: Arguments) -> pa.Table:
 
 
 def evidence(run: results.Results, seed: int) -> "tuple[Tensor, Tensor, Tensor]":
-    """What `naming.by_data` takes: the embeddings of all top images, whose they are, and those of random images."""
+    """What `saecore.naming.names.by_data` takes: embeddings of all top images, whose they are, embeddings of random ones."""
     import torch
 
     from saecore.naming.names import TOP_IMAGES

@@ -30,9 +30,9 @@ from saecore.methods import dtype_of
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.isolation import Suspects, Witness, pieces, refuse, survive
 from saecore.pipeline.stages import Decode
-from saecore.runs import run as runs
 from saecore.runs.fit import Fit
 from saecore.runs.record import Record, write_record
+from saecore.runs.run import Run, check_place, fit_of, listing_hash, open_run, run_at
 from saecore.storage import resolved
 
 from . import cluster, commands, console, origin
@@ -141,7 +141,7 @@ def _black(pixels: bytes) -> bytes:
     return bytes(len(pixels))
 
 
-def write_chunk(row: pa.Table, run: runs.Run, tags: dict[str, str]) -> pa.Table:
+def write_chunk(row: pa.Table, run: Run, tags: dict[str, str]) -> pa.Table:
     """chunk_id, payload, seconds -> images, refused, fit: a small row for the driver. The chunk is committed."""
     chunk_id, payload, seconds = _unpack(row)
     commit = run.write_chunk(chunk_id, payload, seconds, tags)
@@ -162,7 +162,7 @@ def _unpack(row: pa.Table) -> tuple[int, pa.Table, dict[str, float]]:
 class Job(NamedTuple):
     """A checked command, ready to run."""
 
-    run: runs.Run
+    run: Run
     decode: Decode
     stage: functools.partial[Any]
     """Makes a replica's `Stage` in the replica's own process."""
@@ -228,7 +228,7 @@ def complete(job: Job, arguments: Arguments, clock: Clock, watch: Callable[[Fit]
     `watch` is told how well the images so far are reconstructed, those of earlier sessions too, and may raise an `AlarmError`.
     """
     done = job.run.commits()
-    pending, fit = job.run.pending(done), runs.fit_of(done)
+    pending, fit = job.run.pending(done), fit_of(done)
     del done  # one for every chunk: not to be held for hours
     if not pending.num_rows:
         print(f"{arguments.out} is complete: nothing to do")
@@ -282,7 +282,7 @@ of larger JPEGs 25 MB a second, of 12 megapixels 6 to 10 a second. With --limit,
 def check_outside(arguments: Arguments) -> None:
     """ValueError for an --out that takes no run, or a cluster that does not answer: before anything is loaded."""
     if not arguments.dry_run:
-        runs.check_place(resolved(arguments.out))
+        check_place(resolved(arguments.out))
         if not arguments.local:
             cluster.check_answers()
 
@@ -322,8 +322,8 @@ def address(name: str) -> str:
 
 
 def listed(arguments: Arguments, images: Sequence[str]) -> list[Shard]:
-    """The shards of --images. Where a run was made of the same, what is missing now is for `open_run` to judge."""
-    run = runs.run_at(resolved(arguments.out))
+    """The shards of --images. Where a run was made of the same, what is missing now is for `begin_run` to judge."""
+    run = run_at(resolved(arguments.out))
     is_known = run is not None and run.record().config.get("images") == list(images)
     return list_shards(images, say=print, may_lack=is_known)
 
@@ -341,25 +341,25 @@ def parts(arguments: Arguments, shards: Sequence[Shard], pool: cluster.Pool) -> 
         "max-pixels": arguments.max_pixels,
         "chunk-size": arguments.chunk_size,
         "limit": arguments.limit,
-        "inputs": f"{len(shards)} shards, {sum(shard.bytes for shard in shards):,} bytes, {runs.listing_hash(shards)[:16]}",
+        "inputs": f"{len(shards)} shards, {sum(shard.bytes for shard in shards):,} bytes, {listing_hash(shards)[:16]}",
     }
 
 
-def open_run(
+def begin_run(
     arguments: Arguments,
     parts: dict[str, Any],
     made_by: dict[str, Any],
     shards: Sequence[Shard],
     make_plan: Callable[[], pa.Table],
-) -> runs.Run:
+) -> Run:
     """The run at --out, new or taken up; of a complete one it is said what has changed in its inputs since.
 
     ValueError if it was made otherwise, if inputs are new, or if they have changed before it was complete.
     """
     out = resolved(arguments.out)
-    run = runs.run_at(out)
+    run = run_at(out)
     if run is None or {**run.parts, "inputs": parts["inputs"]} != parts or run.parts == parts:
-        return runs.open_run(out, parts, made_by, make_plan)
+        return open_run(out, parts, made_by, make_plan)
     changes = since(run.plan(), shards, is_limited=arguments.limit > 0)
     what = str(changes) or f"inputs beyond --limit {arguments.limit} are others"
     if run.pending().num_rows:

@@ -3,7 +3,7 @@
     python -m jobs.train --embeddings runs/cc3m --architecture matryoshka --latents 6144 --out runs/sae
     python -m jobs.train --embeddings s3://bucket/cc3m --latents 24576 --workers 8 --out s3://bucket/sae
 
-In this process, or with --workers on Ray Train: the same loop (`saecore.training.loop.fit`), data parallel, and the same
+In this process, or with --workers on Ray Train: the same loop (`saecore.training.loop.Training`), data parallel, and the same
 result for one worker. The same command again resumes from the last checkpoint. Ctrl-C finishes the step, saves and stops.
 
 Left out: sweeps (run it several times), embeddings made on the fly (`jobs.embed` writes them once).

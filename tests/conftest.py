@@ -52,10 +52,10 @@ def ray_session() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tar shards of drawn scenes."""
-    from saecore.demo import scenes
+    from saecore.demo import writing
 
     folder = tmp_path_factory.mktemp("scenes")
-    scenes.write_shards(folder, N_SCENES, 3)
+    writing.write_shards(folder, N_SCENES, 3)
     return folder
 
 

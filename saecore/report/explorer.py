@@ -120,7 +120,7 @@ class Answers:
         total = self.site.run.record.images
         first = _first(request, total)
         with self._alone:
-            image_ids = self.site.views.image_ids(np.arange(first, min(first + LISTED_IMAGES, total)))
+            image_ids = self.site.run.tables.numbering.image_ids(np.arange(first, min(first + LISTED_IMAGES, total)))
             return _html(self.site.image_list(list(self.site.views.images(image_ids)), first))
 
     def image(self, request: Request) -> Response:

@@ -337,7 +337,7 @@ class Site:
 
     def _image_neighbours(self, image_id: int) -> tuple[int | None, int | None]:
         if self._images is None:
-            return self.views.neighbours(image_id)
+            return self.run.tables.numbering.neighbours(image_id)
         place = self._image_places[image_id]
         before = self._images[place - 1] if place else None
         return before, self._images[place + 1] if place + 1 < len(self._images) else None

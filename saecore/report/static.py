@@ -73,7 +73,7 @@ class Report:
         n_images = run.record.images
         spread = np.unique(np.linspace(0, n_images - 1, min(choice.images, n_images)).astype(int))
         refused = [row["image_id"] for row in views.overview.refused]
-        self.image_ids = np.union1d(views.image_ids(spread), np.array(refused, np.int64))
+        self.image_ids = np.union1d(views.run.tables.numbering.image_ids(spread), np.array(refused, np.int64))
         self.site = Site(views, strongest=choice.top, latents=latents, images=self.image_ids.tolist())
         self.latents = {latent: views.latent(latent, choice.top, SPREAD) for latent in latents}
         self.targets = [views.target(target, choice.top, SPREAD) for target in self.site.targets]

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from saecore.runs.run import parquet_bytes
+from saecore.runs.files import parquet_bytes
 from saecore.storage import filesystem_of, join_uri, write_atomic
 
 NAME = "latents.parquet"

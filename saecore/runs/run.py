@@ -22,39 +22,21 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset
 import pyarrow.fs
-import pyarrow.parquet as pq
 
 from saecore import schema
 from saecore.runs import card
+from saecore.runs.files import MANIFEST, ROW_GROUP_ROWS, TABLES, chunk_file, parquet_bytes, read_plan
 from saecore.runs.fit import Fit, judged
 from saecore.runs.record import Record, Unread, from_document, read_record, write_record
 from saecore.storage import check_writable, filesystem_of, join_uri, reason, write_atomic
-
-TABLES = ("images", "activations", "maps")
-"""All that a run may have; the payload that is written says which it has."""
-
-# One image's rows should be one small read, a whole table's scan few large ones.
-ROW_GROUP_ROWS = {"images": 4096, "activations": 131_072, "maps": 2048}
-
-MANIFEST = pa.schema(
-    [
-        pa.field("chunk_id", pa.int64(), nullable=False),
-        pa.field("table", pa.string(), nullable=False),
-        pa.field("path", pa.string(), nullable=False),  # below the run
-        pa.field("rows", pa.int64(), nullable=False),
-        pa.field("bytes", pa.int64(), nullable=False),
-        pa.field("sha256", pa.string(), nullable=False),
-    ]
-)
 
 _RECORD_READERS = 32
 """Threads that read commit records: one is a round trip on an object store."""
@@ -86,7 +68,7 @@ def fingerprint(parts: Mapping[str, Any]) -> str:
 
 
 def listing_hash(shards: Iterable[tuple[Any, ...]]) -> str:
-    """Hash of the input's listing: names, sizes and times of change, as `saecore.images.chunks.list_shards` gives them."""
+    """Hash of the input's listing: names, sizes and times of change, as `saecore.images.listing.list_shards` gives them."""
     digest = hashlib.sha256()
     for shard in shards:
         digest.update(json.dumps(list(shard)).encode())
@@ -137,7 +119,7 @@ class Run:
         files = []
         for name, table in tables.items():
             data = parquet_bytes(table.replace_schema_metadata(metadata), ROW_GROUP_ROWS[name])
-            path = f"{name}/chunk-{chunk_id:08d}.parquet"
+            path = chunk_file(name, chunk_id)
             write_atomic(join_uri(self.uri, path), data)
             digest = hashlib.sha256(data).hexdigest()
             files.append({"table": name, "path": path, "rows": table.num_rows, "bytes": len(data), "sha256": digest})
@@ -314,68 +296,10 @@ def refuse_other(uri: str, before: Mapping[str, Any], parts: Mapping[str, Any]) 
         )
 
 
-def read_plan(uri: str) -> pa.Table:
-    """All chunks of a run (schema.PLAN)."""
-    return _read_parquet(uri, "plan.parquet")
-
-
-def read_manifest(uri: str) -> pa.Table:
-    """Every file of a complete run (MANIFEST)."""
-    return _read_parquet(uri, "manifest.parquet")
-
-
-def of_chunks(manifest: pa.Table, chunk_ids: np.ndarray) -> pa.Table:
-    """The rows of a manifest that are of some chunks."""
-    return manifest.filter(pc.is_in(manifest["chunk_id"], pa.array(chunk_ids, pa.int64())))
-
-
-def dataset(uri: str, table: str, manifest: pa.Table | None = None) -> pyarrow.dataset.Dataset:
-    """One table of a complete run, `images`, `activations` or `maps`, through its manifest, or those rows of it."""
-    held = read_manifest(uri) if manifest is None else manifest
-    filesystem, root = filesystem_of(uri)
-    names = held.filter(pc.equal(held["table"], table))["path"].to_pylist()
-    return pyarrow.dataset.dataset([f"{root}/{name}" for name in names], filesystem=filesystem, format="parquet")
-
-
-def scan(uri: str, table: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """Some columns of a complete run's table, in the order of its chunks and of the images in each, a few rows at a time."""
-    manifest = read_manifest(uri)
-    for name in manifest.filter(pc.equal(manifest["table"], table))["path"].to_pylist():
-        filesystem, path = filesystem_of(join_uri(uri, name))
-        with pq.ParquetFile(path, filesystem=filesystem) as file:
-            yield from file.iter_batches(ROW_GROUP_ROWS[table], columns=columns)
-
-
-def parquet_bytes(table: pa.Table, row_group_rows: int) -> pa.Buffer:
-    """Parquet in memory (a chunk's file is a few MB), so that it is hashed and written in one piece.
-
-    Floats byte-stream-split and ids as differences: the demo's activations are 37 % smaller than by default, its maps 9 %.
-    """
-    encodings = {pa.float32(): "BYTE_STREAM_SPLIT", pa.int64(): "DELTA_BINARY_PACKED"}
-    encoded = {field.name: encodings[field.type] for field in table.schema if field.type in encodings}
-    repeating = [field.name for field in table.schema if field.type in (pa.string(), pa.int16(), pa.int32())]
-    sink = pa.BufferOutputStream()
-    pq.write_table(
-        table,
-        sink,
-        row_group_size=row_group_rows,
-        compression="zstd",
-        use_dictionary=repeating,
-        column_encoding=encoded,
-        write_page_checksum=True,
-    )
-    return sink.getvalue()
-
-
 def _read_bytes(uri: str) -> bytes:
     filesystem, path = filesystem_of(uri)
     with filesystem.open_input_stream(path) as stream:
         return stream.read()
-
-
-def _read_parquet(uri: str, name: str) -> pa.Table:
-    filesystem, path = filesystem_of(join_uri(uri, name))
-    return pq.read_table(path, filesystem=filesystem)
 
 
 def _listing(uri: str) -> list[pyarrow.fs.FileInfo]:

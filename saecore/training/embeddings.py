@@ -26,7 +26,7 @@ import pyarrow.dataset
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from saecore.runs import run as runs
+from saecore.runs.files import open_dataset
 from saecore.spellings import Model
 from saecore.storage import filesystem_of
 
@@ -169,7 +169,7 @@ def _parquet_files(address: str) -> tuple[pyarrow.fs.FileSystem, list[str]]:
     if filesystem.get_file_info(f"{path}/run.json").type == pyarrow.fs.FileType.File:
         if filesystem.get_file_info(f"{path}/manifest.parquet").type != pyarrow.fs.FileType.File:
             raise ValueError(f"--embeddings {address}: this run is not complete; the command that made it resumes it")
-        return filesystem, runs.dataset(address, "images").files
+        return filesystem, open_dataset(address, "images").files
     found = pyarrow.dataset.dataset(path, filesystem=filesystem, format="parquet").files
     if not found:
         raise ValueError(f"--embeddings {address}: no Parquet file in this folder")

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import __main__ as benchmark
 from benchmarks import truth
-from saecore.demo import scenes
+from saecore.demo import drawing, scenes
 from saecore.evaluation import localisation
 from saecore.evaluation.localisation import mean_over_images
 from saecore.methods import Options
@@ -36,7 +36,7 @@ def test_cases_are_where_the_object_is(found: truth.Found) -> None:
     assert found.mixed.tolist() == [len(scene.things) > 1 for scene in drawn]
     assert (found.words.covered.max(-1) >= 0.5).all()
     for index, scene in enumerate(drawn[:40]):
-        masks = scenes.visible(scene, 64)
+        masks = drawing.visible(scene, 64)
         shares = masks.reshape(-1, 8, 8, 8, 8).mean(axis=(2, 4)).reshape(-1, 64)
         of_words = found.words.covered[found.words.image == index]
         assert len(of_words) == 2 * (shares.max(-1) >= 0.5).sum()  # colour and shape, none of which a scene has twice

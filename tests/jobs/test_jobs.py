@@ -27,12 +27,13 @@ from sklearn.metrics import roc_auc_score
 from jobs import commands, explain, pipeline
 from jobs.summaries import next_steps, run_summary
 from saecore import schema
-from saecore.demo import scenes
+from saecore.demo import drawing, outlines, scenes, writing
 from saecore.methods import DECOMPOSE, METHODS
+from saecore.numbering import shard_of
 from saecore.pipeline import isolation
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.stages import Decode, Explain
-from saecore.runs import run as runs
+from saecore.runs.files import TABLES, open_dataset
 from saecore.runs.record import read_record
 from saecore.sae.checkpoints import load_sae
 from saecore.sae.model import from_tensors
@@ -46,7 +47,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 def rows(run: Path, table: str) -> dict[tuple[Any, ...], dict[str, Any]]:
     """A table's rows by (image_id, latent), or by image_id."""
-    found = runs.dataset(str(run), table).to_table().to_pylist()
+    found = open_dataset(str(run), table).to_table().to_pylist()
     by_key = {(row["image_id"], row.get("latent")): row for row in found}
     assert len(by_key) == len(found), "a row was written twice"
     return by_key
@@ -79,11 +80,11 @@ def test_tables_are_as_the_design_says(local_run: Path) -> None:
         ("activations", schema.ACTIVATIONS),
         ("maps", schema.maps_schema(64)),
     ):
-        assert runs.dataset(str(local_run), table).schema.remove_metadata() == expected
+        assert open_dataset(str(local_run), table).schema.remove_metadata() == expected
     images, k = rows(local_run, "images"), 12
     assert len(images) == N_SCENES
     assert {row["error"] for row in images.values()} == {None}
-    assert {key[0] >> schema.INDEX_BITS for key in images} == {0, 1, 2}
+    assert {shard_of(key[0]) for key in images} == {0, 1, 2}
     assert len(rows(local_run, "activations")) == len(rows(local_run, "maps")) == N_SCENES * k
     record = json.loads((local_run / "run.json").read_text())
     assert record["status"] == "complete"
@@ -121,7 +122,7 @@ def test_maps_point_at_the_object_that_their_latent_follows(demo_run: Path, caps
     followed = {}
     for latent, activations in fired.items():
         scores = np.array([activations.get(image, 0.0) for image in chosen])
-        for word in (*scenes.COLOURS, *scenes.SHAPES):
+        for word in (*scenes.COLOURS, *outlines.SHAPES):
             shown = np.array([any(word in (t.colour, t.shape) for t in truth[image].things) for image in chosen])
             if (scores[shown] > 0).sum() >= 5 and roc_auc_score(shown, scores) > 0.9:
                 followed[latent] = word
@@ -133,7 +134,7 @@ def test_maps_point_at_the_object_that_their_latent_follows(demo_run: Path, caps
         wanted = [word in (thing.colour, thing.shape) for thing in scene.things]
         if not any(wanted):
             continue
-        mask = np.asarray(scenes.visible(scene, 64)[wanted].any(axis=0))
+        mask = np.asarray(drawing.visible(scene, 64)[wanted].any(axis=0))
         best = int(np.frombuffer(row["map"], np.int8).argmax())
         hit = on_mask(mask, 8 * (best // 8) + 4, 8 * (best % 8) + 4)
         hits.append(hit)
@@ -213,7 +214,7 @@ def test_all_methods_and_targets_in_one_run(shards: Path, local_run: Path, tmp_p
         rows(run, table) for run, table in ((out, "activations"), (local_run, "activations"), (local_run, "maps"))
     )
     assert kept.keys() <= before.keys()
-    found = runs.dataset(str(out), "maps").to_table().to_pylist()
+    found = open_dataset(str(out), "maps").to_table().to_pylist()
     by_method: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {name: {} for name in METHODS}
     for row in found:
         by_method[row["method"]][row["image_id"], row["latent"], row["target"]] = row
@@ -254,13 +255,13 @@ def test_maps_of_a_text_alone_point_at_it(shards: Path, tmp_path: Path) -> None:
     )
     keys = {key[0]: row["key"] for key, row in rows(out, "images").items()}
     hits = []
-    for row in runs.dataset(str(out), "maps").to_table().to_pylist():
+    for row in open_dataset(str(out), "maps").to_table().to_pylist():
         scene = scenes.scene_at(scenes.SEED_DEMO, int(Path(keys[row["image_id"]]).stem))
         assert row["latent"] is None
         wanted = [row["target"] == f"text: {thing.colour}" for thing in scene.things]
         if any(wanted):
             best = int(np.frombuffer(row["map"], np.int8).argmax())
-            mask = np.asarray(scenes.visible(scene, 64)[wanted].any(axis=0))
+            mask = np.asarray(drawing.visible(scene, 64)[wanted].any(axis=0))
             hits.append(on_mask(mask, 8 * (best // 8) + 4, 8 * (best % 8) + 4))
     assert len(hits) > N_SCENES
     assert np.mean(hits) > 0.9
@@ -290,7 +291,7 @@ def descendants(pid: int) -> list[int]:
 def test_killed_in_the_middle_and_run_again(tmp_path: Path) -> None:
     """SIGKILL of the driver and of every Ray process, then the same command: the rest is done, and nothing else."""
     folder, out = tmp_path / "scenes", tmp_path / "run"
-    scenes.write_shards(folder, 192, 4)
+    writing.write_shards(folder, 192, 4)
     arguments = command(folder, out, "--batch-size", "4", "--ray")
     with (tmp_path / "output").open("w") as output:
         job = subprocess.Popen(
@@ -544,7 +545,7 @@ def test_a_damaged_record_is_told_by_the_name_of_its_file(
 def test_a_complete_run_says_what_has_changed_in_its_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Gone and changed shards take nothing from it: exit code 0, no work. New ones are no part of it: refused."""
     folder, out = tmp_path / "scenes", tmp_path / "run"
-    scenes.write_shards(folder, 16, 2)
+    writing.write_shards(folder, 16, 2)
     first, second = sorted(folder.iterdir())
     arguments = command(folder, out, "--local")
     assert explain.main(arguments) == 0
@@ -566,7 +567,7 @@ def test_a_complete_run_says_what_has_changed_in_its_inputs(tmp_path: Path, caps
     said = again(0)
     assert f"changed since the run was made: 1 no longer listed ({second})" in said
     assert "is complete: nothing to do" in said
-    scenes.write_shards(tmp_path / "more", 8, 1)
+    writing.write_shards(tmp_path / "more", 8, 1)
     new = next((tmp_path / "more").iterdir()).rename(folder / "new.tar")
     said = again(2)
     assert (
@@ -591,7 +592,7 @@ def test_a_run_that_is_not_complete_needs_its_inputs_as_they_were(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, out = tmp_path / "scenes", tmp_path / "run"
-    scenes.write_shards(folder, 32, 2)
+    writing.write_shards(folder, 32, 2)
     first, second = sorted(folder.iterdir())
     arguments = command(folder, out, "--local")
     assert explain.main(arguments) == 0
@@ -614,7 +615,7 @@ def test_a_shard_that_is_lost_after_the_plan_is_told_at_the_end(
     more: list[str], ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, out = tmp_path / "scenes", tmp_path / "run"
-    scenes.write_shards(folder, 48, 3)
+    writing.write_shards(folder, 48, 3)
     one, two, three = sorted(folder.iterdir())
     three.write_bytes(three.read_bytes().rstrip(b"\0"))  # damaged before: its end is not known
     arguments = command(folder, out, *more)
@@ -677,5 +678,5 @@ def test_duckdb_reads_what_was_written(local_run: Path) -> None:
 
 
 def test_arrow_tables_of_a_run_are_plain(local_run: Path) -> None:
-    for table in runs.TABLES:
-        assert not any(isinstance(field.type, pa.ExtensionType) for field in runs.dataset(str(local_run), table).schema)
+    for table in TABLES:
+        assert not any(isinstance(field.type, pa.ExtensionType) for field in open_dataset(str(local_run), table).schema)

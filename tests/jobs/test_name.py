@@ -117,7 +117,7 @@ def test_names_of_the_demo_are_true(demo_run: Path, truth: Truth) -> None:
 def test_names_are_true_of_other_scenes(demo_run: Path, truth: Truth) -> None:
     """Names found on the run's 512 scenes, judged on 1,000 that no one saw before."""
     table, sae = named(demo_run), load_sae("demo")
-    sample = list(scenes.scenes(scenes.SEED_EVALUATION, 1000, start=500_000))
+    sample = list(scenes.scenes_of(scenes.SEED_EVALUATION, 1000, start=500_000))
     code = sae.encode_sparse(embed_scenes(CLIPModel.from_pretrained(DEMO).eval(), sample))
     strength = torch.zeros(len(sample), sae.config.n_latents).scatter(1, code.latents, code.activations)
     order = strength.argsort(dim=0, descending=True)[:20].T.tolist()

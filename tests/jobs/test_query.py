@@ -20,7 +20,7 @@ from jobs import index, query
 from saecore import schema
 from saecore.query import results
 from saecore.runs import latents
-from saecore.runs import run as runs
+from saecore.runs.files import TABLES
 from tests.helpers import planted
 from tests.helpers.mistakes import mistake
 from tests.helpers.planted import IDS
@@ -71,7 +71,7 @@ def test_every_answer_fits_the_terminal(
     assert max(map(len, said)) <= width
     assert "\x1b" not in "".join(said)
     header = re.split(r"\s+", said[0].strip())
-    assert header[0] in {"latent", "image_id", "rank", "low"}
+    assert header[0] in {"latent", "key", "image_id", "rank", "low"}
     marked = [line for line in said if re.search(r"(allows|sea|a name that.*…) \?( |$)", line)]
     assert not marked or "".join(said).replace("\n", " ").count("did not pass the thresholds") == 1
     if width == 200:
@@ -179,7 +179,7 @@ def test_a_target_is_what_was_typed(run: str, capsys: pytest.CaptureFixture[str]
         assert query.main(["target", run, spelling]) == 0
         said.append(capsys.readouterr().out)
     assert len(set(said)) == 1
-    assert said[0].split()[:2] == ["image_id", "cosine"]
+    assert said[0].split()[:2] == ["key", "cosine"]
     assert "pre_activation" not in said[0]
 
 
@@ -268,6 +268,13 @@ def test_compare_shows_both_ends(run: str, capsys: pytest.CaptureFixture[str]) -
     ("arguments", "complaint"),
     [
         (["query", "top", "{run}", "6"], "latent 6: this run's are 0 to 5"),
+        (["query", "top", "{run}", "-1"], "latent -1: this run's are 0 to 5"),
+        (["query", "top", "{run}", "sea"], "LATENT sea is no number: did you mean latent 3, sea?"),
+        (
+            ["query", "cofiring", "{run}", "NAME that"],
+            "did you mean latent 0, a name that is as long as the vocabulary",
+        ),
+        (["query", "histogram", "{run}", "sky"], "LATENT sky is no number, and no latent of this run has that name"),
         (["query", "top", "/no/such/run", "6"], "/no/such/run holds no run"),
         (["query", "top", "{run}", "0", "--n", "0"], "--n 0: must be at least 1"),
         (["query", "histogram", "{run}", "0", "--bins", "-1"], "--bins -1"),
@@ -305,7 +312,7 @@ def test_every_table_in_every_reader(local_run: Path, tmp_path: Path) -> None:
     """The same values, and maps as bytes, in DuckDB, pandas and Polars, of a real run."""
     shutil.copytree(local_run, tmp_path / "run")
     assert index.main(["--run", str(tmp_path / "run")]) == 0
-    for name in (*runs.TABLES, "by_latent", "top_images", "latents.parquet"):
+    for name in (*TABLES, "by_latent", "top_images", "latents.parquet"):
         place = str(tmp_path / "run" / name)
         files = place if name.endswith(".parquet") else f"{place}/*.parquet"
         columns = {
@@ -339,3 +346,12 @@ def test_the_readme_does_what_it_says(
     assert len(blocks) == 2
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-W", "error", "-c", "\n".join(blocks)], check=True, env=environment)
+
+
+@pytest.mark.parametrize("name", query.QUESTIONS)
+def test_help_has_an_example_that_is_a_question(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        query.main([name, "--help"])
+    assert ended.value.code == 0
+    (example,) = re.findall(r"Example: python -m jobs\.query (.*)", capsys.readouterr().out)
+    assert type(query.parse(shlex.split(example))) is query.QUESTIONS[name]

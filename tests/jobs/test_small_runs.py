@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from jobs import explain, index, name, query, report
-from saecore.demo import scenes
+from saecore.demo import drawing, scenes
 from saecore.query import results
 from saecore.report.pages import Site
 from saecore.report.views import Views
@@ -17,7 +17,7 @@ from tests.helpers.reading import Page, check_links
 
 
 def photograph() -> bytes:
-    return scenes.jpeg(scenes.scene_at(7, 3), 192)
+    return drawing.jpeg(scenes.scene_at(7, 3), 192)
 
 
 def plain(side: int, colour: tuple[int, int, int]) -> bytes:
@@ -69,7 +69,7 @@ def test_every_job_reads_it(run: Path) -> None:
         assert query.main([question, str(run), *about]) == 0
     site = Site(Views(results.open(str(run))), live=True)
     assert all(site.latent(latent) for latent in range(80))
-    assert all(site.image(view) for view in site.views.images(site.views.image_ids(range(images))))
+    assert all(site.image(view) for view in site.views.images(site.run.tables.numbering.image_ids(range(images))))
     assert all([site.overview(), site.latent_list(site.views.by_rate, {}), site.image_list([]), site.found("red", 60)])
     if (run / "preview.png").exists():
         assert np.asarray(Image.open(run / "preview.png")).std() > 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from saecore import schema
-from saecore.demo import scenes
+from saecore.demo import drawing, scenes
 from saecore.images import decode as images
 from saecore.pipeline import inference
 from saecore.pipeline.stages import Decode, Explain, ExplainConfig
@@ -43,7 +43,7 @@ def raw(*data: bytes | None) -> pa.Table:
 
 
 def scene(index: int) -> bytes:
-    return scenes.jpeg(scenes.scene_at(scenes.SEED_EVALUATION, index), 96)
+    return drawing.jpeg(scenes.scene_at(scenes.SEED_EVALUATION, index), 96)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import report
+from saecore.query import results
 from saecore.query.histograms import Bins
 from saecore.query.maps import Patch
 from saecore.report import captions
@@ -45,6 +46,18 @@ def test_there_is_a_page_for_each(album_run: Path, written: Path) -> None:
     assert {path.stem for path in (written / "images").iterdir()} == ids
     assert len(ids) == album.N_IMAGES
     assert len(list((written / "pictures").iterdir())) == album.N_IMAGES - 1  # the broken one has none
+
+
+def test_a_picture_out_of_its_shard_and_the_part_of_it_that_clip_saw(album_run: Path) -> None:
+    run = results.open(str(album_run))
+    with tarfile.open(album_run.parent / "input.tar") as tar:
+        for key in ("000004.jpg", album.WIDE):
+            member = tar.extractfile(key)
+            assert member is not None
+            assert run.picture(key) == member.read()
+    assert run.crop_box(album.WIDE) == (60, 0, 260, 200)  # the square in the middle of 320 x 200
+    with pytest.raises(ValueError, match="it was refused"):
+        run.picture(album.BROKEN)
 
 
 def test_a_text_has_a_page(album_run: Path, written: Path) -> None:

@@ -14,7 +14,7 @@ from huggingface_hub import DatasetCard
 from jobs import embed, index
 from saecore.query import results
 from saecore.runs import card, latents
-from saecore.runs import run as runs
+from saecore.runs.files import read_manifest
 from saecore.runs.record import Record, from_document
 from tests.conftest import command
 from tests.helpers import album, planted
@@ -36,7 +36,7 @@ def matched(run: Path | str) -> dict[str, set[str]]:
 
 def written(run: Path | str) -> dict[str, set[str]]:
     """The files of each table that the run itself wrote, by its manifest."""
-    rows = runs.read_manifest(str(run)).to_pylist()
+    rows = read_manifest(str(run)).to_pylist()
     return {table: {row["path"] for row in rows if row["table"] == table} for table in {row["table"] for row in rows}}
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from jobs import explain, report
-from saecore.demo import scenes
-from saecore.runs import run as runs
+from saecore.demo import writing
+from saecore.runs.files import open_dataset
 from saecore.runs.fit import ENOUGH, FEW, Fit, judged
+from saecore.runs.run import Commit, Run, fit_of
 from saecore.sae.model import SAE, SAEConfig
 from tests.conftest import command
 
@@ -22,7 +23,7 @@ N = 320
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("many")
-    scenes.write_shards(folder, N, 1)
+    writing.write_shards(folder, N, 1)
     return folder
 
 
@@ -123,13 +124,11 @@ def test_an_sae_that_fits_is_not_remarked_on(local_run: Path, shards: Path, caps
 
 def test_fvu_is_of_all_that_fires_whatever_is_kept(local_run: Path, shards: Path, tmp_path: Path) -> None:
     assert explain.main(command(shards, tmp_path / "out", "--local", "--k", "2")) == 0
-    few, all_ = (runs.dataset(str(run), "images").to_table(columns=["fvu"]) for run in (tmp_path / "out", local_run))
+    few, all_ = (open_dataset(str(run), "images").to_table(columns=["fvu"]) for run in (tmp_path / "out", local_run))
     torch.testing.assert_close(torch.tensor(few["fvu"].to_pylist()), torch.tensor(all_["fvu"].to_pylist()))
 
 
 def test_records_from_before_fits_were_counted_are_valid(local_run: Path) -> None:
-    (commit, *_) = runs.Run(
-        str(local_run), {}, json.loads((local_run / "run.json").read_text())["fingerprint"]
-    ).commits()
+    (commit, *_) = Run(str(local_run), {}, json.loads((local_run / "run.json").read_text())["fingerprint"]).commits()
     old = {key: value for key, value in dataclasses.asdict(commit).items() if key != "fit"}
-    assert runs.fit_of([runs.Commit(**old)]) == Fit()
+    assert fit_of([Commit(**old)]) == Fit()

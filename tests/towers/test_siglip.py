@@ -26,12 +26,12 @@ from transformers import (
 )
 
 from jobs import embed, explain
-from saecore.demo import scenes
+from saecore.demo import drawing, scenes
 from saecore.methods import DECOMPOSE, METHODS, Options
 from saecore.pipeline import inference
 from saecore.relevance.maps import completeness_error
 from saecore.relevance.targets import Targets, Words, words_of
-from saecore.runs import run as runs
+from saecore.runs.files import open_dataset
 from saecore.sae.model import SAE
 from saecore.towers.clip import load_tower
 from saecore.towers.siglip import SiglipTower
@@ -256,7 +256,7 @@ def test_what_this_tower_has_not_is_refused() -> None:
 
 def spiece(folder: Path) -> SiglipTokenizer:
     """SigLIP's own tokenizer, over a vocabulary learned from scene captions. It lower-cases, and drops punctuation."""
-    captions = (scene.caption for scene in scenes.scenes(scenes.SEED_DEMO, 300))
+    captions = (scene.caption for scene in scenes.scenes_of(scenes.SEED_DEMO, 300))
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=captions, model_prefix=str(folder / "spiece"), vocab_size=60, minloglevel=2
     )
@@ -319,10 +319,10 @@ def test_explain_on_a_saved_model(
     assert record["grid"] == [4, 4]
     norms = record["parts"]["norms"]
     assert (norms["contrib"], norms["chefer"], norms["legrad"]) == ("frozen", "exact", "exact")
-    said = runs.dataset(str(tmp_path / "run"), "maps").schema.metadata[b"norms"].decode()
+    said = open_dataset(str(tmp_path / "run"), "maps").schema.metadata[b"norms"].decode()
     assert said.startswith("contrib frozen, contrib_grad frozen, chefer exact, ")
-    rows = runs.dataset(str(tmp_path / "run"), "images").to_table().sort_by("image_id").to_pylist()
-    maps = runs.dataset(str(tmp_path / "run"), "maps").to_table().to_pylist()
+    rows = open_dataset(str(tmp_path / "run"), "images").to_table().sort_by("image_id").to_pylist()
+    maps = open_dataset(str(tmp_path / "run"), "maps").to_table().to_pylist()
     assert len(rows) == 6
     assert len(maps) == 6 * len(METHODS) * (8 + 2)
     assert {row["target"] for row in maps} == {None, "text: a Red circle", "concept: blue"}
@@ -333,7 +333,7 @@ def test_explain_on_a_saved_model(
     model, processor = SiglipModel.from_pretrained(folder).eval(), SiglipImageProcessorPil.from_pretrained(folder)
     for row in rows:
         scene = scenes.scene_at(scenes.SEED_DEMO, int(Path(row["key"]).stem))
-        picture = Image.open(io.BytesIO(scenes.jpeg(scene, 192))).convert("RGB")
+        picture = Image.open(io.BytesIO(drawing.jpeg(scene, 192))).convert("RGB")
         with torch.inference_mode():
             expected = model.vision_model(**processor(picture, return_tensors="pt")).pooler_output[0]
         np.testing.assert_allclose(row["embedding"], expected, rtol=1e-4, atol=1e-4)

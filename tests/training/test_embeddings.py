@@ -12,7 +12,7 @@ import pytest
 from scipy.optimize import minimize
 
 from jobs import embed
-from saecore.runs import run as runs
+from saecore.runs.files import open_dataset
 from saecore.training import embeddings
 from saecore.training.embeddings import Batches, Embeddings, draw, geometric_median, open_embeddings, survey
 
@@ -80,7 +80,7 @@ def test_a_run_of_jobs_embed_in_the_order_of_its_memory_map(shards: Path, tmp_pa
     (path,) = out.glob("*.npy")
     found = everything(open_embeddings(str(out)))
     np.testing.assert_array_equal(found, everything(open_embeddings(str(path))))
-    stored = runs.dataset(str(out), "images").to_table().sort_by("image_id")["embedding"].to_pylist()
+    stored = open_dataset(str(out), "images").to_table().sort_by("image_id")["embedding"].to_pylist()
     np.testing.assert_array_equal(found, np.array(stored, np.float32))
     (out / "manifest.parquet").unlink()
     with pytest.raises(ValueError, match="this run is not complete"):
