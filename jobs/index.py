@@ -7,8 +7,8 @@
     statistics
 
 The same command again does nothing, or, for a run that grew, what is new. One machine sorts out of core, and should do for 10^8
-images by the rates in BENCHMARKS.md; `--segments` above 1 sorts parts side by side on Ray: a look-up then reads one place in
-each.
+images by the rates in docs/benchmarks.md. `--segments` above 1 sorts parts side by side on Ray; a look-up then reads one place
+in each.
 """
 
 import dataclasses

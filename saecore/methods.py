@@ -12,7 +12,7 @@
     attention      CLS attention                         none              1.00
 
 What bears a published name is computed as published unless an option says otherwise; `RECORDS` says which, and what each
-looks at. What they did cost is in BENCHMARKS.md. Formulas are with the functions, in `saecore.relevance.maps` and
+looks at. What they did cost is in docs/benchmarks.md. Formulas are with the functions, in `saecore.relevance.maps` and
 `saecore.relevance.reruns`.
 """
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class Method(NamedTuple):
-    """What a method is. README's table says the same of each, and a test compares the two."""
+    """What a method is. The table in docs/maps.md says the same of each, and a test compares the two."""
 
     norm: str
     """Its own norm: `frozen` or `exact`, see `Options.norm`; `always exact`, or `none` where there is nothing to hold."""

@@ -97,7 +97,7 @@ def truth(demo_run: Path) -> Truth:
 
 
 def test_names_of_the_demo_are_true(demo_run: Path, truth: Truth) -> None:
-    """The figures of the README: by the scenes' own attributes, not by anything that CLIP says."""
+    """The figures of docs/names.md: by the scenes' own attributes, not by anything that CLIP says."""
     assert len(truth.alive) == 73
     by = {way: truth.figures(f"by {way}", named(demo_run, "--by", way)) for way in name.WAYS}
     passing, true, chance = by["data"]

@@ -1,7 +1,8 @@
 """Methods that bear a published name are the published methods, with default options: for latents, texts and concepts.
 
 Each procedure is written here anew, in float64, as its public code goes about it: one image and one target at a time, whole
-matrices, and autograd through the whole model; README says where ours differs from that code on purpose. Weights are random.
+matrices, and autograd through the whole model; docs/maps.md says where ours differs from that code on purpose.
+Weights are random.
 """
 
 import re
@@ -255,8 +256,8 @@ def test_frozen_norms_give_another_map(clip: Case, method: str) -> None:
 LAYERS = {0: "all", 1: "last", 2: "last 2", None: "none"}
 
 
-def test_the_table_of_methods_in_readme_says_what_the_code_does() -> None:
-    lines = (Path(__file__).parent.parent.parent / "README.md").read_text().splitlines()
+def test_the_table_of_methods_says_what_the_code_does() -> None:
+    lines = (Path(__file__).parent.parent.parent / "docs" / "maps.md").read_text().splitlines()
     start = next(at for at, line in enumerate(lines) if line.startswith("| `--method` |"))
     assert [cell.strip() for cell in lines[start].split("|")[3:8]] == [
         "norm",
