@@ -246,6 +246,11 @@ COMMANDS = {
 """What the pages call, in a checkout."""
 
 
+def data_of(table: str) -> list[str]:
+    """The rows of a table of DuckDB's below its head."""
+    return [line for line in table.splitlines() if line.startswith("│") and re.search(r"\d \│|\d\.\d", line)]
+
+
 def run_page(page: Path, folder: Path) -> None:
     """Run all blocks of a page in a folder."""
     tools = folder / ".tools"
@@ -258,12 +263,16 @@ def run_page(page: Path, folder: Path) -> None:
         "PYTHONPATH": str(ROOT),
         "MPLBACKEND": "Agg",
     }
+    said = ""
     for block in blocks(page):
+        if block.language == "text" and block.text.startswith("┌"):
+            assert data_of(block.text) == data_of(said), said
         if block.language == "text" or block.reason:
             continue
         words = ["bash", "-eu", "-c"] if block.language == "bash" else [sys.executable, "-W", "error", "-c"]
         ended = subprocess.run([*words, block.text], cwd=folder, env=environment, capture_output=True, text=True)
         assert ended.returncode == 0, f"{page.name}:\n{block.text}\n{ended.stdout[-2000:]}\n{ended.stderr[-2000:]}"
+        said = ended.stdout
 
 
 @pytest.fixture(scope="session")
