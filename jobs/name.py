@@ -258,7 +258,7 @@ def words_of(arguments: Arguments, tower: "TextTower", clip: str) -> tuple[list[
             raise ValueError(f"--texts {arguments.texts} was made with another CLIP than {clip}")
         return words, embeddings
     if not arguments.vocabulary and clip != "demo":
-        raise ValueError("give --vocabulary, a file with a word a line (the README says where some are), or --texts")
+        raise ValueError("give --vocabulary, a file with a word a line (docs/names.md says where some are), or --texts")
     return text.read_vocabulary(arguments.vocabulary or "demo", "--vocabulary").words, None
 
 

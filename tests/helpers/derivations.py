@@ -19,6 +19,7 @@ from torch import Tensor
 
 from saecore.methods import Options
 from saecore.relevance.explain import explain_latents
+from saecore.relevance.targets import WordTargets
 from saecore.sae.model import SAE
 from saecore.towers.clip import ClipTower
 from saecore.towers.tower import ImageTower

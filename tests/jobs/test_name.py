@@ -89,7 +89,7 @@ def truth(demo_run: Path) -> Truth:
 
 
 def test_names_of_the_demo_are_true(demo_run: Path, truth: Truth) -> None:
-    """The figures of the README: by the scenes' own attributes, not by anything that CLIP says."""
+    """The figures of docs/names.md: by the scenes' own attributes, not by anything that CLIP says."""
     # 73 here; one that fires once, barely above its threshold, is a matter of rounding, and so of the machine.
     assert 70 <= len(truth.alive) <= 76
     by = {way: truth.figures(f"by {way}", named(demo_run, "--by", way)) for way in name.WAYS}
