@@ -26,7 +26,7 @@ from saecore.demo.writing import write_shards
 from saecore.methods import DEFAULT_OPTIONS, Options, parse_methods, parse_targets
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.config import ExplainConfig, Models, keeps_results
-from saecore.pipeline.models import check_widths, load_word_targets
+from saecore.pipeline.models import check_latents, check_widths, load_word_targets
 from saecore.pipeline.stages import Decode, Explain
 from saecore.report.preview import write_preview
 from saecore.runs.fit import ENOUGH, Fit
@@ -214,9 +214,8 @@ def configure(arguments: Arguments, loaded: Loaded) -> ExplainConfig:
     most = sae.k if sae.architecture == "topk" else sae.n_latents
     if arguments.k > most:
         raise ValueError(f"--k {arguments.k}: this SAE lets {most} latents fire, so at most that many can be kept")
-    if unknown := [latent for latent in targets.latents if latent >= sae.n_latents]:
-        raise ValueError(f"--targets latents:{unknown[0]}: this SAE has {sae.n_latents} latents, the first is 0")
-    with commands.given_fields(arguments.options):
+    with commands.given_fields(arguments, arguments.options):
+        check_latents(targets, loaded.sae)
         check_fits(loaded.tower, methods, arguments.options)
     config = ExplainConfig(
         clip=loaded.clip_address,
