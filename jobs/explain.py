@@ -26,7 +26,8 @@ from saecore.demo.writing import write_shards
 from saecore.methods import DEFAULT_OPTIONS, Options, parse_methods, parse_targets
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.config import ExplainConfig, Models, keeps_results
-from saecore.pipeline.stages import Decode, Explain, load_models, load_words
+from saecore.pipeline.models import load_models, load_word_targets
+from saecore.pipeline.stages import Decode, Explain
 from saecore.report.preview import write_preview
 from saecore.runs.fit import ENOUGH, Fit
 from saecore.runs.record import Record
@@ -35,7 +36,8 @@ from saecore.spellings import Model, check_same, telling
 from saecore.storage import writing
 
 from . import commands, console, pipeline
-from .summaries import next_steps, outline, refused_images, run_summary
+from .hints import after_explain
+from .summaries import outline, refused_images, run_summary
 
 if TYPE_CHECKING:
     from saecore.sae.model import SAE
@@ -128,7 +130,7 @@ def explain(argv: list[str]) -> int:
     if record.fit.is_poor() and not arguments.allow_poor_fit:
         print(f"kept, but {advice(record.fit, record)}")
         return POOR_FIT
-    print(next_steps(arguments.out))
+    print(after_explain(arguments.out, record.clip))
     return 0
 
 
@@ -202,7 +204,7 @@ def load(arguments: Arguments) -> Loaded:
 
 def configure(arguments: Arguments, loaded: Loaded) -> ExplainConfig:
     """What replicas are told, but for their device; ValueError for what these models cannot do."""
-    from saecore.pipeline.inference import check_fits
+    from saecore.relevance.explain import check_fits
 
     sae, methods, targets = loaded.sae.config, parse_methods(arguments.method), parse_targets(arguments.targets)
     most = sae.k if sae.architecture == "topk" else sae.n_latents
@@ -224,7 +226,7 @@ def configure(arguments: Arguments, loaded: Loaded) -> ExplainConfig:
         options=arguments.options,
         embeddings=arguments.keep_embeddings or arguments.demo,
     )
-    load_words(config, loaded.tower, loaded.sae)  # so that a text tower that cannot be had is told now
+    load_word_targets(config, loaded.tower, loaded.sae)  # so that a text tower that cannot be had is told now
     return config
 
 

@@ -15,6 +15,9 @@ from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
+AGAIN = "the same command starts again"
+"""What a person is told of a command that has done nothing yet."""
+
 
 class Stopped(KeyboardInterrupt):
     """The process was asked to end. A KeyboardInterrupt, so that code that cleans up after Ctrl-C does so for SIGTERM too."""
@@ -71,6 +74,24 @@ def kept() -> Iterator[None]:
             for number, handler in before.items():
                 if handler is not None:  # None: a library set it, and Python cannot set it again
                     signal.signal(number, handler)
+
+
+@contextmanager
+def ending_at_once(line: str) -> Iterator[None]:
+    """Within the block a signal ends the process with one line. For the time before a command has begun: nothing can be lost.
+
+    An exception would not do: modules written in C that are being imported may turn it into one of their own.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        os.write(2, f"{line}\n".encode())
+        end_at_once(number, frame)
+
+    with kept():
+        if threading.current_thread() is threading.main_thread():
+            for each in SIGNALS:
+                signal.signal(each, stop)
+        yield
 
 
 def nobody_reads() -> bool:

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from saecore.methods import DEFAULT_OPTIONS, KEPT, Options, Wanted, dtype_of
+from saecore.methods import DEFAULT_OPTIONS, KEPT, Options, TargetRequest, dtype_of
 
 _SAYS = "fingerprint"
 
@@ -118,7 +118,7 @@ class ExplainConfig(EmbedConfig):
         ),
     )
     """How maps are computed."""
-    targets: Wanted = dataclasses.field(
+    targets: TargetRequest = dataclasses.field(
         default=KEPT,
         metadata=changes_results(
             Part("targets", lambda config, _: config.targets.specs()), Part("concepts", _concepts)

@@ -25,7 +25,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from jobs import commands, explain, pipeline
-from jobs.summaries import next_steps, run_summary
+from jobs.summaries import run_summary
 from saecore import schema
 from saecore.demo import drawing, outlines, scenes, writing
 from saecore.methods import DECOMPOSE, METHODS
@@ -654,13 +654,6 @@ def test_dry_run_says_what_and_writes_nothing(shards: Path, tmp_path: Path, caps
     assert explain.main(command(shards, tmp_path / "run", "--local", "--dry-run", "--limit", "20")) == 0
     assert "would explain 20 images of 2 shards in 3 chunks" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
-
-
-def test_the_query_that_is_printed_can_be_pasted(local_run: Path) -> None:
-    pasted = next_steps(str(local_run)).split("\n\n", 1)[1]
-    said = subprocess.run(["bash", "-c", pasted], capture_output=True, text=True, check=True).stdout
-    assert "strongest_image" in said
-    assert ".jpg" in said
 
 
 def test_duckdb_reads_what_was_written(local_run: Path) -> None:
