@@ -25,7 +25,7 @@ import tyro
 from saecore.demo.writing import write_shards
 from saecore.methods import DEFAULT_OPTIONS, Options, parse_methods, parse_targets
 from saecore.pipeline.clock import Clock
-from saecore.pipeline.config import ExplainConfig, Models, keeps_results
+from saecore.pipeline.config import ExplainConfig, ModelDigests, keeps_results
 from saecore.pipeline.models import load_models, load_word_targets
 from saecore.pipeline.stages import Decode, Explain
 from saecore.report.preview import write_preview
@@ -180,15 +180,15 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
 
 
 class Loaded(NamedTuple):
-    """The models of a run, on the CPU: what they are is asked before replicas load them again."""
+    """The models of a run on the CPU, loaded once to be checked; each replica loads them again."""
 
     clip_address: str
     sae_address: str
     tower: "ImageTower"
     sae: "SAE"
-    digests: Models
+    digests: ModelDigests
     remark: str | None
-    """A sentence where it cannot be told whether the two belong together."""
+    """A sentence if nothing tells whether the two belong together."""
 
 
 def load(arguments: Arguments) -> Loaded:
@@ -199,11 +199,11 @@ def load(arguments: Arguments) -> Loaded:
     named = Model(telling(clip), digest)
     remark = check_same(sae.config.trained_on, address, f"--clip {clip}", named, arguments.any_clip)
     sae.firing_threshold()  # a BatchTopK SAE may have none yet
-    return Loaded(clip, address, tower, sae, Models(digest, sae.sha256()[:16], sae.config.site), remark)
+    return Loaded(clip, address, tower, sae, ModelDigests(digest, sae.sha256()[:16], sae.config.site), remark)
 
 
 def configure(arguments: Arguments, loaded: Loaded) -> ExplainConfig:
-    """What replicas are told, but for their device; ValueError for what these models cannot do."""
+    """The configuration of the replicas, without their device; ValueError for what these models cannot do."""
     from saecore.relevance.explain import check_fits
 
     sae, methods, targets = loaded.sae.config, parse_methods(arguments.method), parse_targets(arguments.targets)
