@@ -66,7 +66,7 @@ class Record:
     session_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     """What that session waited for, see `saecore.runs.durations`."""
     images: int = 0
-    """All images, refused ones too."""
+    """All images, refused images too."""
     refused: dict[str, int] = dataclasses.field(default_factory=dict)
     """Refused images by reason."""
     rows: dict[str, int] = dataclasses.field(default_factory=dict)
