@@ -124,7 +124,7 @@ class Inputs:
         with commands.given("--out"):
             run = run_at(resolved(arguments.out))
         # Of a run that was made of the same inputs, `begin_run` judges what is missing now.
-        is_known = run is not None and run.record().config.get("images") == self.images
+        is_known = run is not None and run.record().inputs == self.images
         self.shards = list_shards(images, say=print, may_lack=is_known)
 
     @functools.cached_property

@@ -111,6 +111,31 @@ class Record:
         return str(self.config.get("sae", ""))
 
     @property
+    def clip_sha256(self) -> str:
+        """The first digits of the SHA-256 of the CLIP, empty if the record does not say; `sae_sha256` of the SAE."""
+        return str(self.parts.get("clip", ""))
+
+    @property
+    def sae_sha256(self) -> str:
+        """See `clip_sha256`."""
+        return str(self.parts.get("sae", ""))
+
+    @property
+    def given_site(self) -> str:
+        """Where the SAE reads as the command said it, empty if it left that to the SAE's files."""
+        return str(self.config.get("site", ""))
+
+    @property
+    def inputs(self) -> list[str]:
+        """The images as the command named them."""
+        return list(self.config.get("images", []))
+
+    @property
+    def dtype(self) -> str:
+        """The precision of the tower."""
+        return str(self.parts.get("dtype", ""))
+
+    @property
     def methods(self) -> list[str]:
         """How maps were computed, empty if there are none."""
         return list(self.config.get("methods", []))
