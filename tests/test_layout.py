@@ -4,6 +4,7 @@ Each rule is tried on a planted import that breaks it: a rule that cannot fail h
 """
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ GROUND = [
     "saecore.hub",
     "saecore.spellings",
     "saecore.numbering",
+    "saecore.heatmaps",
 ]
 """What every wing may stand on, and what stands on nothing but itself."""
 
@@ -151,7 +153,18 @@ def test_no_job_imports_another() -> None:
         assert others <= shared, path
 
 
-SHARED = ["cluster", "commands", "console", "origin", "pipeline", "questions", "signals", "summaries", "terminal"]
+SHARED = [
+    "cluster",
+    "commands",
+    "console",
+    "hints",
+    "origin",
+    "pipeline",
+    "questions",
+    "signals",
+    "summaries",
+    "terminal",
+]
 """What jobs share; the other files of jobs/ are commands."""
 
 JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("[a-z]*.py") if path.stem not in SHARED)
@@ -176,8 +189,7 @@ def test_the_house_can_be_seen_at_a_glance() -> None:
 
 
 TO_SPLIT = {
-    "saecore.images.chunks", "saecore.report.views",
-    "saecore.sae.model", "saecore.training.embeddings", "jobs.pipeline",
+    "saecore.images.chunks", "saecore.sae.model", "saecore.training.embeddings",
 }  # fmt: skip
 
 
@@ -194,3 +206,55 @@ def test_packages_re_export_nothing() -> None:
     for folder in ("saecore", "jobs", "benchmarks", "tests"):
         for path in (ROOT / folder).rglob("__init__.py"):
             assert path.read_text().strip() == "", path
+
+
+FLAG = re.compile(r"(?<![\w<!-])--[a-z][a-z-]*")
+
+
+def flags_in(path: Path) -> list[str]:
+    """Flags in the texts of a file: strings and docstrings of a module, all of a template or script."""
+    if path.suffix != ".py":
+        return FLAG.findall(path.read_text())
+    nodes = ast.walk(ast.parse(path.read_text()))
+    texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return [flag for text in texts for flag in FLAG.findall(text)]
+
+
+ALLOWED = {
+    "saecore/images/columns.py",
+    "saecore/images/listing.py",
+    "saecore/methods.py",
+    "saecore/naming/names.py",
+    "saecore/pipeline/inference.py",
+    "saecore/pipeline/stages.py",
+    "saecore/runs/card.py",
+    "saecore/runs/run.py",
+    "saecore/sae/checkpoints.py",
+    "saecore/sae/embedding_formats.py",
+    "saecore/sae/model.py",
+    "saecore/sae/sites.py",
+    "saecore/spellings.py",
+    "saecore/towers/clip.py",
+    "saecore/towers/text.py",
+    "saecore/training/embeddings.py",
+    "saecore/training/loop.py",
+    "saecore/training/recipe.py",
+}
+"""Files of the library that still name flags."""
+
+
+def test_the_library_knows_no_flags() -> None:
+    """It names the thing that is wrong or missing; jobs know by which flag it was given."""
+    files = [path for ending in ("*.py", "*.html", "*.js") for path in (ROOT / "saecore").rglob(ending)]
+    speaking = {path.relative_to(ROOT).as_posix(): flags for path in files if (flags := flags_in(path))}
+    assert {file: flags for file, flags in speaking.items() if file not in ALLOWED} == {}
+
+
+def test_a_planted_flag_is_seen(tmp_path: Path) -> None:
+    python, page = tmp_path / "planted.py", tmp_path / "planted.html"
+    python.write_text(
+        "'''Made by --chunk-size.'''\nx = -1 - -2  # --not-this\nraise ValueError(f\"--out {x} is full\")\n"
+    )
+    page.write_text("<!-- a remark -->\n<code>--serve</code>\n")
+    assert flags_in(python) == ["--chunk-size", "--out"]
+    assert flags_in(page) == ["--serve"]

@@ -96,7 +96,7 @@ def read_index(uri: str, fingerprint: str) -> Index | None:
         held: dict[str, Any] = json.loads(stream.read())
     if held["fingerprint"] != fingerprint or held["version"] != VERSION:
         raise ValueError(
-            f"{uri}/{ROWS} indexes another run, or is of another version; remove it, or make it again: --rebuild"
+            f"{uri}/{ROWS} is the index of another run, or of another version: remove it, or make it again"
         )
     return Index(**{**held, "segments": [_segment(segment) for segment in held["segments"]]})
 

@@ -20,10 +20,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from saecore import heatmaps
 from saecore.query import by_latent, histograms, search
 from saecore.query.by_latent import MAP, SHOWN
 from saecore.query.contrast import contrast
-from saecore.query.maps import Maps
+from saecore.query.maps import ImageMaps
 from saecore.query.tables import Tables
 from saecore.runs.latents import lookup
 from saecore.runs.record import Record, read_complete
@@ -54,9 +55,8 @@ def open(uri: str) -> "Results":  # noqa: A001 - `results.open` is what it is
 def decode(table: pa.Table, grid: tuple[int, int]) -> np.ndarray:
     """Rows with the columns `map` and `scale` -> float32 (rows, H, W) in pre-activation units; NaN where there is no map."""
     blank = bytes(grid[0] * grid[1])
-    maps = np.frombuffer(b"".join(one or blank for one in table["map"].to_pylist()), np.int8)
-    scales = table["scale"].to_numpy().astype(np.float32)
-    return maps.reshape(table.num_rows, *grid) * scales[:, None, None]
+    stored = b"".join(one or blank for one in table["map"].to_pylist())
+    return heatmaps.decode(stored, table["scale"].to_numpy(), (table.num_rows, *grid))
 
 
 class Results:
@@ -177,13 +177,13 @@ class Results:
     # ---- One text or concept.
 
     def label(self, target: str) -> str:
-        """A text or concept as MAPS has it, from any spelling that --targets takes; ValueError if it is not the run's."""
+        """A text or concept as MAPS has it, from any spelling that jobs.explain takes; ValueError if it is not the run's."""
         labels = {_spelling(label): label for label in reversed(self.targets)}
         if target in self.targets:
             return target
         if _spelling(target) not in labels:
-            known = "; ".join(self.targets) or "none: jobs.explain --targets kept 'text:A PHRASE' makes maps of one"
-            raise ValueError(f"target {target}: this run's, beside latents, are {known}")
+            known = "; ".join(self.targets) or "nothing"
+            raise ValueError(f"target {target}: besides latents, this run explains {known}")
         return labels[_spelling(target)]
 
     def values_of(self, target: str, n: int | None = None) -> pa.Table:
@@ -249,7 +249,7 @@ class Results:
         found = self.tables.rows("activations", [self.image_id(image)], ("rank", "latent", *STRENGTH))
         return self._named(found.drop_columns("image_id").sort_by("rank"))
 
-    def maps(self, image: int | str, method: str | None = None) -> Maps:
+    def maps(self, image: int | str, method: str | None = None) -> ImageMaps:
         """Its relevance maps by one method."""
         by_method = pc.field("method") == self._method(method)
         columns = ("latent", "target", "method", "map", "scale", "remainder")
@@ -259,7 +259,7 @@ class Results:
         ranks = lookup(found.select(["latent"]), kept, "latent")["rank"]
         found = found.take(pc.sort_indices(pc.fill_null(ranks, np.iinfo(np.int16).max)))
         latents, targets, methods = (found[name].to_pylist() for name in ("latent", "target", "method"))
-        return Maps(decode(found, self.grid), latents, targets, methods, found["remainder"].to_numpy())
+        return ImageMaps(decode(found, self.grid), latents, targets, methods, found["remainder"].to_numpy())
 
     # ---- All latents.
 

@@ -123,7 +123,6 @@ class Tables:
         return read_plan(self.uri)
 
     @functools.cached_property
-    @functools.cached_property
     def numbering(self) -> Numbering:
         """The numbers and places of the run's images."""
         return Numbering(self.plan)

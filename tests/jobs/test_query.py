@@ -281,7 +281,7 @@ def test_compare_shows_both_ends(run: str, capsys: pytest.CaptureFixture[str]) -
         (["query", "image", "{run}", "z.jpg"], "image z.jpg"),
         (["query", "image", "{run}", "9" * 23], "image 99999999999999999999999: this run has none of that key"),
         (["query", "image", "{run}", "7"], "image 7: this run has none of that number"),
-        (["query", "target", "{run}", "text:y"], "target text:y: this run's, beside latents, are text: x"),
+        (["query", "target", "{run}", "text:y"], "target text:y: besides latents, this run explains text: x"),
         (["query", "histogram", "{run}", "0", "--bins", "10001"], "--bins 10001: must be at most 10,000"),
         (["query", "find", "{run}", " "], "WORDS is empty"),
         (["query", "compare", "{run}", ""], "CONDITION is empty"),

@@ -121,7 +121,8 @@ def test_the_same_command_again_does_nothing(tmp_path: Path, capsys: pytest.Capt
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     capsys.readouterr()
     indexed(uri)
-    assert capsys.readouterr().out == f"{uri} is indexed: nothing to do\n"
+    said = f"{uri} is indexed: nothing to do\nnext          python -m jobs.name --run {uri}\n"
+    assert capsys.readouterr().out == said
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     # Nor does it when it was stopped between the index and the statistics, but for these.
     (tmp_path / "run" / "latents.parquet").unlink()
@@ -163,7 +164,7 @@ def test_the_index_of_another_run_is_refused(tmp_path: Path, capsys: pytest.Capt
     uri = grown(tmp_path / "run", 64)
     held = indexed(uri)
     by_latent.write_index(uri, dataclasses.replace(held, fingerprint="another", segments=held.segments))
-    with pytest.raises(ValueError, match="indexes another run"):
+    with pytest.raises(ValueError, match="is the index of another run"):
         results.open(uri)
     assert "--rebuild" in mistake(index.main, ["--run", uri], capsys)
     assert indexed(uri, "--rebuild").segments == held.segments

@@ -65,7 +65,7 @@ def test_top_images_of_a_text(run: Results) -> None:
     for spelling in ("text:x", "text:  x", " text : x ", "text:\tx\n"):
         assert run.top_images_of(spelling, 3, method="chefer", maps=True).equals(found)
     for unknown in ("red", "x", "concept: x", "text: y", "text:", ""):
-        with pytest.raises(ValueError, match=f"target {unknown}: this run's, beside latents, are text: x"):
+        with pytest.raises(ValueError, match=f"target {unknown}: besides latents, this run explains text: x"):
             run.top_images_of(unknown)
     with pytest.raises(ValueError, match="method legrad: this run has maps by contrib, chefer"):
         run.top_images_of("text: x", method="legrad", maps=True)
