@@ -1,6 +1,7 @@
 """What every command is: arguments that are checked, mistakes told in one sentence, an end in good order."""
 
 import dataclasses
+import inspect
 import os
 import re
 import shlex
@@ -9,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 import tyro
 
@@ -17,6 +18,9 @@ from saecore import storage
 from saecore.storage import WriteError, check_address
 
 from . import signals
+
+DEFAULTS = dict.fromkeys(("", "''", "False", "None"), "") | {"True": "(done unless this flag is given)"}
+"""Defaults -> what help says of them, where that is not the value."""
 
 E = TypeVar("E", bound=BaseException)
 
@@ -92,9 +96,18 @@ IS_INSTALLED = __name__.startswith("relmap.")
 """Whether this folder was imported as the package `relmap`, and not as `jobs` of a checkout."""
 
 
+CHECKOUT = "python -m jobs."
+"""Begins what a command is called in a checkout."""
+
+
 def program(name: str) -> str:
     """What a command is called: `relmap explain`, or `python -m jobs.explain` where that was called."""
-    return f"relmap {name}" if IS_INSTALLED else f"python -m jobs.{name}"
+    return f"relmap {name}" if IS_INSTALLED else f"{CHECKOUT}{name}"
+
+
+def called(name: str, *words: str) -> str:
+    """A command line as files keep it, for whoever reads them."""
+    return f"{program(name)} {shlex.join(words)}"
 
 
 def line(name: str, *words: str) -> str:
@@ -140,12 +153,66 @@ def at_least(arguments: Any, **least: float) -> None:
             raise ValueError(f"{flag(name)} {getattr(arguments, name)}: must be at least {value}")
 
 
-def parse(kind: type[A], argv: list[str], module: str) -> A:
-    """The command line's arguments; SystemExit 2 for one that does not exist, ValueError for one that cannot be."""
-    arguments = tyro.cli(kind, args=argv, prog=f"python -m {module}", config=(tyro.conf.FlagCreatePairsOff,))
+def parse(kind: type[A], argv: list[str], name: str) -> A:
+    """The command line's arguments; SystemExit 2 for one that does not exist, ValueError for one that cannot be.
+
+    --help shows the first lines of the class, the examples in the head of its module, and what the fields say.
+    """
+    arguments = tyro.cli(
+        kind,
+        args=argv,
+        prog=program(name),
+        description="\n\n".join([inspect.cleandoc(kind.__doc__ or ""), *examples(kind)]),
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff),
+        registry=help_rules(),
+    )
     check_addresses(arguments)
     arguments.check()
     return arguments
+
+
+def examples(kind: type) -> list[str]:
+    """The command lines in the head of the module of a class, under one title; none if there are none."""
+    head = sys.modules[kind.__module__].__doc__ or ""
+    lines = [line for line in head.splitlines() if line.startswith(f"    {CHECKOUT}")]
+    if IS_INSTALLED:
+        lines = [line.replace(CHECKOUT, "relmap ", 1) for line in lines]
+    return ["\n".join(["Examples:", *lines])] if lines else []
+
+
+def help_rules() -> tyro.constructors.ConstructorRegistry:
+    """tyro's rules, and two of our own.
+
+    Flags that the first lines of a class name come first, in their order there. Help omits a default that says nothing, such as
+    `(default: '')`.
+    """
+    registry = tyro.constructors.ConstructorRegistry()
+    inside = False
+
+    def shown(default: str) -> str:
+        return DEFAULTS.get(default, f"(default: {default})")
+
+    @registry.struct_rule
+    def rule(
+        info: tyro.constructors.StructTypeInfo,
+    ) -> tyro.constructors.StructConstructorSpec | None:
+        nonlocal inside
+        if inside or not dataclasses.is_dataclass(info.type):
+            return None
+        inside = True  # so that tyro's own rule is the one that answers
+        try:
+            spec = registry.get_struct_spec(info)
+        finally:
+            inside = False
+        if not isinstance(spec, tyro.constructors.StructConstructorSpec):
+            return None
+        quiet = tyro.conf.arg(help_behavior_hint=shown)
+        named = re.findall(r"--[a-z-]+", info.type.__doc__ or "")
+        order = sorted(spec.fields, key=lambda field: [*named, flag(field.name)].index(flag(field.name)))
+        fields = [dataclasses.replace(field, type=Annotated[field.type, quiet]) for field in order]
+        return dataclasses.replace(spec, fields=tuple(fields))
+
+    return registry
 
 
 def check_addresses(arguments: Any) -> None:

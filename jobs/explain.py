@@ -53,7 +53,10 @@ DEMO_SCENES, DEMO_SHARDS = 512, 4
 
 @dataclasses.dataclass(frozen=True)
 class Arguments(pipeline.Arguments):
-    """Images to latents and relevance maps."""
+    """Images to latents and relevance maps.
+
+    Needs --images, --clip and --sae, or --demo in place of these three; and --out.
+    """
 
     # Those that have their names in `ExplainConfig` say there whether they change results.
     sae: str = ""
@@ -105,7 +108,7 @@ def explain(argv: list[str]) -> int:
     """Check everything, run what is pending, say what came of it."""
     clock = Clock()
     with commands.mistakes():
-        arguments = commands.parse(Arguments, argv, "jobs.explain")
+        arguments = commands.parse(Arguments, argv, "explain")
     with console.quiet() as log:
         with commands.mistakes():
             job = prepare(arguments, argv)
@@ -165,7 +168,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
         print(outline(inputs.plan, "explain", arguments.out, in_words(config, loaded)))
         return None
     parts = pipeline.fingerprint_parts(inputs, config, loaded.digests)
-    made_by = pipeline.made_by("jobs.explain", argv, config, inputs, pool) | {
+    made_by = pipeline.made_by("explain", argv, config, inputs, pool) | {
         "grid": list(loaded.tower.grid),
         "n_latents": loaded.sae.config.n_latents,
         "sae": loaded.sae.describe(),

@@ -48,7 +48,10 @@ SAMPLE_IMAGES = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Names for the latents of an SAE."""
+    """Names for the latents of a run, or of an SAE: words of a vocabulary.
+
+    Needs --run, or else --sae, --clip and --out; and --vocabulary, unless the CLIP is `demo`.
+    """
 
     run: str = ""
     """A complete run of jobs.explain, local or at an address: its latents.parquet gets the names."""
@@ -120,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def name(argv: list[str]) -> int:
     """Check everything, find names, write them, say what came of it."""
     with commands.mistakes():
-        arguments = commands.parse(Arguments, argv, "jobs.name")
+        arguments = commands.parse(Arguments, argv, "name")
     with console.quiet() as log:
         with commands.mistakes():
             check_place(arguments)
