@@ -5,10 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test quick check format bench clean
 
 demo: .venv/.installed
-	$(BIN)/python -m jobs.explain --demo --out runs/demo
-	$(BIN)/python -m jobs.index --run runs/demo
-	$(BIN)/python -m jobs.name --run runs/demo
-	$(BIN)/python -m jobs.report --run runs/demo
+	$(BIN)/relmap run --demo --out runs/demo
 
 test: check
 	$(BIN)/python -m pytest
@@ -40,4 +37,4 @@ bench: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv runs build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar
 
@@ -131,6 +132,25 @@ def _typed(path: Path) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
+@contextmanager
+def followed() -> Iterator[None]:
+    """Commands that are called inside propose no command that comes next: their caller calls it."""
+    token = _is_followed.set(True)
+    try:
+        yield
+    finally:
+        _is_followed.reset(token)
+
+
+_is_followed = ContextVar("is_followed", default=False)
+
+
+def propose(text: str) -> None:
+    """Print what to do next, unless the caller does that."""
+    if not _is_followed.get():
+        print(text)
+
+
 class Checked(Protocol):
     """A job's arguments."""
 
@@ -144,6 +164,20 @@ A = TypeVar("A", bound=Checked)
 def flag(field: str) -> str:
     """The flag that tyro makes of a field: `batch_size` is `--batch-size`."""
     return "--" + field.replace("_", "-")
+
+
+def words(arguments: Any, kind: Any) -> list[str]:
+    """The command line that gives the fields of one class their values; `parse` turns it back. Defaults are omitted."""
+    line: list[str] = []
+    for field in dataclasses.fields(kind):
+        value = getattr(arguments, field.name)
+        if dataclasses.is_dataclass(value):
+            line += words(value, value)
+        elif isinstance(value, bool):
+            line += [flag(field.name if value else f"no_{field.name}")] if value != field.default else []
+        elif value != field.default:
+            line += [flag(field.name), *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return line
 
 
 def at_least(arguments: Any, **least: float) -> None:

@@ -129,7 +129,7 @@ def explain(argv: list[str]) -> int:
     if record.fit.is_poor() and not arguments.allow_poor_fit:
         print(f"kept, but {advice(record.fit, record)}")
         return POOR_FIT
-    print(after_explain(arguments.out, record.clip))
+    commands.propose(after_explain(arguments.out, record.clip))
     return 0
 
 

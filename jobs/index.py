@@ -83,7 +83,7 @@ def index(argv: list[str]) -> int:
     elif held is before:
         print(f"{arguments.run} is indexed: nothing to do")
     card.write(arguments.run, record)
-    print(after_index(arguments.run))
+    commands.propose(after_index(arguments.run))
     return 0
 
 

@@ -31,6 +31,7 @@ from saecore.training.embeddings import open_embeddings
 from saecore.training.survey import draw
 
 from . import commands, console
+from .hints import after_name
 from .summaries import naming_summary
 
 if TYPE_CHECKING:
@@ -138,6 +139,8 @@ def name(argv: list[str]) -> int:
         data = parquet_bytes(table.replace_schema_metadata(metadata), latents.ROW_GROUP_ROWS)
         write_atomic(arguments.out, data)
     print(naming_summary(table, job.made_by, arguments.run, arguments.out))
+    if job.run:
+        commands.propose(after_name(arguments.run))
     return 0
 
 
