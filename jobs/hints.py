@@ -10,6 +10,8 @@ from saecore.report.pages import EXPLORER
 from saecore.runs import latents
 from saecore.storage import join_uri, split_settings
 
+from . import commands
+
 JOBS = {"Names": "name", "Index": "index"}
 """The job that adds to a run, by `Holding.what`."""
 
@@ -22,8 +24,7 @@ RENAMED = {"--embeddings": "--keep-embeddings"}
 
 def about(uri: str, job: str) -> str:
     """A command about the run at `uri`. Pages of one at an address need a local folder."""
-    more = " --out report" if job == "report" and "://" in uri else ""
-    return f"python -m jobs.{job} --run {shlex.quote(uri)}{more}"
+    return commands.line(job, "--run", uri, *(("--out", "report") if job == "report" and "://" in uri else ()))
 
 
 def after_explain(uri: str, clip: str) -> str:
@@ -43,7 +44,7 @@ def after_explain(uri: str, clip: str) -> str:
 def after_index(uri: str) -> str:
     """What to do with an indexed run: give its latents names, or ask for one by its name."""
     named = "name" in (latents.read(uri) or pa.table({})).column_names
-    return f"next          {f'python -m jobs.query latents {shlex.quote(uri)}' if named else about(uri, 'name')}"
+    return f"next          {commands.line('query', 'latents', uri) if named else about(uri, 'name')}"
 
 
 def after_name(uri: str) -> str:
@@ -57,10 +58,10 @@ def hints(run: Results) -> dict[str, str]:
     Settings of an address are omitted: they may hold what nobody else should read.
     """
     place = split_settings(run.uri)[0]
-    lines = {EXPLORER: f"python -m jobs.report --run {shlex.quote(place)} --serve"}
+    lines = {EXPLORER: commands.called("report", "--run", place, "--serve")}
     for one in holdings(run):
         if one.missing and one.what in JOBS:
-            lines[one.what] = about(place, JOBS[one.what])
+            lines[one.what] = commands.called(JOBS[one.what], "--run", place)
         elif one.missing and run.record.command:
             values = [",".join(one.complete)] if one.what == "Methods" else one.complete
             lines[one.what] = _again(run.record.command, SETTINGS[one.what], *values)

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def index(argv: list[str]) -> int:
     """Check everything, index what is new, count, say what came of it."""
     with commands.mistakes():
-        arguments = commands.parse(Arguments, argv, "jobs.index")
+        arguments = commands.parse(Arguments, argv, "index")
         record = read_complete(arguments.run)
         before = None if arguments.rebuild else index_before(arguments, record)
         plan = indexing.plan(read_manifest(arguments.run), before, arguments.top, arguments.segments)
@@ -83,7 +83,7 @@ def index(argv: list[str]) -> int:
     elif held is before:
         print(f"{arguments.run} is indexed: nothing to do")
     card.write(arguments.run, record)
-    print(after_index(arguments.run))
+    commands.propose(after_index(arguments.run))
     return 0
 
 

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make(argv: list[str]) -> int:
     """Open the run, then write its pages or serve them."""
     with commands.mistakes():
-        arguments = commands.parse(Arguments, argv, "jobs.report")
+        arguments = commands.parse(Arguments, argv, "report")
         run = results.open(arguments.run)
     if run.tables.index is None and run.record.rows["activations"] > SLOW_ROWS:
         print(f"this run is large and has no index, which makes pages of latents far faster: {about(run.uri, 'index')}")
