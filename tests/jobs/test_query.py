@@ -1,12 +1,9 @@
-"""The command line, the README's examples word for word, and readers that do not know this package."""
+"""The command line, and readers that do not know this package."""
 
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import duckdb
@@ -267,8 +264,8 @@ def test_compare_shows_both_ends(run: str, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["query", "top", "{run}", "6"], "latent 6: this run's are 0 to 5"),
-        (["query", "top", "{run}", "-1"], "latent -1: this run's are 0 to 5"),
+        (["query", "top", "{run}", "6"], "latent 6: the latents of this run are 0 to 5"),
+        (["query", "top", "{run}", "-1"], "latent -1: the latents of this run are 0 to 5"),
         (["query", "top", "{run}", "sea"], "LATENT sea is no number: did you mean latent 3, sea?"),
         (
             ["query", "cofiring", "{run}", "NAME that"],
@@ -288,7 +285,7 @@ def test_compare_shows_both_ends(run: str, capsys: pytest.CaptureFixture[str]) -
         (["query", "sql", "{run}", "SELECT 1; SELECT 2"], "this is 2 statements, SELECT, SELECT"),
         (
             ["query", "sql", "{run}", "FROM read_text('/etc/hostname')"],
-            "a question is about the tables of the run alone",
+            "a question is about the tables of the run only",
         ),
         (["query", "maps", "{run}", "a.jpg", "--method", "tea"], "method tea"),
         (["query", "compare", "{run}", "wdith > 1"], "wdith"),
@@ -322,30 +319,6 @@ def test_every_table_in_every_reader(local_run: Path, tmp_path: Path) -> None:
         }
         assert columns["duckdb"] == columns["pandas"] == columns["polars"], name
         assert len(columns["pandas"]) >= 5
-
-
-def readme(section: str, language: str) -> list[str]:
-    text = (ROOT / "README.md").read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
-    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
-
-
-def test_the_readme_does_what_it_says(
-    local_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Its commands and its Python, word for word, on fewer scenes than `make demo` has."""
-    shutil.copytree(local_run, tmp_path / "runs" / "demo")
-    monkeypatch.chdir(tmp_path)
-    (commands,) = readme("Questions to a run", "bash")
-    asked = [shlex.split(line, comments=True) for line in commands.splitlines() if "runs/photos" not in line]
-    assert len(asked) == 9
-    for python, flag, module, *arguments in asked:
-        assert (python, flag) == (".venv/bin/python", "-m")
-        assert JOBS[module.removeprefix("jobs.")].main(arguments) == 0
-    assert "counted       80 latents" in capsys.readouterr().out
-    blocks = readme("Questions to a run", "python")
-    assert len(blocks) == 2
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-W", "error", "-c", "\n".join(blocks)], check=True, env=environment)
 
 
 @pytest.mark.parametrize("name", query.QUESTIONS)
