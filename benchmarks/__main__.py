@@ -210,8 +210,8 @@ class Truth:
     def tell(self) -> None:
         """Measure and print."""
         from benchmarks import truth
-        from saecore.pipeline.inference import check_fits
-        from saecore.pipeline.stages import load_models
+        from saecore.pipeline.models import load_models
+        from saecore.relevance.explain import check_fits
 
         console.hush()
         methods = parse_methods(self.method)

@@ -25,8 +25,8 @@ from saecore.demo.scenes import SEED_EVALUATION, Scene, scenes_of
 from saecore.evaluation import localisation
 from saecore.evaluation.localisation import Mean, mean_over_images
 from saecore.methods import DEFAULT_OPTIONS, METHODS, Options
-from saecore.pipeline.inference import explain
-from saecore.relevance.targets import words_of
+from saecore.relevance.explain import explain_latents
+from saecore.relevance.targets import word_targets
 from saecore.sae.model import SAE
 from saecore.towers.clip import ImageTower
 from saecore.towers.text import embed_texts, load_text_tower
@@ -159,12 +159,12 @@ def measure(
 ) -> Found:
     """Maps of every latent that follows a word, and of every colour and shape as a text, in `n_scenes` scenes.
 
-    As many others choose the latents. tower, sae: the demo's. asked: such as `saecore.pipeline.inference.check_fits` lets
+    As many others choose the latents. tower, sae: the demo's. asked: such as `saecore.relevance.explain.check_fits` lets
     pass. tell: told how many scenes went by, batch by batch.
     """
     following = followers(tower, sae, sample(n_scenes, FIRST_CHOSEN))
     latents, texts = torch.tensor(list(following)), [*FACETS["colour"], *FACETS["shape"]]
-    words = words_of(sae, embed_texts(load_text_tower("demo"), texts, BATCH), len(texts), 0, False)
+    words = word_targets(sae, embed_texts(load_text_tower("demo"), texts, BATCH), len(texts), 0, False)
     seen = sample(n_scenes, FIRST_MEASURED)
     fires: list[np.ndarray] = []
     parts: dict[str, list[np.ndarray]] = {row.title: [] for row in asked}
@@ -174,7 +174,7 @@ def measure(
         fires.append(((code.latents == latents[:, None, None]) & (code.activations > 0)).any(-1).T.numpy())
         for options in {row.options: None for row in asked}:  # one forward for all that share them
             some = {row.method: row.title for row in asked if row.options == options}
-            maps = explain(tower, sae, pixels, latents.expand(len(pixels), -1), tuple(some), options, words)
+            maps = explain_latents(tower, sae, pixels, latents.expand(len(pixels), -1), tuple(some), options, words)
             for method, title in some.items():
                 parts[title].append(maps[method].relevance.numpy())
         tell(len(pixels))

@@ -168,7 +168,7 @@ def prepare(arguments: Arguments) -> Job:
     """Load what is needed; ValueError for what the user can mend."""
     run = results.open(arguments.run) if arguments.run else None
     if arguments.by == "data" and not has_embeddings(run):
-        raise ValueError("--by data needs a run of jobs.explain --embeddings; --by decoder needs none")
+        raise ValueError("--by data needs a run of jobs.explain --keep-embeddings; --by decoder needs none")
     from saecore.naming import names as naming
     from saecore.towers import text  # and with them PyTorch: --help does without
 
@@ -210,7 +210,7 @@ def prepare(arguments: Arguments) -> Job:
 
 
 def has_embeddings(run: results.Results | None) -> bool:
-    """Whether the run was made with --embeddings, and of some images."""
+    """Whether the run was made with --keep-embeddings, and of some images."""
     return run is not None and run.record.keeps_embeddings and run.n_images > 0
 
 

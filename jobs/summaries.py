@@ -1,5 +1,6 @@
 """What jobs say to a person when they end: what came of the work, how good it is, and what to do next."""
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -8,9 +9,11 @@ import pyarrow.compute as pc
 
 from saecore.runs import durations, latents
 from saecore.runs.record import Record, Unread
+from saecore.runs.refusals import Refusal
 from saecore.storage import join_uri, split_settings
 
 from .hints import after_name
+from .terminal import printable
 
 # ---- Runs.
 
@@ -31,6 +34,20 @@ def run_summary(uri: str, record: Record) -> str:
         lines.append(f"warning       {fit.words()}: does this SAE belong to this model?")
     lines += [f"warning       {said}" for said in _missing(record)]
     return "\n".join([*lines, f"on disk       {sizes} in {uri}"])
+
+
+def refused_images(uri: str, refused: Sequence[Refusal], is_explained: bool = True) -> str:
+    """Which images were refused: of each reason the first few names, and how to ask for all."""
+    lines = []
+    for refusal in refused:
+        names = ", ".join(map(printable, refusal.names)) + (", .." if refusal.images > len(refusal.names) else "")
+        lines.append(f"{refusal.images:,} {refusal.reason}: {names}")
+    if is_explained:
+        query = "SELECT uri, key, error, error_detail FROM images WHERE error IS NOT NULL"
+        lines.append(f'all of them: python -m jobs.query sql {shlex.quote(uri)} "{query}"')
+    else:
+        lines.append(f"all of them: the rows of {uri}/images whose column `error` is not null")
+    return "\n".join(f"{'' if place else 'refused':<14}{line}" for place, line in enumerate(lines))
 
 
 def _missing(record: Record) -> Iterator[str]:

@@ -86,9 +86,9 @@ def explorer(album_run: Path) -> Iterator[str]:
     with subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         said = process.stdout.readline()
-        found = re.search(r"(http://127\.0\.0\.1:\d+)/index\.html", said)
-        assert found is not None, said
-        yield found[1]
+        address = re.search(r"(http://127\.0\.0\.1:\d+)/index\.html", said)
+        assert address is not None, said
+        yield address[1]
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 0
         assert process.stdout.read() == ""
@@ -121,5 +121,5 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def command(images: Path | str, out: Path | str, *more: str) -> list[str]:
     """The arguments of a small run with the embedded models."""
-    fixed = ["--clip", "demo", "--sae", "demo", "--chunk-size", "8", "--embeddings"]
+    fixed = ["--clip", "demo", "--sae", "demo", "--chunk-size", "8", "--keep-embeddings"]
     return ["--images", str(images), "--out", str(out), *fixed, *more]

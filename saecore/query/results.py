@@ -21,10 +21,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from saecore import heatmaps
 from saecore.query import by_latent, histograms, search
 from saecore.query.by_latent import MAP, SHOWN
 from saecore.query.contrast import contrast
-from saecore.query.maps import Maps
+from saecore.query.maps import ImageMaps
 from saecore.query.tables import Tables
 from saecore.runs.latents import lookup
 from saecore.runs.record import Record, read_complete
@@ -55,9 +56,8 @@ def open(uri: str) -> "Results":  # noqa: A001 - `results.open` is what it is
 def decode(table: pa.Table, grid: tuple[int, int]) -> np.ndarray:
     """Rows with the columns `map` and `scale` -> float32 (rows, H, W) in pre-activation units; NaN where there is no map."""
     blank = bytes(grid[0] * grid[1])
-    maps = np.frombuffer(b"".join(one or blank for one in table["map"].to_pylist()), np.int8)
-    scales = table["scale"].to_numpy().astype(np.float32)
-    return maps.reshape(table.num_rows, *grid) * scales[:, None, None]
+    stored = b"".join(one or blank for one in table["map"].to_pylist())
+    return heatmaps.decode(stored, table["scale"].to_numpy(), (table.num_rows, *grid))
 
 
 class Results:
@@ -253,7 +253,7 @@ class Results:
         kept = self.tables.rows("activations", [self.image_id(image)], ("rank", "latent", *STRENGTH))
         return self._named(kept.drop_columns("image_id").sort_by("rank"))
 
-    def maps(self, image: int | str, method: str | None = None) -> Maps:
+    def maps(self, image: int | str, method: str | None = None) -> ImageMaps:
         """An image's relevance maps by one method."""
         by_method = pc.field("method") == self._method(method)
         columns = ("latent", "target", "method", "map", "scale", "remainder")
@@ -263,7 +263,7 @@ class Results:
         ranks = lookup(rows.select(["latent"]), kept, "latent")["rank"]
         rows = rows.take(pc.sort_indices(pc.fill_null(ranks, np.iinfo(np.int16).max)))
         latents, targets, methods = (rows[name].to_pylist() for name in ("latent", "target", "method"))
-        return Maps(decode(rows, self.grid), latents, targets, methods, rows["remainder"].to_numpy())
+        return ImageMaps(decode(rows, self.grid), latents, targets, methods, rows["remainder"].to_numpy())
 
     # ---- All latents.
 

@@ -6,24 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from saecore.methods import CAUSES, DECOMPOSE, UNITS
+from saecore.methods import PRE_ACTIVATION, RECORDS, UNKNOWN
 from saecore.query.histograms import Bins, alike
 from saecore.query.results import Results
 from saecore.report.views import Map, Tile
 from saecore.runs import durations
 from saecore.runs.record import Record
-
-METHODS = {
-    "contrib": "exact contribution of each patch to the CLS token",
-    "contrib_grad": "attention times its exact gradient along the CLS path",
-    "chefer": "Transformer-MM-Explainability's rule",
-    "legrad": "gradient of the target by attention",
-    "gradeclip": "Grad-ECLIP with the model's real heads",
-    "rollout": "gradient-weighted rollout through all layers",
-    "dense": "each patch's own token read by the SAE: an activation, not a cause",
-    "occlusion": "what the target loses when a patch is taken out",
-    "attention": "CLS attention, which knows nothing of the target",
-}
 
 FIGURES = {
     "l0": ("L0", "latents that fire for an image"),
@@ -60,7 +48,7 @@ def label(tile: Tile, one: Map) -> str:
 def caption(one: Map, method: str) -> str:
     """The map's numbers, in words."""
     places = _places(one, lambda value: f" {signed(value)}")
-    if method not in DECOMPOSE:
+    if not RECORDS.get(method, UNKNOWN).decomposes:
         return places
     return f"patches {signed(one.total)}, remainder {signed(one.remainder)}; {places}"
 
@@ -84,13 +72,15 @@ def meaning(method: str, kind: str) -> str:
         return "orange: attention, whatever the target; no units"
     if not has_signs(method):
         return "orange: the target depends on it; no units"
-    colours = "orange adds, blue takes away" if method in CAUSES else "orange above zero, blue below"
+    colours = (
+        "orange adds, blue takes away" if RECORDS.get(method, UNKNOWN).is_cause else "orange above zero, blue below"
+    )
     return f"{colours}; {units(method, kind)}"
 
 
 def units(method: str, kind: str) -> str:
     """The units of a method's values for this kind of target; empty if they have none."""
-    return UNITS.get(method, "").replace("pre-activation units", "cosine" if kind == "text" else "pre-activation units")
+    return RECORDS.get(method, UNKNOWN).units.replace(PRE_ACTIVATION, "cosine" if kind == "text" else PRE_ACTIVATION)
 
 
 def name_unit(row: Mapping[str, Any], naming: Mapping[str, Any]) -> str:
@@ -136,7 +126,7 @@ def value(kind: str) -> str:
 
 def has_signs(method: str) -> bool:
     """Whether a method's maps have values below zero; those with units do."""
-    return method in UNITS
+    return bool(RECORDS.get(method, UNKNOWN).units)
 
 
 class Bar(NamedTuple):

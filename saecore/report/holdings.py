@@ -3,7 +3,7 @@
 import json
 from typing import Any, NamedTuple
 
-from saecore.methods import KEPT, METHODS, Wanted
+from saecore.methods import KEPT, METHODS, TargetRequest
 from saecore.query.results import Results
 
 LISTED = 6
@@ -21,10 +21,10 @@ class Holding(NamedTuple):
     """What a run would have to be made with to hold what is missing: targets, or methods."""
 
 
-def wanted(run: Results) -> Wanted:
+def wanted(run: Results) -> TargetRequest:
     """What the maps of a run explain: latents from run.json, texts and concepts from the maps themselves."""
     config = run.record.config
-    given = Wanted(*config["targets"]) if "targets" in config else KEPT
+    given = TargetRequest(*config["targets"]) if "targets" in config else KEPT
     by_kind = {
         kind: tuple(target.removeprefix(f"{kind}: ") for target in run.targets if target.startswith(f"{kind}: "))
         for kind in ("text", "concept")

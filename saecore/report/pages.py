@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from saecore.methods import DECOMPOSE
+from saecore.methods import DECOMPOSE, RECORDS
 from saecore.query import search
 from saecore.query.finding import find_images, find_targets, index, numbered, strongest_images
 from saecore.report import captions
@@ -146,7 +146,7 @@ class Site:
             charts=charts,
             view=view,
             figures=captions.FIGURES,
-            methods=captions.METHODS,
+            methods={name: method.gives for name, method in RECORDS.items()},
             decompose=DECOMPOSE,
             refused=record.refused,
             holdings=holdings(self.run),

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from saecore import heatmaps
 from saecore.query import histograms
 from saecore.query.by_latent import MAP
 from saecore.query.histograms import Bins
@@ -298,14 +299,14 @@ class Views:
         return maps
 
     def _map(self, row: Mapping[str, Any]) -> Map:
-        steps = np.frombuffer(row["map"], np.int8).astype(int)
-        most_for, against = peaks((steps * row["scale"]).reshape(self.run.grid))
+        relevance = heatmaps.decode(row["map"], row["scale"], self.run.grid)
+        most_for, against = peaks(relevance)
         return Map(
             values=row["map"],
             scale=row["scale"],
             strongest=most_for,
             against=against,
-            total=float(steps.sum()) * row["scale"],
+            total=float(relevance.sum(dtype=np.float64)),
             remainder=row["remainder"],
             sink_share=row["sink_share"],
         )

@@ -7,7 +7,7 @@
 Left out: the table `latents`, which is one file and has writers of its own (`saecore.runs.latents`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 from saecore.storage import filesystem_of, join_uri
 
 TABLES = ("images", "activations", "maps")
-"""All that a run may have; the payload that is written says which it has."""
+"""The tables that a run may have. Which it has follows from the payload that is written."""
 
-# One image's rows should be one small read, a whole table's scan few large ones.
+# The rows of one image should be one small read, the scan of a table few large reads.
 ROW_GROUP_ROWS = {"images": 4096, "activations": 131_072, "maps": 2048}
 
 MANIFEST = pa.schema(
@@ -37,29 +37,29 @@ MANIFEST = pa.schema(
 
 def read_plan(uri: str) -> pa.Table:
     """All chunks of a run (schema.PLAN)."""
-    return _read_parquet(uri, "plan.parquet")
+    return read_file(uri, "plan.parquet")
 
 
 def read_manifest(uri: str) -> pa.Table:
     """Every file of a complete run (MANIFEST)."""
-    return _read_parquet(uri, "manifest.parquet")
+    return read_file(uri, "manifest.parquet")
 
 
 def of_chunks(manifest: pa.Table, chunk_ids: np.ndarray) -> pa.Table:
-    """The rows of a manifest that are of some chunks."""
+    """The rows of a manifest that belong to some chunks."""
     return manifest.filter(pc.is_in(manifest["chunk_id"], pa.array(chunk_ids, pa.int64())))
 
 
 def open_dataset(uri: str, table: str, manifest: pa.Table | None = None) -> pyarrow.dataset.Dataset:
-    """One table of a complete run, `images`, `activations` or `maps`, through its manifest, or those rows of it."""
-    held = read_manifest(uri) if manifest is None else manifest
+    """One table of a complete run (`images`, `activations` or `maps`), or the part in some rows of its manifest."""
+    files = read_manifest(uri) if manifest is None else manifest
     filesystem, root = filesystem_of(uri)
-    names = held.filter(pc.equal(held["table"], table))["path"].to_pylist()
+    names = files.filter(pc.equal(files["table"], table))["path"].to_pylist()
     return pyarrow.dataset.dataset([f"{root}/{name}" for name in names], filesystem=filesystem, format="parquet")
 
 
 def scan_table(uri: str, table: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """Some columns of a complete run's table, in the order of its chunks and of the images in each, a few rows at a time."""
+    """Some columns of a table of a complete run, in the order of the chunks and of their images, a row group at a time."""
     manifest = read_manifest(uri)
     for name in manifest.filter(pc.equal(manifest["table"], table))["path"].to_pylist():
         filesystem, path = filesystem_of(join_uri(uri, name))
@@ -73,9 +73,10 @@ def chunk_file(table: str, chunk_id: int) -> str:
 
 
 def parquet_bytes(table: pa.Table, row_group_rows: int) -> pa.Buffer:
-    """Parquet in memory (a chunk's file is a few MB), so that it is hashed and written in one piece.
+    """A Parquet file in memory (a chunk's file is a few MB), so that it is hashed and written in one piece.
 
-    Floats byte-stream-split and ids as differences: the demo's activations are 37 % smaller than by default, its maps 9 %.
+    Floats are byte-stream-split and ids are stored as differences: the demo's activations are 37 % smaller than by default, its
+    maps 9 %.
     """
     encodings = {pa.float32(): "BYTE_STREAM_SPLIT", pa.int64(): "DELTA_BINARY_PACKED"}
     encoded = {field.name: encodings[field.type] for field in table.schema if field.type in encodings}
@@ -93,6 +94,7 @@ def parquet_bytes(table: pa.Table, row_group_rows: int) -> pa.Buffer:
     return sink.getvalue()
 
 
-def _read_parquet(uri: str, name: str) -> pa.Table:
+def read_file(uri: str, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """One Parquet file below the run: all of it, or some columns."""
     filesystem, path = filesystem_of(join_uri(uri, name))
-    return pq.read_table(path, filesystem=filesystem)
+    return pq.read_table(path, columns=None if columns is None else list(columns), filesystem=filesystem)

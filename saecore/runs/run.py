@@ -1,16 +1,18 @@
-"""A run folder: plan, fingerprint, chunk files, commit records, manifest; how it is resumed, finished and read.
+"""A run folder: plan, fingerprint, chunk files, commit records, manifest; how a run is begun, resumed and finished.
 
-    RUN/run.json           what made it, and, once complete, what came of it
+    RUN/run.json           what made it and what came of it (`saecore.runs.record`)
     RUN/plan.parquet       the chunks (schema.PLAN)
-    RUN/images/ activations/ maps/     chunk-00000017.parquet in each; without maps, `images` alone
+    RUN/images/ activations/ maps/     chunk-00000017.parquet in each; runs of jobs.embed have only `images`
     RUN/commits/           chunk-00000017.json
     RUN/manifest.parquet   every file of a complete run, with rows, bytes and sha256
     RUN/README.md          its dataset card (`saecore.runs.card`)
 
 A chunk is done if and only if its commit record is valid: it can be read, carries this run's fingerprint, and the files it
 names are there in the size it says. Names follow from the chunk id, files appear whole under their final name or not at
-all, and the record comes last: a worker may die anywhere, or run twice, and readers see each image once. Resuming is the
-plan less the valid records. Works on any pyarrow filesystem.
+all, and the record comes last: a worker may die anywhere, or run twice, and readers see each image once. A resumed run works on
+the chunks of the plan that have no valid record. All of this works on any pyarrow filesystem.
+
+A run is opened for writing by `open_run` and for reading by `saecore.runs.record.read_complete`.
 
 Left out: a lock. Two jobs with one fingerprint on one folder do the work twice and write the same files.
 """
@@ -39,7 +41,7 @@ from saecore.runs.record import Record, Unread, from_document, read_record, writ
 from saecore.storage import check_writable, filesystem_of, join_uri, reason, write_atomic
 
 _RECORD_READERS = 32
-"""Threads that read commit records: one is a round trip on an object store."""
+"""Threads that read commit records: on an object store each record is a round trip."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,17 +51,17 @@ class Commit:
     chunk_id: int
     fingerprint: str
     images: int
-    """All images of the chunk, refused ones too."""
+    """All images of the chunk, refused images too."""
     refused: dict[str, int]
     """Refused images by reason."""
     completeness: float | None
-    """Worst completeness error of the chunk's maps; None where none are made."""
+    """Worst completeness error of the chunk's maps; None if the chunk has none."""
     seconds: dict[str, float]
-    """Time in each step."""
+    """Seconds by step."""
     files: list[dict[str, Any]]
     """The MANIFEST rows of the chunk, without chunk_id."""
     fit: tuple[int, int] = (0, 0)
-    """`saecore.runs.fit.Fit` of the chunk's images; records from before it was counted have none."""
+    """`saecore.runs.fit.Fit` of the chunk's images. Old records, from before it was counted, lack it."""
 
 
 def fingerprint(parts: Mapping[str, Any]) -> str:
@@ -77,7 +79,7 @@ def listing_hash(shards: Iterable[tuple[Any, ...]]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """An open run. Small enough to travel to every worker."""
+    """A run that is open for writing. Small enough to travel to every worker."""
 
     uri: str
     parts: dict[str, Any]
@@ -95,8 +97,8 @@ class Run:
         }
         names = [info.base_name for info in _listing(join_uri(self.uri, "commits")) if info.base_name.endswith(".json")]
         with ThreadPoolExecutor(_RECORD_READERS) as pool:
-            found = pool.map(lambda name: self._commit(name, sizes), sorted(names))
-            return [commit for commit in found if commit is not None]
+            commits = pool.map(lambda name: self._commit(name, sizes), sorted(names))
+            return [commit for commit in commits if commit is not None]
 
     def _commit(self, name: str, sizes: Mapping[str, int]) -> Commit | None:
         try:
@@ -123,17 +125,17 @@ class Run:
             write_atomic(join_uri(self.uri, path), data)
             digest = hashlib.sha256(data).hexdigest()
             files.append({"table": name, "path": path, "rows": table.num_rows, "bytes": len(data), "sha256": digest})
-        errors = [error for error in payload["error"].to_pylist() if error is not None]
+        reasons = [error for error in payload["error"].to_pylist() if error is not None]
         worst = None
         if "completeness" in payload.column_names:
-            errors_found = payload["completeness"].drop_null().to_pylist()
+            completeness = payload["completeness"].drop_null().to_pylist()
             # NaN: the method's maps are no decomposition, and nothing has to add up.
-            worst = None if any(map(math.isnan, errors_found)) else max(errors_found, default=0.0)
+            worst = None if any(map(math.isnan, completeness)) else max(completeness, default=0.0)
         commit = Commit(
             chunk_id=chunk_id,
             fingerprint=self.fingerprint,
             images=payload.num_rows,
-            refused=dict(Counter(errors)),
+            refused=dict(Counter(reasons)),
             completeness=worst,
             seconds={**seconds, "write": time.perf_counter() - started},
             files=files,
@@ -144,9 +146,9 @@ class Run:
         return commit
 
     def pending(self, commits: Iterable[Commit] | None = None) -> pa.Table:
-        """The chunks without a valid commit record; `commits` are those that there are, if they are read already."""
-        found = self.commits() if commits is None else commits
-        done, plan = pa.array([commit.chunk_id for commit in found], pa.int64()), self.plan()
+        """The chunks without a valid commit record; `commits` are the valid records, if they have been read already."""
+        valid = self.commits() if commits is None else commits
+        done, plan = pa.array([commit.chunk_id for commit in valid], pa.int64()), self.plan()
         return plan.filter(pc.invert(pc.is_in(plan["chunk_id"], done)))
 
     def record(self) -> Record:
@@ -216,7 +218,7 @@ def unread(plan: pa.Table, commits: Iterable[Commit]) -> tuple[Unread | None, Un
     lost = Counter[str]()
     for commit in commits:
         chunk = chunks[commit.chunk_id]
-        # One row of a shard that the plan found damaged stands for what lies behind the damage.
+        # Of a shard that was damaged when it was planned, one row stands for whatever follows the damage.
         gone = commit.refused.get("damaged-shard", 0) - (chunk["damage"] is not None)
         gone += commit.refused.get("missing-file", 0)
         lost.update({chunk["uri"]: gone} if gone > 0 else {})
@@ -227,15 +229,15 @@ def unread(plan: pa.Table, commits: Iterable[Commit]) -> tuple[Unread | None, Un
 
 
 def fit_of(commits: Iterable[Commit]) -> Fit:
-    """How well the SAE reconstructs all their images together."""
+    """The fit of the SAE to the images of these chunks together."""
     return functools.reduce(Fit.plus, (Fit(*commit.fit) for commit in commits), Fit())
 
 
 def open_run(uri: str, parts: dict[str, Any], made_by: dict[str, Any], make_plan: Callable[[], pa.Table]) -> Run:
-    """Start a run in an empty or new folder, or take up the one that is there.
+    """Begin a run in an empty or new folder, or resume the run that the folder holds.
 
-    `parts` is what the fingerprint is made of; `made_by` goes into run.json beside it; `make_plan` is called for a new run
-    only. ValueError if the folder holds a run with another fingerprint (the sentence names what differs), or anything else.
+    The fingerprint is made of `parts`; `made_by` holds further fields of the record; `make_plan` is called only for a new run.
+    ValueError if the folder holds a run with another fingerprint (the sentence names what differs), or anything else.
     """
     run = Run(uri, parts, fingerprint(parts))
     if not holds_run(uri):
@@ -248,7 +250,7 @@ def open_run(uri: str, parts: dict[str, Any], made_by: dict[str, Any], make_plan
 
 
 def run_at(uri: str) -> Run | None:
-    """The run that a folder holds, as it was made; None if there is none; ValueError as of `holds_run`."""
+    """The run that a folder holds, complete or not; None if it holds none; ValueError as in `holds_run`."""
     if not holds_run(uri):
         return None
     parts = read_record(uri).parts
@@ -256,44 +258,37 @@ def run_at(uri: str) -> Run | None:
 
 
 def holds_run(uri: str) -> bool:
-    """Whether there is a run at `uri`; ValueError if something else is: other files, or a file instead of a folder."""
+    """Whether there is a run at `uri`; ValueError if there is something else: other files, or a file instead of a folder."""
     try:
         names = {info.base_name for info in _listing(uri)}
     except OSError as error:
-        raise ValueError(f"--out {uri} is no folder that can be read: {reason(error)}") from error
-    # These alone are a start that was interrupted, or refused.
+        raise ValueError(f"{uri} is no folder that can be read: {reason(error)}") from error
+    # A folder that holds only these is the beginning of a run that was interrupted, or refused.
     started = {"plan.parquet", "run.log"} | {name for name in names if name.startswith(".")}
     if "run.json" not in names and names - started:
-        raise ValueError(f"--out {uri} holds other files and no run; name a new or empty folder")
+        raise ValueError(f"{uri} holds other files and no run; name a new or empty folder")
     return "run.json" in names
 
 
 def check_place(uri: str) -> None:
-    """ValueError unless a run may be written at `uri`; one that is complete needs no more writing."""
+    """ValueError unless a run may be written at `uri`. Into a complete run nothing more is written."""
     if not (holds_run(uri) and read_record(uri).is_complete):
-        try:
-            check_writable(uri)
-        except ValueError as error:
-            raise ValueError(f"--out {error}") from error
+        check_writable(uri)
 
 
 def refuse_other(uri: str, before: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
-    """ValueError, naming what differs, if what lies at `uri` was made of other parts."""
+    """ValueError, which names what differs, if the run at `uri` was made of other parts."""
     # Runs of jobs.explain carry no kind: their fingerprints are older than the second kind.
     kind, wanted = (of.get("kind", "explain") for of in (before, parts))
     if kind != wanted:
-        raise ValueError(
-            f"--out {uri} holds an {kind!r} run, and this is an {wanted!r} one; name another folder for it"
-        )
+        raise ValueError(f"{uri} holds an {kind!r} run, and this is an {wanted!r} one; name another folder for it")
     changed = [
         f"{key} was {before.get(key)!r}, now {parts.get(key)!r}"
         for key in sorted(before.keys() | parts.keys())
         if before.get(key) != parts.get(key)
     ]
     if changed:
-        raise ValueError(
-            f"--out {uri} holds a run made otherwise ({'; '.join(changed)}); name another folder for this one"
-        )
+        raise ValueError(f"{uri} holds a run made otherwise ({'; '.join(changed)}); name another folder for this one")
 
 
 def _read_bytes(uri: str) -> bytes:
@@ -303,6 +298,6 @@ def _read_bytes(uri: str) -> bytes:
 
 
 def _listing(uri: str) -> list[pyarrow.fs.FileInfo]:
-    """What lies directly in a folder; nothing if there is no such folder."""
+    """The files and folders directly in a folder; empty if there is no such folder."""
     filesystem, path = filesystem_of(uri)
     return filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))

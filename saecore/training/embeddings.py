@@ -1,7 +1,7 @@
 """Embeddings to train an SAE on: where they lie, what they are like, and batches of them in a random order.
 
     NAME_rows_width.npy    float32, raw (MSAE's memory maps, no header) or a true .npy; mapped, never loaded whole
-    RUN                    a run of jobs.embed, or of jobs.explain --embeddings; images without an embedding are passed over
+    RUN                    a run of jobs.embed, or of jobs.explain --keep-embeddings; images without an embedding are skipped
     *.parquet, FOLDER      Parquet files with a column of lists; any pyarrow filesystem
 
 Data is read in blocks (1,024 mapped rows, or a Parquet row group). An epoch visits the blocks in a random order, mixes the

@@ -9,7 +9,7 @@ import torch
 from benchmarks import __main__ as benchmark
 from benchmarks import maps as timing
 from benchmarks import naive_maps
-from saecore.pipeline.inference import explain
+from saecore.relevance.explain import explain_latents
 from tests.helpers.mistakes import mistake
 from tests.helpers.towers import SHAPES, random_pixels, random_sae, random_tower
 
@@ -23,7 +23,7 @@ def test_naive_ways_give_our_maps(shape: dict[str, Any]) -> None:
     plain = naive_maps.with_plain_attention(model)
     assert model.config._attn_implementation == "sdpa"
     with torch.inference_mode():
-        ours = explain(tower, sae, pixels, latents, ("chefer",))["chefer"].relevance
+        ours = explain_latents(tower, sae, pixels, latents, ("chefer",))["chefer"].relevance
     for way in (naive_maps.once, naive_maps.repeated, naive_maps.each):
         maps = way(plain, sae, tower.normalise(pixels), latents)
         assert (maps - ours).abs().max() / ours.abs().max() < 1e-5, way

@@ -12,8 +12,8 @@ from saecore.demo import drawing, scenes
 from saecore.evaluation import localisation
 from saecore.evaluation.localisation import mean_over_images
 from saecore.methods import Options
-from saecore.pipeline.inference import explain
-from saecore.pipeline.stages import load_models
+from saecore.pipeline.models import load_models
+from saecore.relevance.explain import explain_latents
 from tests.helpers.mistakes import mistake
 
 N_SCENES = 192
@@ -104,7 +104,9 @@ def test_variants_have_rows_of_their_own(found: truth.Found) -> None:
     latents = torch.tensor([list(found.followers)])
     with torch.inference_mode():
         pixels = torch.from_numpy(seen.pixels)
-        frozen = explain(tower, sae, pixels, latents, ("chefer",), Options(norm="frozen"))["chefer"].relevance[0]
+        frozen = explain_latents(tower, sae, pixels, latents, ("chefer",), Options(norm="frozen"))["chefer"].relevance[
+            0
+        ]
     for map_ in maps["chefer, frozen norm"][found.latents.image == 0]:
         assert (frozen - torch.from_numpy(map_)).abs().amax(-1).min() < 1e-5
 

@@ -1,4 +1,4 @@
-"""Images and words to embeddings: the same numbers as `jobs.explain --embeddings`, in tables and in the memory map."""
+"""Images and words to embeddings: the same numbers as `jobs.explain --keep-embeddings`, in tables and in the memory map."""
 
 import io
 import json

@@ -47,9 +47,9 @@ ROOT = Path(__file__).parent.parent.parent
 
 def rows(run: Path, table: str) -> dict[tuple[Any, ...], dict[str, Any]]:
     """A table's rows by (image_id, latent), or by image_id."""
-    found = open_dataset(str(run), table).to_table().to_pylist()
-    by_key = {(row["image_id"], row.get("latent")): row for row in found}
-    assert len(by_key) == len(found), "a row was written twice"
+    rows_of_table = open_dataset(str(run), table).to_table().to_pylist()
+    by_key = {(row["image_id"], row.get("latent")): row for row in rows_of_table}
+    assert len(by_key) == len(rows_of_table), "a row was written twice"
     return by_key
 
 
@@ -214,11 +214,11 @@ def test_all_methods_and_targets_in_one_run(shards: Path, local_run: Path, tmp_p
         rows(run, table) for run, table in ((out, "activations"), (local_run, "activations"), (local_run, "maps"))
     )
     assert kept.keys() <= before.keys()
-    found = open_dataset(str(out), "maps").to_table().to_pylist()
+    maps = open_dataset(str(out), "maps").to_table().to_pylist()
     by_method: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {name: {} for name in METHODS}
-    for row in found:
+    for row in maps:
         by_method[row["method"]][row["image_id"], row["latent"], row["target"]] = row
-    assert sum(len(of_one) for of_one in by_method.values()) == len(found)
+    assert sum(len(of_one) for of_one in by_method.values()) == len(maps)
     images = {image_id for image_id, _ in kept}
     expected: set[tuple[Any, ...]] = {(image_id, latent, None) for image_id, latent in kept} | {
         (i, latent, None) for i in images for latent in (3, 60)
@@ -280,11 +280,11 @@ def descendants(pid: int) -> list[int]:
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
             parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-    found, layer = [], [pid]
+    descendants, layer = [], [pid]
     while layer:
         layer = [child for child, parent in parents.items() if parent in layer]
-        found += layer
-    return found
+        descendants += layer
+    return descendants
 
 
 @pytest.mark.ray
@@ -356,10 +356,10 @@ def test_an_image_that_kills_its_worker_becomes_a_row(
     for _ in pipeline.on_ray(job, job.run.pending()):
         pass
     job.run.finish(0, 0.0)
-    found = rows(tmp_path / "run", "images")
-    refused = {row["key"]: row["error"] for row in found.values() if row["error"] is not None}
+    images = rows(tmp_path / "run", "images")
+    refused = {row["key"]: row["error"] for row in images.values() if row["error"] is not None}
     assert refused == {DEADLY: isolation.REASON}
-    fine = {key[0] for key, row in found.items() if row["error"] is None}
+    fine = {key[0] for key, row in images.items() if row["error"] is None}
     assert len(fine) == 31
     assert rows(tmp_path / "run", "maps").keys() == {key for key in rows(local_run, "maps") if key[0] in fine}
 
@@ -413,14 +413,14 @@ def test_an_image_for_which_a_step_raises_becomes_a_row_and_a_bug_does_not(
             job = job._replace(stage=functools.partial(RaisingExplain, *job.stage.args))
         list(flow(job, job.run.pending()))
         job.run.finish(0, 0.0)
-        found = rows(tmp_path / step, "images")
+        images = rows(tmp_path / step, "images")
         refused = {
-            row["key"]: (row["error"], row["error_detail"]) for row in found.values() if row["error"] is not None
+            row["key"]: (row["error"], row["error_detail"]) for row in images.values() if row["error"] is not None
         }
         assert refused.keys() == {DEADLY}
         assert refused[DEADLY][0] == isolation.RAISED
         assert refused[DEADLY][1].startswith("AssertionError: nobody thought of it (")
-        fine = {key[0] for key, row in found.items() if row["error"] is None}
+        fine = {key[0] for key, row in images.items() if row["error"] is None}
         assert rows(tmp_path / step, "maps").keys() == {key for key in rows(local_run, "maps") if key[0] in fine}
 
 
@@ -435,9 +435,9 @@ def test_a_palette_png_without_its_palette_is_one_row(more: list[str], ray_sessi
             Image.new("RGB", (20, 20), (index, 0, 0)).save(folder / f"{index}.png")
         out = tmp_path / f"run-{n_others}"
         assert explain.main(command(folder, out, *more)) == 0
-        found = rows(out, "images").values()
-        assert len(found) == n_others + 1
-        assert {row["key"]: row["error"] for row in found if row["error"]} == {"palette.png": "corrupt"}
+        images = rows(out, "images").values()
+        assert len(images) == n_others + 1
+        assert {row["key"]: row["error"] for row in images if row["error"]} == {"palette.png": "corrupt"}
 
 
 def real_photographs(folder: Path) -> list[str]:
@@ -477,14 +477,14 @@ def test_photographs_with_a_broken_file_of_each_kind(ray_session: None, tmp_path
     gif = folder / "wrong-extension.png"
     Image.new("P", (30, 40)).save(gif, "GIF")
     assert explain.main(command(folder, tmp_path / "run", "--k", "4", "--ray")) == 0
-    found = {row["key"]: row for row in rows(tmp_path / "run", "images").values()}
-    assert {name: row["error"] for name, row in found.items() if row["error"]} == {
+    images = {row["key"]: row for row in rows(tmp_path / "run", "images").values()}
+    assert {name: row["error"] for name, row in images.items() if row["error"]} == {
         "bomb.png": "too-large",
         **{name: reason for name, (_, reason) in broken.items()},
     }
-    assert found.keys() == {*good, *broken, "bomb.png", gif.name}
-    assert found[gif.name]["format"] == "GIF"
-    assert (found["china.jpg"]["width"], found["china.jpg"]["height"]) == (640, 427)
+    assert images.keys() == {*good, *broken, "bomb.png", gif.name}
+    assert images[gif.name]["format"] == "GIF"
+    assert (images["china.jpg"]["width"], images["china.jpg"]["height"]) == (640, 427)
     assert len(rows(tmp_path / "run", "maps")) == 4 * (len(good) + 1)
 
 
@@ -539,7 +539,7 @@ def test_a_damaged_record_is_told_by_the_name_of_its_file(
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text(content)
     said = mistake(explain.main, command(shards, tmp_path / "run", "--local"), capsys)
-    assert said.startswith(f"{tmp_path}/run/run.json {complaint}")
+    assert said.startswith(f"--out {tmp_path}/run/run.json {complaint}")
 
 
 def test_a_complete_run_says_what_has_changed_in_its_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,7 +34,7 @@ FACET_OF = {word: facet for facet, words in FACETS.items() for word in words}
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo, with embeddings: 512 scenes."""
     out = tmp_path_factory.mktemp("demo") / "run"
-    assert explain.main(["--demo", "--local", "--embeddings", "--out", str(out)]) == 0
+    assert explain.main(["--demo", "--local", "--keep-embeddings", "--out", str(out)]) == 0
     return out
 
 
@@ -248,7 +248,7 @@ def test_an_interpreter_with_its_vocabulary(demo_run: Path, tmp_path: Path) -> N
 
 
 def test_a_run_without_embeddings_is_named_by_direction(shards: Path, tmp_path: Path) -> None:
-    given = [argument for argument in command(shards, tmp_path / "run", "--local") if argument != "--embeddings"]
+    given = [argument for argument in command(shards, tmp_path / "run", "--local") if argument != "--keep-embeddings"]
     assert explain.main(given) == 0
     table = named(tmp_path / "run")
     assert not any(table["by_data"].to_pylist())
@@ -266,7 +266,7 @@ def test_a_run_without_embeddings_is_named_by_direction(shards: Path, tmp_path: 
         (["--run", "RUN", "--out", "x.parquet"], "give --run, or else"),
         (["--out", "x.parquet", "--sae", "demo"], "give --sae and --clip"),
         (["--run", "nowhere"], "nowhere holds no run"),
-        (["--run", "WITHOUT", "--by", "data"], "--by data needs a run of jobs.explain --embeddings"),
+        (["--run", "WITHOUT", "--by", "data"], "--by data needs a run of jobs.explain --keep-embeddings"),
         (["--run", "RUN", "--by", "encoder"], "--by encoder: must be one of data, decoder, decoder+mean"),
         (["--run", "RUN", "--sae", "OTHER"], "is not what"),
         (["--run", "RUN", "--clip", "no/such"], "--clip no/such"),
@@ -304,7 +304,7 @@ def test_mistakes_are_told_in_one_sentence(
     texts = pa.Table.from_pylist([{"word": word, "embedding": [0.0] * 128} for word in ("a", "b")], schema=schema.TEXTS)
     pq.write_table(texts.replace_schema_metadata({"clip_sha256": "0" * 16}), places["TEXTS"] / "texts.parquet")
     if "WITHOUT" in argv:
-        given = [word for word in command(shards, places["WITHOUT"], "--local") if word != "--embeddings"]
+        given = [word for word in command(shards, places["WITHOUT"], "--local") if word != "--keep-embeddings"]
         assert explain.main(given) == 0
     places |= {"RUN": local_run, "CLIP": DEMO}
     assert sentence in mistake(name.main, [str(places.get(word, word)) for word in argv], capsys)

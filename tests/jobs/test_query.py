@@ -22,7 +22,6 @@ from tests.helpers import planted
 from tests.helpers.mistakes import mistake
 from tests.helpers.planted import IDS
 
-ROOT = Path(__file__).parent.parent.parent
 JOBS = {"index": index, "query": query}
 
 

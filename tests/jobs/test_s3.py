@@ -91,9 +91,9 @@ def tables(uri: str) -> dict[str, pa.Table]:
         "maps": "SELECT * FROM maps ORDER BY image_id, latent",
         "latents": "SELECT * FROM latents ORDER BY latent",
     }
-    found = {table: run.sql(text) for table, text in asked.items()}
-    assert all(table.num_rows for table in found.values())
-    return found | {"top": run.top_images(53, 5, maps=True).drop_columns("uri")}
+    answers = {table: run.sql(text) for table, text in asked.items()}
+    assert all(table.num_rows for table in answers.values())
+    return answers | {"top": run.top_images(53, 5, maps=True).drop_columns("uri")}
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,16 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     for number, data in enumerate(FOLDERS[request.param]()):
         (folder / "images" / f"{number:02}.jpg").write_bytes(data)
     given = ["--images", str(folder / "images"), "--clip", "demo", "--sae", "demo", "--out", str(folder / "run")]
-    how = ["--batch-size", "16", "--embeddings", "--local", "--targets", "kept", "text:a red square", "concept:red"]
+    how = [
+        "--batch-size",
+        "16",
+        "--keep-embeddings",
+        "--local",
+        "--targets",
+        "kept",
+        "text:a red square",
+        "concept:red",
+    ]
     assert explain.main([*given, *how]) == 0
     return folder / "run"
 

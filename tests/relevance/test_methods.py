@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from saecore.methods import DECOMPOSE, METHODS, PRECISE, Options, dtype_of, parse_methods, parse_targets
-from saecore.pipeline.inference import explain
+from saecore.methods import DECOMPOSE, METHODS, RECORDS, Options, dtype_of, parse_methods, parse_targets
+from saecore.relevance.explain import explain_latents
 from saecore.relevance.maps import completeness_error
-from saecore.relevance.targets import Targets, Words, concept_weights, words_of
+from saecore.relevance.targets import Targets, WordTargets, concept_weights, word_targets
 from saecore.sae.checkpoints import load_sae
 from saecore.sae.model import SAE
 from saecore.towers.clip import ClipTower
@@ -42,11 +42,11 @@ def ours(
     pixels: Tensor,
     latents: Tensor,
     method: str,
-    words: Words | None = None,
+    words: WordTargets | None = None,
     **options: Any,
 ) -> Tensor:
     with torch.inference_mode():
-        return explain(tower, sae, pixels, latents, (method,), Options(**options), words)[method].relevance
+        return explain_latents(tower, sae, pixels, latents, (method,), Options(**options), words)[method].relevance
 
 
 def assert_close(found: Tensor, expected: Any) -> None:
@@ -265,10 +265,10 @@ def test_decompositions_and_their_remainder_add_up(which: Any, layers: int, norm
     for normalise in ("none", "layer_norm", "constant_norm"):
         sae = SAE(dataclasses.replace(plain.config, normalise=normalise)).requires_grad_(False)
         sae.load_state_dict(plain.state_dict())
-        words = words_of(sae, texts, n_texts=2, n_latents=6, positive=False)
+        words = word_targets(sae, texts, n_texts=2, n_latents=6, positive=False)
         pixels, latents = random_pixels(tower, 4), some_latents(sae, 4, 20)
         with torch.inference_mode():
-            found = explain(tower, sae, pixels, latents, DECOMPOSE, Options(layers=layers, norm=norm), words)
+            found = explain_latents(tower, sae, pixels, latents, DECOMPOSE, Options(layers=layers, norm=norm), words)
             embedding = tower.embed(pixels)
             z = Targets(sae, latents, words).values(embedding[:, None])[:, 0]
             pre = sae.pre_activations(embedding).gather(1, latents)
@@ -288,7 +288,7 @@ def test_read_outs_of_texts_and_concepts(normalise: str, exact: bool) -> None:
     generator = torch.Generator().manual_seed(6)
     texts = torch.randn(3, 24, generator=generator).double()
     x = torch.randn(5, 24, generator=generator).double().requires_grad_()
-    words = words_of(sae, texts.numpy(), n_texts=1, n_latents=4, positive=True)
+    words = word_targets(sae, texts.numpy(), n_texts=1, n_latents=4, positive=True)
     targets = Targets(sae, torch.randint(0, 96, (5, 2), generator=generator), words)
     z = targets.values(x[:, None])[:, 0]
     cosine = (x @ texts[0]) / x.norm(dim=-1) / texts[0].norm()
@@ -337,7 +337,7 @@ def test_several_methods_share_one_forward() -> None:
     forwards = []
     tower.register_forward_hook(lambda *_: forwards.append(1))
     with torch.inference_mode():
-        together = explain(tower, sae, pixels, latents, METHODS)
+        together = explain_latents(tower, sae, pixels, latents, METHODS)
     assert len(forwards) == 1
     for name in METHODS:
         torch.testing.assert_close(
@@ -350,8 +350,8 @@ def test_heads_add_up_to_the_map(name: str) -> None:
     _, tower, sae = models(0)
     pixels, latents = random_pixels(tower, 3), some_latents(sae, 3, 5)
     with torch.inference_mode():
-        whole = explain(tower, sae, pixels, latents, (name,))[name]
-        by_head = explain(tower, sae, pixels, latents, (name,), heads=True)[name]
+        whole = explain_latents(tower, sae, pixels, latents, (name,))[name]
+        by_head = explain_latents(tower, sae, pixels, latents, (name,), heads=True)[name]
     assert by_head.relevance.shape[2] == tower.n_heads
     assert by_head.relevance.std(2).mean() > 0
     torch.testing.assert_close(by_head.relevance.sum(2), whole.relevance, rtol=1e-4, atol=1e-5)
@@ -366,8 +366,8 @@ def test_methods_in_bfloat16_are_nearly_the_same() -> None:
         tower, sae = demo_tower(), load_sae("demo")
         tower.run_in(dtype)
         with torch.inference_mode():
-            found.append(explain(tower, sae, pixels, latents, METHODS))
-    for name in set(METHODS) - set(PRECISE):
+            found.append(explain_latents(tower, sae, pixels, latents, METHODS))
+    for name in [name for name in METHODS if not RECORDS[name].needs_float32]:
         exact, rounded = (maps[name].relevance for maps in found)
         assert rounded.dtype == torch.float32
         largest = exact.abs().amax(-1).clamp(min=1e-6)  # gradeclip has maps that are zero everywhere

@@ -47,9 +47,9 @@ def given(images: Path, sae: Path, out: Path, *more: str) -> list[str]:
 
 
 def test_counts_by_hand() -> None:
-    found = judged([0.1, 0.9, 1.5, None, math.nan, math.inf, 0.899])
-    assert found == (5, 3)
-    assert found.plus(Fit(3, 0)) == (8, 3)
+    counted = judged([0.1, 0.9, 1.5, None, math.nan, math.inf, 0.899])
+    assert counted == (5, 3)
+    assert counted.plus(Fit(3, 0)) == (8, 3)
     assert not Fit(ENOUGH - 1, ENOUGH - 1).is_poor(ENOUGH)
     assert Fit(ENOUGH, ENOUGH // 2).is_poor(ENOUGH)
     assert not Fit(ENOUGH, ENOUGH // 2 - 1).is_poor(ENOUGH)

@@ -28,9 +28,9 @@ from transformers import (
 from jobs import embed, explain
 from saecore.demo import drawing, scenes
 from saecore.methods import DECOMPOSE, METHODS, Options
-from saecore.pipeline import inference
+from saecore.relevance.explain import check_fits, explain_latents
 from saecore.relevance.maps import completeness_error
-from saecore.relevance.targets import Targets, Words, words_of
+from saecore.relevance.targets import Targets, WordTargets, word_targets
 from saecore.runs.files import open_dataset
 from saecore.sae.model import SAE
 from saecore.towers.clip import load_tower
@@ -85,10 +85,10 @@ class Case(NamedTuple):
         return ours(self.tower, self.sae, self.pixels, self.latents, method, blank(self.sae), **options)
 
 
-def blank(sae: SAE) -> Words:
+def blank(sae: SAE) -> WordTargets:
     """A text that says nothing, and no target; random, since so are the weights."""
     texts = np.random.default_rng(4).standard_normal((1, sae.config.n_inputs)).astype(np.float32)
-    return words_of(sae, texts[:0], 0, 0, False, texts)
+    return word_targets(sae, texts[:0], 0, 0, False, texts)
 
 
 @pytest.fixture(params=SIGLIP_SHAPES, ids=lambda shape: f"{shape['layers']} layers", scope="module")
@@ -192,9 +192,9 @@ def test_decompositions_and_their_remainder_add_up(case: Case, norm: str) -> Non
     for normalise in ("none", "layer_norm", "constant_norm"):
         sae = SAE(dataclasses.replace(case.sae.config, normalise=normalise)).requires_grad_(False)
         sae.load_state_dict(case.sae.state_dict())
-        words = words_of(sae, texts, n_texts=2, n_latents=6, positive=False)
+        words = word_targets(sae, texts, n_texts=2, n_latents=6, positive=False)
         with torch.inference_mode():
-            found = inference.explain(case.tower, sae, case.pixels, case.latents, DECOMPOSE, Options(norm=norm), words)
+            found = explain_latents(case.tower, sae, case.pixels, case.latents, DECOMPOSE, Options(norm=norm), words)
             z = Targets(sae, case.latents, words).values(case.tower.embed(case.pixels)[:, None])[:, 0]
         for maps in found.values():
             assert completeness_error(maps, z).max() < 1e-5
@@ -223,7 +223,7 @@ def test_layers_in_bfloat16_give_nearly_the_same() -> None:
         embedding = tower.embed(pixels)
         assert embedding.dtype == torch.float32
         assert torch.cosine_similarity(embedding, exact).min() > 0.999
-        found = inference.explain(tower, sae, pixels, latents, METHODS, words=blank(sae))
+        found = explain_latents(tower, sae, pixels, latents, METHODS, words=blank(sae))
         pre = sae.pre_activations(embedding).gather(1, latents)
     assert {maps.relevance.dtype for maps in found.values()} == {torch.float32}
     for maps in (found[name] for name in DECOMPOSE):
@@ -242,13 +242,13 @@ def test_a_patch_with_an_outlying_norm_is_flagged_as_sink() -> None:
 
 def test_what_this_tower_has_not_is_refused() -> None:
     _, tower = random_siglip(**SIGLIP_SHAPES[0])
-    inference.check_fits(tower, ("occlusion",), Options(block=3))
+    check_fits(tower, ("occlusion",), Options(block=3))
     with pytest.raises(ValueError, match="--block 4: this model has 4 patches a side"):
-        inference.check_fits(tower, ("occlusion",), Options(block=4))
+        check_fits(tower, ("occlusion",), Options(block=4))
     for name, most, target in (("contrib", 1, "mean"), ("legrad", 1, "cls"), ("legrad", 3, "mean")):
-        inference.check_fits(tower, (name, "dense"), Options(layers=most, legrad_target=target))
+        check_fits(tower, (name, "dense"), Options(layers=most, legrad_target=target))
         with pytest.raises(ValueError, match=f"--layers {most + 1}: {name} has {most} to look at"):
-            inference.check_fits(tower, (name, "dense"), Options(layers=most + 1, legrad_target=target))
+            check_fits(tower, (name, "dense"), Options(layers=most + 1, legrad_target=target))
 
 
 # ---- Files, as transformers writes them.
@@ -308,7 +308,7 @@ def test_explain_on_a_saved_model(
         str(tmp_path / "run"),
     ]
     given += ["--method", ",".join(METHODS), "--targets", "kept", "text:a Red circle", "concept:blue"]
-    assert explain.main([*given, "--embeddings", "--limit", "6", "--local"]) == 0
+    assert explain.main([*given, "--keep-embeddings", "--limit", "6", "--local"]) == 0
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (
         f"{record['worst_completeness_error']:.1e} worst error of map + remainder, in float32"
@@ -327,7 +327,7 @@ def test_explain_on_a_saved_model(
     assert len(maps) == 6 * len(METHODS) * (8 + 2)
     assert {row["target"] for row in maps} == {None, "text: a Red circle", "concept: blue"}
 
-    again = [*given, "--norm", "frozen", "--embeddings", "--limit", "6", "--local"]
+    again = [*given, "--norm", "frozen", "--keep-embeddings", "--limit", "6", "--local"]
     assert "norms was {" in mistake(explain.main, again, capsys)
 
     model, processor = SiglipModel.from_pretrained(folder).eval(), SiglipImageProcessorPil.from_pretrained(folder)
