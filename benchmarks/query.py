@@ -1,7 +1,7 @@
 """How fast a run answers, how large it is, and what its index takes: on a synthetic run of a real one's sizes.
 
-What may take memory happens in a process of its own, whose peak is then that step's. Answers are of warm files. Where others
-work on the machine too, CPU seconds say more than seconds.
+Each step that may take much memory runs in a process of its own, whose peak is then the step's. Questions are asked of warm
+files. On a machine with other work, CPU seconds say more than seconds.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from benchmarks import synthetic
 from saecore.query import by_latent, indexing, results
-from saecore.query import statistics as latent_statistics
+from saecore.query.statistics import write as write_statistics
 from saecore.runs.files import TABLES, read_manifest
 from saecore.runs.record import read_complete
 
@@ -29,21 +29,21 @@ AIMS = (
     (f"top {TOP} of a latent with maps", "with an index", 50.0),
     (f"top {TOP} of a latent with maps", "without an index", 2000.0),
 )
-"""What is aimed at with a million images of 32 latents: a question, when, and the median in milliseconds."""
+"""Aims for a million images of 32 latents each: a question, the state of the index, and the median in milliseconds."""
 
 MEMORY_AIM = 4e9
 """Peak bytes of an index of ten million rows and more."""
 
 FAR = 100_000_000
-"""Images for which the cost is worked out from the measured rates."""
+"""Number of images whose cost is computed from the measured rates."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of the synthetic run."""
+    """Sizes of the synthetic run."""
 
     images: int
-    """In whole chunks, so that the run can grow."""
+    """Whole chunks of images, so that the run can grow."""
     latents: int
     k: int
     side: int
@@ -51,20 +51,20 @@ class Sizes:
 
 
 def measure(uri: str, sizes: Sizes, memory: float, threads: int, rounds: int) -> dict[str, Any]:
-    """All figures, of a run that is written at `uri` and stays there. memory: GB for DuckDB."""
+    """All figures, measured on a run that is written at `uri` and stays there. memory: GB for DuckDB."""
     budget = indexing.Budget(memory, threads)
-    found: dict[str, Any] = {"rows": sizes.images * sizes.k, "steps": {}, "milliseconds": {}}
-    steps, asked = found["steps"], found["milliseconds"]
+    figures: dict[str, Any] = {"rows": sizes.images * sizes.k, "steps": {}, "milliseconds": {}}
+    steps, asked = figures["steps"], figures["milliseconds"]
     steps["write the run"] = alone(write, uri, sizes, sizes.images)
     asked["without an index"] = answers(uri, sizes, rounds)
     steps["index"] = alone(index, uri, budget)
     steps["count"] = alone(count, uri)
-    found["bytes"] = sizes_on_disk(uri)
+    figures["bytes"] = sizes_on_disk(uri)
     asked["with an index"] = answers(uri, sizes, rounds)
     alone(write, uri, sizes, sizes.images + sizes.images // 10)
     steps["index a tenth more"] = alone(index, uri, budget)
     asked["in two segments"] = answers(uri, sizes, rounds)
-    return found
+    return figures
 
 
 def alone(step: Callable[..., None], *arguments: Any) -> dict[str, float]:
@@ -84,9 +84,9 @@ def _timed(step: Callable[..., None], arguments: tuple[Any, ...]) -> dict[str, f
 
 
 def peak_rss() -> int:
-    """Bytes that this process held at most."""
+    """The most bytes that this process has held."""
     status = Path("/proc/self/status")
-    if status.exists():  # Linux: getrusage there remembers the process that this one was forked from
+    if status.exists():  # on Linux, getrusage has the peak of the process that this one was forked from
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
@@ -95,12 +95,12 @@ def peak_rss() -> int:
 
 
 def write(uri: str, sizes: Sizes, images: int) -> None:
-    """The run, or more of it."""
+    """Write the run, or add to it."""
     synthetic.write_run(uri, images, sizes.latents, sizes.k, (sizes.side, sizes.side))
 
 
 def index(uri: str, budget: indexing.Budget) -> None:
-    """by_latent/ and top_images/, or what is new of them."""
+    """Write by_latent/ and top_images/, or add what is new."""
     record = read_complete(uri)
     before = by_latent.read_index(uri, record.fingerprint)
     plan = indexing.plan(read_manifest(uri), before, TOP, 1)
@@ -111,8 +111,8 @@ def index(uri: str, budget: indexing.Budget) -> None:
 
 
 def count(uri: str) -> None:
-    """latents.parquet."""
-    latent_statistics.write(results.open(uri))
+    """Write latents.parquet."""
+    write_statistics(results.open(uri))
 
 
 # ---- The figures.
@@ -121,17 +121,19 @@ def count(uri: str) -> None:
 def sizes_on_disk(uri: str) -> dict[str, int]:
     """Bytes of every table."""
     manifest = read_manifest(uri)
-    found = {table: pc.sum(manifest["bytes"].filter(pc.equal(manifest["table"], table))).as_py() for table in TABLES}
-    held = by_latent.read_index(uri, read_complete(uri).fingerprint)
-    assert held is not None
-    found[by_latent.ROWS] = sum(file.bytes for segment in held.segments for file in segment.rows)
-    found[by_latent.TOP] = sum(file.bytes for segment in held.segments for file in segment.top)
-    return found
+    sizes = {table: pc.sum(manifest["bytes"].filter(pc.equal(manifest["table"], table))).as_py() for table in TABLES}
+    index = by_latent.read_index(uri, read_complete(uri).fingerprint)
+    assert index is not None
+    sizes[by_latent.ROWS] = sum(file.bytes for segment in index.segments for file in segment.rows)
+    sizes[by_latent.TOP] = sum(file.bytes for segment in index.segments for file in segment.top)
+    return sizes
 
 
 def answers(uri: str, sizes: Sizes, rounds: int) -> dict[str, tuple[float, float]]:
-    """Milliseconds that questions take, median and longest of some rounds: each of another image, and another latent, from the
-    commonest to the rarest."""
+    """Milliseconds that questions take: median and longest of several rounds.
+
+    Each round asks about another image, and about another latent, from the most frequent to the rarest.
+    """
     alive = sizes.latents - int(sizes.latents * synthetic.DEAD)
     latents = np.geomspace(1, alive, rounds).astype(int) - 1
     images = np.linspace(0, sizes.images - 1, rounds).astype(int)
@@ -158,7 +160,7 @@ def answers(uri: str, sizes: Sizes, rounds: int) -> dict[str, tuple[float, float
 
 
 def typical(ask: Callable[[int], object], rounds: int) -> tuple[float, float]:
-    """Median and longest, in milliseconds; each is asked once before it counts, so that its files are warm."""
+    """Median and longest, in milliseconds; each question is asked once before it is timed, so that its files are warm."""
     taken = []
     for turn in range(rounds):
         ask(turn)
@@ -168,39 +170,39 @@ def typical(ask: Callable[[int], object], rounds: int) -> tuple[float, float]:
     return statistics.median(taken), max(taken)
 
 
-def told(found: dict[str, Any], sizes: Sizes) -> str:
+def told(figures: dict[str, Any], sizes: Sizes) -> str:
     """The figures as a person reads them."""
     lines = [
-        f"{sizes.images:,} images, {found['rows']:,} rows of {sizes.latents:,} latents, maps of {sizes.side} x {sizes.side}",
+        f"{sizes.images:,} images, {figures['rows']:,} rows of {sizes.latents:,} latents, maps of {sizes.side} x {sizes.side}",
         "",
     ]
     lines.append(f"{'':26}{'seconds':>9}{'CPU':>9}{'peak memory':>14}")
-    for name, step in found["steps"].items():
+    for name, step in figures["steps"].items():
         lines.append(f"{name:26}{step['seconds']:>9.1f}{step['cpu_seconds']:>9.1f}{step['peak_bytes'] / 1e9:>11.2f} GB")
     raw = {"activations": 8 * sizes.k, "maps": 4 * sizes.k * sizes.side**2}
     lines += ["", f"{'bytes per image':26}{'on disk':>9}{'as float32':>14}"]
-    each = {name: size / sizes.images for name, size in found["bytes"].items()}
+    each = {name: size / sizes.images for name, size in figures["bytes"].items()}
     run = sum(each[name] for name in TABLES)
     for name, size in [*each.items(), ("a run without maps", run - each["maps"]), ("a run with maps", run)]:
         lines.append(f"{name:26}{size:>9,.0f}{raw.get(name, ''):>14}")
-    states = list(found["milliseconds"])
+    states = list(figures["milliseconds"])
     lines += ["", f"{'median (longest), ms':34}" + "".join(f"{state:>20}" for state in states)]
-    for question in found["milliseconds"][states[0]]:
-        taken = (found["milliseconds"][state][question] for state in states)
+    for question in figures["milliseconds"][states[0]]:
+        taken = (figures["milliseconds"][state][question] for state in states)
         lines.append(
             f"{question:34}" + "".join(f"{f'{median:,.1f} ({longest:,.1f})':>20}" for median, longest in taken)
         )
-    return "\n".join([*lines, "", *verdicts(found), *far(found, each, run, sizes)])
+    return "\n".join([*lines, "", *verdicts(figures), *far(figures, each, run, sizes)])
 
 
-def verdicts(found: dict[str, Any]) -> list[str]:
-    """Whether the aims hold, whatever the size; they are meant for a million images."""
+def verdicts(figures: dict[str, Any]) -> list[str]:
+    """Whether the aims are met. They are meant for a million images, and reported for any number."""
     said = []
     for question, state, aim in AIMS:
-        median = found["milliseconds"][state][question][0]
+        median = figures["milliseconds"][state][question][0]
         said.append(f"{question}, {state}: {median:,.1f} ms, aim {aim:,.0f}: {_held(median, aim)}")
-    peak = found["steps"]["index"]["peak_bytes"]
-    rows = f"{found['rows']:,} rows by latent in {peak / 1e9:.2f} GB"
+    peak = figures["steps"]["index"]["peak_bytes"]
+    rows = f"{figures['rows']:,} rows by latent in {peak / 1e9:.2f} GB"
     return [*said, f"{rows}, aim {MEMORY_AIM / 1e9:.0f}: {_held(peak, MEMORY_AIM)}"]
 
 
@@ -208,10 +210,10 @@ def _held(value: float, aim: float) -> str:
     return "yes" if value <= aim else "NO"
 
 
-def far(found: dict[str, Any], each: dict[str, float], run: float, sizes: Sizes) -> list[str]:
-    """What `FAR` images would take, by these rates: bytes and seconds in proportion, `top_images` as it is."""
+def far(figures: dict[str, Any], each: dict[str, float], run: float, sizes: Sizes) -> list[str]:
+    """The cost of `FAR` images by these rates: bytes and seconds in proportion, except `top_images`, which does not grow."""
     more = FAR / sizes.images
-    hours = sum(found["steps"][name]["seconds"] for name in ("index", "count")) * more / 3600
+    hours = sum(figures["steps"][name]["seconds"] for name in ("index", "count")) * more / 3600
     disk = f"{run * FAR / 1e9:,.0f} GB with maps, {(run - each['maps']) * FAR / 1e9:,.0f} GB without"
-    index = (each[by_latent.ROWS] * FAR + found["bytes"][by_latent.TOP]) / 1e9
+    index = (each[by_latent.ROWS] * FAR + figures["bytes"][by_latent.TOP]) / 1e9
     return [f"{FAR:,} images, by these rates and not measured: {disk}; the index {index:,.0f} GB in {hours:.1f} hours"]
