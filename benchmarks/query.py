@@ -7,19 +7,18 @@ files. On a machine with other work, CPU seconds say more than seconds.
 import dataclasses
 import multiprocessing
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 
 from benchmarks import synthetic
-from saecore.query import by_latent, indexing, results
-from saecore.query.statistics import write as write_statistics
+from saecore.query import by_latent, indexing, results, statistics
 from saecore.runs.files import TABLES, read_manifest
 from saecore.runs.record import read_complete
 
@@ -112,7 +111,7 @@ def index(uri: str, budget: indexing.Budget) -> None:
 
 def count(uri: str) -> None:
     """Write latents.parquet."""
-    write_statistics(results.open(uri))
+    statistics.write(results.open(uri))
 
 
 # ---- The figures.
@@ -167,7 +166,7 @@ def typical(ask: Callable[[int], object], rounds: int) -> tuple[float, float]:
         started = time.perf_counter()
         ask(turn)
         taken.append(1000 * (time.perf_counter() - started))
-    return statistics.median(taken), max(taken)
+    return median(taken), max(taken)
 
 
 def told(figures: dict[str, Any], sizes: Sizes) -> str:
@@ -199,8 +198,8 @@ def verdicts(figures: dict[str, Any]) -> list[str]:
     """Whether the aims are met. They are meant for a million images, and reported for any number."""
     said = []
     for question, state, aim in AIMS:
-        median = figures["milliseconds"][state][question][0]
-        said.append(f"{question}, {state}: {median:,.1f} ms, aim {aim:,.0f}: {_held(median, aim)}")
+        typical = figures["milliseconds"][state][question][0]
+        said.append(f"{question}, {state}: {typical:,.1f} ms, aim {aim:,.0f}: {_held(typical, aim)}")
     peak = figures["steps"]["index"]["peak_bytes"]
     rows = f"{figures['rows']:,} rows by latent in {peak / 1e9:.2f} GB"
     return [*said, f"{rows}, aim {MEMORY_AIM / 1e9:.0f}: {_held(peak, MEMORY_AIM)}"]

@@ -70,16 +70,14 @@ def section(page: Path, title: str) -> str:
 
 def rows(text: str, *head: str) -> list[list[str]]:
     """The cells of all tables of a text that have this head, one after the other."""
-    lines = [
-        [cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line.startswith("|")
-    ]
     found, inside = list[list[str]](), False
-    for cells in lines:
-        if len(cells) == len(head) and set("".join(cells)) <= set("-| "):
-            continue
-        if cells[0] in ("column", "key", "word"):
-            inside = cells == list(head)
-        elif inside:
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.removeprefix("|").removesuffix("|").split(" | ")]
+        if cells == list(head):
+            inside = True
+        elif not line.startswith("|"):
+            inside = False
+        elif inside and not set(line) <= set("-| "):
             found.append(cells)
     return found
 
@@ -180,7 +178,7 @@ def test_the_metadata_of_files_is_named(local_run: Path) -> None:
 def test_the_glossary_of_the_page_is_that_of_the_code() -> None:
     head = ast.get_docstring(ast.parse((ROOT / "saecore" / "schema.py").read_text()))
     assert head is not None
-    glossary = head.split("pages:\n")[1].split("\n\n")[1]
+    glossary = head.split("pages:\n\n")[1].split("\n\n")[0]
     terms = dict(re.split(r" {2,}", line.strip(), maxsplit=1) for line in glossary.splitlines())
     assert dict(rows(section(FOLDER, "Words"), "word", "meaning")) == terms
 
@@ -220,7 +218,7 @@ def test_names_in_backticks_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_flags_of_commands_that_are_not_run_exist(page: Path) -> None:
     for block in blocks(page):
-        for line in block.text.replace("\\\n", " ").splitlines() if block.language == "bash" else ():
+        for line in block.text.replace("\\\n", " ").splitlines() if block.reason and block.language == "bash" else ():
             if found := re.match(r"(relmap \w+|python -m \w+(?:\.\w+)?)(.*)", line):
                 flags = re.findall(r"(?<=\s)--[a-z-]+", found[2].split("#")[0])
                 assert names.code().complaint(" ".join([found[1], *flags])) is None, line
@@ -248,6 +246,11 @@ COMMANDS = {
 """What the pages call, in a checkout."""
 
 
+def data_of(table: str) -> list[str]:
+    """The rows of a table of DuckDB's below its head."""
+    return [line for line in table.splitlines() if line.startswith("│") and re.search(r"\d \│|\d\.\d", line)]
+
+
 def run_page(page: Path, folder: Path) -> None:
     """Run all blocks of a page in a folder."""
     tools = folder / ".tools"
@@ -260,12 +263,16 @@ def run_page(page: Path, folder: Path) -> None:
         "PYTHONPATH": str(ROOT),
         "MPLBACKEND": "Agg",
     }
+    said = ""
     for block in blocks(page):
+        if block.language == "text" and block.text.startswith("┌"):
+            assert data_of(block.text) == data_of(said), said
         if block.language == "text" or block.reason:
             continue
         words = ["bash", "-eu", "-c"] if block.language == "bash" else [sys.executable, "-W", "error", "-c"]
         ended = subprocess.run([*words, block.text], cwd=folder, env=environment, capture_output=True, text=True)
         assert ended.returncode == 0, f"{page.name}:\n{block.text}\n{ended.stdout[-2000:]}\n{ended.stderr[-2000:]}"
+        said = ended.stdout
 
 
 @pytest.fixture(scope="session")
