@@ -2,8 +2,6 @@
 
 import shlex
 
-import pyarrow as pa
-
 from saecore.query.results import Results
 from saecore.report.holdings import holdings
 from saecore.report.pages import EXPLORER
@@ -22,19 +20,15 @@ RENAMED = {"--embeddings": "--keep-embeddings"}
 """Flags of jobs.explain in the commands of older runs."""
 
 
-def about(uri: str, job: str) -> str:
-    """A command about the run at `uri`. Pages of one at an address need a local folder."""
-    return commands.line(job, "--run", uri, *(("--out", "report") if job == "report" and "://" in uri else ()))
-
-
 def after_explain(uri: str, clip: str) -> str:
-    """What to do with a new run: its preview, and three commands."""
-    vocabulary = "" if clip == "demo" else " --vocabulary WORDS"
+    """What to do with a new run: look at its preview, then three commands."""
+    vocabulary = () if clip == "demo" else ("--vocabulary", "WORDS")
+    pages = ("--out", "report") if "://" in uri else ()
+    words = "words for the latents" if clip == "demo" else "words for the latents, from a file with one word a line"
     steps = {
-        about(uri, "index"): "questions about one latent become fast",
-        about(uri, "name") + vocabulary: "words for the latents"
-        + (", out of a file with one word a line" if vocabulary else ""),
-        about(uri, "report"): "pages to look at",
+        commands.line("index", "--run", uri): "questions about one latent become fast",
+        commands.line("name", "--run", uri, *vocabulary): words,
+        commands.line("report", "--run", uri, *pages): "pages to look at",
     }
     width = max(map(len, steps))
     lines = [f"    {line:<{width}}   # {what}" for line, what in steps.items()]
@@ -42,14 +36,16 @@ def after_explain(uri: str, clip: str) -> str:
 
 
 def after_index(uri: str) -> str:
-    """What to do with an indexed run: give its latents names, or ask for one by its name."""
-    named = "name" in (latents.read(uri) or pa.table({})).column_names
-    return f"next          {commands.line('query', 'latents', uri) if named else about(uri, 'name')}"
+    """What to do with an indexed run: give its latents names, or look at them."""
+    table = latents.read(uri)
+    named = table is not None and "name" in table.column_names
+    return f"next          {commands.line('query', 'latents', uri) if named else commands.line('name', '--run', uri)}"
 
 
 def after_name(uri: str) -> str:
     """What to do with a run whose latents have names."""
-    return f"next          {about(uri, 'report')}"
+    pages = ("--out", "report") if "://" in uri else ()
+    return f"next          {commands.line('report', '--run', uri, *pages)}"
 
 
 def hints(run: Results) -> dict[str, str]:
