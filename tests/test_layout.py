@@ -173,7 +173,7 @@ def aliases(path: Path, known: Collection[str], root: Path = ROOT) -> list[str]:
     return [f"{name} as {other}" for name, other in renamed if other and name in known]
 
 
-TO_RENAME = {"saecore.pipeline.inference", "saecore.pipeline.stages", "jobs.name", "jobs.train"}
+TO_RENAME = {"jobs.name", "jobs.train"}
 
 
 @pytest.mark.parametrize("name", MODULES)
