@@ -67,6 +67,7 @@ def test_what_exists_or_is_not_ours_passes(text: str, planted: names.Code) -> No
         ("saecore.shapes.square.torch", "saecore.shapes.square defines no torch"),  # what is imported is another's
         ("saecore.shapes.square.Square.angle", "class Square has no angle"),
         ("Square.angle()", "class Square has no angle"),
+        ("Square.load_shape", "class Square has no load_shape"),
         ("shape.load_square", "no module of ours called shape defines load_square"),
         ("Circle", "the code has no such name"),
         ("MAX_CORNERS", "the code has no such name"),
