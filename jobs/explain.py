@@ -90,9 +90,10 @@ class Arguments(pipeline.Arguments):
         if not self.demo and not (self.images and self.clip and self.sae):
             raise ValueError("give --images, --clip and --sae, or --demo for all three")
         commands.at_least(self, k=0, concept_latents=1)
-        parse_methods(self.method)
-        parse_targets(self.targets)
-        self.options.check()
+        with commands.given_fields(self, self.options):
+            parse_methods(self.method)
+            parse_targets(self.targets)
+            self.options.check()
         super().check()
 
 
@@ -215,7 +216,8 @@ def configure(arguments: Arguments, loaded: Loaded) -> ExplainConfig:
         raise ValueError(f"--k {arguments.k}: this SAE lets {most} latents fire, so at most that many can be kept")
     if unknown := [latent for latent in targets.latents if latent >= sae.n_latents]:
         raise ValueError(f"--targets latents:{unknown[0]}: this SAE has {sae.n_latents} latents, the first is 0")
-    check_fits(loaded.tower, methods, arguments.options)
+    with commands.given_fields(arguments.options):
+        check_fits(loaded.tower, methods, arguments.options)
     config = ExplainConfig(
         clip=loaded.clip_address,
         sae=loaded.sae_address,

@@ -281,10 +281,7 @@ def flags_in(path: Path) -> list[str]:
 ALLOWED = {
     "saecore/images/columns.py",
     "saecore/images/listing.py",
-    "saecore/methods.py",
     "saecore/naming/names.py",
-    "saecore/pipeline/inference.py",
-    "saecore/pipeline/stages.py",
     "saecore/runs/card.py",
     "saecore/runs/run.py",
     "saecore/sae/checkpoints.py",

@@ -53,9 +53,7 @@ def load_word_targets(config: ExplainConfig, tower: "ImageTower", sae: "SAE") ->
     except ValueError as error:
         if request.words:
             raise
-        need = (
-            "legrad needs the text tower, to find patches that any text lights, unless --no-legrad-correction is given"
-        )
+        need = "legrad needs the text tower, to find patches that any text lights, unless its option legrad_correction is off"
         raise ValueError(f"{error}; {need}") from error
     embeddings = embed_texts(text_tower, [*request.words, *[BLANK_TEXT] * blank], config.batch_size)
     of_words, of_blank = embeddings[: len(request.words)], embeddings[len(request.words) :]
