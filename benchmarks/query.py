@@ -1,7 +1,7 @@
 """How fast a run answers, how large it is, and what its index takes: on a synthetic run of a real one's sizes.
 
-What may take memory happens in a process of its own, whose peak is then that step's. Answers are of warm files. Where others
-work on the machine too, CPU seconds say more than seconds.
+Each step that may take memory runs in a process of its own, so that the peak of the process is the peak of the step. Questions
+are asked when the files are in the machine's cache. Where other programs run too, CPU seconds say more than seconds.
 """
 
 import dataclasses
@@ -28,18 +28,18 @@ AIMS = (
     (f"top {TOP} of a latent with maps", "with an index", 50.0),
     (f"top {TOP} of a latent with maps", "without an index", 2000.0),
 )
-"""What is aimed at with a million images of 32 latents: a question, when, and the median in milliseconds."""
+"""Aims for a million images of 32 latents: a question, the state of the run, and the median in milliseconds."""
 
 MEMORY_AIM = 4e9
-"""Peak bytes of an index of ten million rows and more."""
+"""Aim for the peak bytes of an index of ten million rows or more."""
 
 FAR = 100_000_000
-"""Images for which the cost is worked out from the measured rates."""
+"""Number of images for which the cost is computed from the measured rates."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of the synthetic run."""
+    """How large the synthetic run is."""
 
     images: int
     """In whole chunks, so that the run can grow."""
@@ -50,23 +50,23 @@ class Sizes:
 
 
 def measure(uri: str, sizes: Sizes, memory: float, threads: int, rounds: int) -> dict[str, Any]:
-    """All figures, of a run that is written at `uri` and stays there. memory: GB for DuckDB."""
+    """All figures. Writes a run at `uri` and does not remove it. memory: GB for DuckDB."""
     budget = indexing.Budget(memory, threads)
     figures: dict[str, Any] = {"rows": sizes.images * sizes.k, "steps": {}, "milliseconds": {}}
     steps, asked = figures["steps"], figures["milliseconds"]
-    steps["write the run"] = alone(write, uri, sizes, sizes.images)
+    steps["write the run"] = in_a_process(write, uri, sizes, sizes.images)
     asked["without an index"] = answers(uri, sizes, rounds)
-    steps["index"] = alone(index, uri, budget)
-    steps["count"] = alone(count, uri)
+    steps["index"] = in_a_process(index, uri, budget)
+    steps["count"] = in_a_process(count, uri)
     figures["bytes"] = sizes_on_disk(uri)
     asked["with an index"] = answers(uri, sizes, rounds)
-    alone(write, uri, sizes, sizes.images + sizes.images // 10)
-    steps["index a tenth more"] = alone(index, uri, budget)
+    in_a_process(write, uri, sizes, sizes.images + sizes.images // 10)
+    steps["index a tenth more"] = in_a_process(index, uri, budget)
     asked["in two segments"] = answers(uri, sizes, rounds)
     return figures
 
 
-def alone(step: Callable[..., None], *arguments: Any) -> dict[str, float]:
+def in_a_process(step: Callable[..., None], *arguments: Any) -> dict[str, float]:
     """Seconds, CPU seconds and peak bytes of a step in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as process:
         return process.apply(_timed, (step, arguments))

@@ -1,8 +1,8 @@
 """A run of any size without images or models, in the files and of the sizes of a real one: to measure on, and to test with.
 
 Every image keeps k distinct latents, latent i with a weight of 1 / (i + 20) (the commonest fires for about a quarter of all
-images at k = 32 and n = 6,144; the last 2 % never), with gamma-distributed activations and a map of one bump in noise. Chunks
-depend on their number alone: a longer run begins with the chunks of a shorter one.
+images at k = 32 and n = 6,144; the last 2 % never), with gamma-distributed activations and a map of one bump in noise. A chunk
+follows from its number only, so a longer run begins with the chunks of a shorter one.
 
 Left out: meaning. Latents are independent of each other and of the pictures, which do not exist.
 """
@@ -25,7 +25,7 @@ MANDELBROT = 20
 def write_run(
     uri: str, images: int, latents: int = 6144, k: int = 32, grid: tuple[int, int] = (7, 7), chunk_size: int = 512
 ) -> Run:
-    """A complete run at `uri`; where a shorter one is, with the same settings and whole chunks, it grows."""
+    """A complete run at `uri`. A shorter one that is there already, with the same settings and whole chunks, grows."""
     parts = {"schema": schema.VERSION, "synthetic": [latents, k, *grid, chunk_size], "method": "contrib"}
     made_by = {"command": "benchmarks.synthetic", "config": parts, "grid": list(grid), "n_latents": latents}
     plan = make_plan(images, chunk_size)
