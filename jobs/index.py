@@ -7,7 +7,7 @@
     statistics
 
 The same command again does nothing; for a run that grew it indexes what is new. One machine sorts on disk what does not fit
-into memory, and suffices for 10^8 images by the rates in BENCHMARKS.md. With `--segments` above 1, Ray sorts parts side by
+into memory, and suffices for 10^8 images by the rates in docs/benchmarks.md. Above 1 `--segments`, Ray sorts parts side by
 side; a look-up then reads one place in each part.
 """
 
