@@ -145,7 +145,7 @@ def cost_of_maps(
         timed = time_in_turn(ways, rounds, _clock(device, threads))
     finally:
         torch.set_num_threads(before)
-    seconds = {name: [taken / shape.batch for taken in found] for name, found in timed.items()}
+    seconds = {name: [taken / shape.batch for taken in times] for name, times in timed.items()}
     if naive_latents:
         more = k / naive_latents
         pairs = zip(seconds["naive forward"], seconds["naive once"], strict=False)

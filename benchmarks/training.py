@@ -14,8 +14,8 @@ import torch
 
 from benchmarks.naive import DenseTopK
 from benchmarks.query import peak_rss
-from saecore.training.embeddings import Survey
 from saecore.training.recipe import Recipe, doubled
+from saecore.training.survey import Survey
 from saecore.training.trainer import Trainer, Worker
 
 

@@ -26,7 +26,7 @@ from saecore.demo.writing import write_shards
 from saecore.methods import DEFAULT_OPTIONS, Options, parse_methods, parse_targets
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.config import ExplainConfig, Models, keeps_results
-from saecore.pipeline.models import load_models, load_word_targets
+from saecore.pipeline.models import check_widths, load_word_targets
 from saecore.pipeline.stages import Decode, Explain
 from saecore.report.preview import write_preview
 from saecore.runs.fit import ENOUGH, Fit
@@ -189,8 +189,15 @@ class Loaded(NamedTuple):
 
 def load(arguments: Arguments) -> Loaded:
     """CLIP and SAE; ValueError if one cannot be had, or they do not belong together."""
+    from saecore.sae.checkpoints import load_embedding_sae
+    from saecore.towers.clip import load_tower
+
     clip, address = pipeline.address(arguments.clip or "demo"), pipeline.address(arguments.sae or "demo")
-    tower, sae = load_models(clip, address, arguments.site)
+    with commands.given("--sae"):
+        sae = load_embedding_sae(address, arguments.site)
+    tower = load_tower(clip)
+    with commands.given("--sae"):
+        check_widths(address, sae, clip, tower)
     digest = tower.sha256()[:16]  # once: of L/14 it takes a second
     named = Model(telling(clip), digest)
     remark = check_same(sae.config.trained_on, address, f"--clip {clip}", named, arguments.any_clip)

@@ -26,9 +26,9 @@ from saecore.query import results
 from saecore.runs import card, latents
 from saecore.runs.files import parquet_bytes
 from saecore.runs.record import read_complete
-from saecore.sae.sites import check_embedding
 from saecore.storage import write_atomic
-from saecore.training.embeddings import draw, open_embeddings
+from saecore.training.embeddings import open_embeddings
+from saecore.training.survey import draw
 
 from . import commands, console
 from .summaries import naming_summary
@@ -216,11 +216,12 @@ def has_embeddings(run: results.Results | None) -> bool:
 
 def load_sae(arguments: Arguments, run: results.Results | None) -> "SAE":
     """The SAE; ValueError if there is none, or it is not the run's."""
-    from saecore.sae import checkpoints
+    from saecore.sae.checkpoints import load_embedding_sae
 
     address = arguments.sae or (run.record.sae_address if run else "")
-    sae = checkpoints.load_sae(address, arguments.site or (run.record.config.get("site", "") if run else ""))
-    check_embedding(sae.config.site, sae.config.model, address)
+    site = arguments.site or (run.record.config.get("site", "") if run else "")
+    with commands.given("--sae"):
+        sae = load_embedding_sae(address, site)
     check_same("sae", address, sae.sha256(), run)
     return sae
 

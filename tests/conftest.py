@@ -26,7 +26,7 @@ N_SCENES = 48
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks `ray` and `browser` follow from what a test asks for: a fixture, or the flag of a job among its parameters."""
+    """Marks follow from what a test asks for: a fixture, or the flag of a job among its parameters."""
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
@@ -34,6 +34,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("ray")
         if "chromium" in fixtures:
             item.add_marker("browser")
+        if "demo_run" in fixtures:
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session")
@@ -66,6 +68,16 @@ def local_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     out = tmp_path_factory.mktemp("runs") / "local"
     assert explain.main(command(shards, out, "--local")) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make demo` explains, without Ray: all 512 scenes, with embeddings. Tests may name its latents, and nothing else."""
+    from jobs import explain
+
+    out = tmp_path_factory.mktemp("demo") / "run"
+    assert explain.main(["--demo", "--out", str(out), "--local"]) == 0
     return out
 
 

@@ -765,4 +765,4 @@ def test_jobs_end_with_one_line_and_exit_code_2(
     }
     for job in jobs:
         main, argv = ways[job]
-        assert mistake(main, argv, capsys).startswith(f"--{model} {at[model]}: ")
+        assert mistake(main, argv, capsys).startswith((f"--{model} {at[model]}: ", f"--{model} {at[model]}/"))

@@ -1,11 +1,11 @@
 """Train the embedded CLIP on drawn scenes and captions. `python -m benchmarks.demo clip` runs it.
 
 It is an ordinary `transformers.CLIPModel` with its own word-level tokenizer. It learns from two captions of each scene, one of
-all objects and one of the largest object only, by the contrastive loss, and from auxiliary losses that read attributes off the
-image embedding and off the patch tokens through linear heads, which are thrown away. Scenes are endless and never repeat; they
-begin with one plain object in the middle and grow harder as the model passes (`saecore.demo.lessons.at_level`).
+all objects and one of the largest object only, by the contrastive loss. Auxiliary losses read attributes off the image
+embedding and off the patch tokens through linear heads, which are not saved. Scenes never repeat. The first show one plain
+object in the middle, and scenes grow harder as the model passes (`saecore.demo.lessons.at_level`).
 
-Left out: distribution and mixed precision, since it is written for one small machine.
+Left out: several machines and mixed precision, since this is written for one small machine.
 """
 
 import itertools
@@ -72,7 +72,7 @@ class Heads(nn.Module):
 
 
 def contrast(image: Tensor, text: Tensor, scale: Tensor, same: Tensor) -> Tensor:
-    """CLIP's loss, where `same[i, j]` (text j is true of image i too) takes a pair out of the negatives."""
+    """CLIP's loss without the negatives in which `same[i, j]`: text j is true of image i too."""
     logits = scale * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
     logits = logits.masked_fill(same & ~torch.eye(len(logits), dtype=torch.bool), -math.inf)
     target = torch.arange(len(logits))
@@ -82,8 +82,8 @@ def contrast(image: Tensor, text: Tensor, scale: Tensor, same: Tensor) -> Tensor
 def whiten(model: CLIPModel) -> None:
     """Start the patch embedding as a random rotation of whitened patches.
 
-    Flat colour has 10,000 times the variance of edges here: without this and without levels (`lessons.at_level`), shapes were
-    still at chance after 100,000 scenes.
+    Flat colour has 10,000 times the variance of edges here: without whitening and without levels
+    (`saecore.demo.lessons.at_level`), shapes were still at chance after 100,000 scenes.
     """
     pixels = normalise(np.stack([drawing.render(scene, PIXELS) for scene in scenes.scenes_of(scenes.SEED_SAE, 400)]))
     weight = model.vision_model.embeddings.patch_embedding.weight
@@ -126,15 +126,15 @@ class ClipBuild:
     decay: float = 0.05
     """Weight decay of matrices."""
     pass_mark: float = 0.75
-    """Share of a batch's shapes told right at which the lessons become harder."""
+    """The lessons become harder after a batch in which the model tells this share of the shapes right."""
     lessons: int = 500
-    """Such batches from the easiest level to scenes as they are."""
+    """Number of such batches from the easiest level to scenes as they are."""
     threads: int = 2
     """PyTorch threads."""
     checkpoint: Path = Path("runs/demo-build/clip.pt")
     """Where to save every two minutes, and to resume from if it exists."""
     out: Path = CLIP_FOLDER
-    """Folder for the finished model, tokenizer and image processor."""
+    """Folder for the model, its tokenizer and its image processor."""
 
 
 class ClipTraining:

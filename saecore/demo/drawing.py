@@ -22,6 +22,8 @@ DARKER = 0.55  # the second tone of a texture: the same hue, so that a texture n
 
 
 class Drawing(NamedTuple):
+    """A scene, drawn."""
+
     image: NDArray[np.uint8]
     """[size, size, 3], RGB."""
     caption: str
@@ -42,6 +44,8 @@ def _ground(scene: Scene, size: int) -> NDArray[np.float32]:
 
 
 class _Layer(NamedTuple):
+    """One object over the part of the image that it touches."""
+
     box: tuple[slice, slice]
     """Rows and columns of the image that the object touches."""
     cover: NDArray[np.float32]
@@ -104,10 +108,12 @@ def visible(scene: Scene, size: int) -> NDArray[np.bool_]:
 
 
 def draw(scene: Scene, size: int) -> Drawing:
+    """Picture and truth together."""
     return Drawing(render(scene, size), scene.caption, scene.attributes, visible(scene, size))
 
 
 def jpeg(scene: Scene, size: int) -> bytes:
+    """The picture as the bytes of a file."""
     buffer = io.BytesIO()
     Image.fromarray(render(scene, size)).save(buffer, "JPEG", quality=92)
     return buffer.getvalue()

@@ -1,14 +1,16 @@
-"""A drawn world whose truth is known: small scenes of coloured shapes, their captions, and the true mask of every object.
+"""A drawn world whose truth is known: small scenes of coloured shapes, and their captions.
 
-A scene is a vector description, fixed by (seed, index) alone, so it can be described, drawn at any size, masked and written
-again from two integers, whatever else is drawn before or after it.
+A scene is a vector description that follows from its seed and index only, so two integers are enough to describe it, draw it
+at any size, mask its objects and write it again, whatever else is drawn before or after it.
 
     scene = scene_at(SEED_DEMO, 7)
     image, caption, attributes, masks = draw(scene, size=192)      # saecore.demo.drawing
 
 Objects are listed largest first, in captions, attributes and masks alike. Within one scene no two objects share a colour
-or a shape, and the first object's drawn area is clearly the largest (by a quarter or more), so that "the colour of the largest
-object" has one answer. Leaves out: perspective, shadows, text, anything that needs more than 64 pixels to be seen.
+or a shape, and the first object's drawn area is the largest by a quarter or more, so that "the colour of the largest object"
+has one answer.
+
+Left out: perspective, shadows, text, and anything that needs more than 64 pixels to be seen.
 """
 
 import math
@@ -155,5 +157,5 @@ def scenes_of(seed: int, count: int, start: int = 0) -> Iterator[Scene]:
 
 
 def record(scene: Scene) -> dict[str, Any]:
-    """What is written beside an image: enough to draw it again."""
+    """What is written together with an image: enough to draw the scene again."""
     return {"caption": scene.caption, "seed": scene.seed, "index": scene.index, "attributes": scene.attributes}

@@ -17,23 +17,22 @@ if TYPE_CHECKING:
 
 
 def load_models(clip: str, sae_address: str, site: str = "") -> "tuple[ImageTower, SAE]":
-    """CLIP and SAE on the CPU.
-
-    ValueError if one of them cannot be had, if they do not fit each other, or if the SAE reads another site than the embedding.
-    """
-    from saecore.sae.checkpoints import load_sae
-    from saecore.sae.sites import check_embedding
+    """CLIP and SAE on the CPU; ValueError if one cannot be loaded, or if they do not fit each other."""
+    from saecore.sae.checkpoints import load_embedding_sae
     from saecore.towers.clip import load_tower
 
-    sae = load_sae(sae_address, site)
-    check_embedding(sae.config.site, sae.config.model, sae_address)
-    tower = load_tower(clip)
+    sae, tower = load_embedding_sae(sae_address, site), load_tower(clip)
+    check_widths(sae_address, sae, clip, tower)
+    return tower, sae
+
+
+def check_widths(sae_address: str, sae: "SAE", clip: str, tower: "ImageTower") -> None:
+    """ValueError if an SAE does not take embeddings as wide as a tower makes them."""
     if sae.config.n_inputs != tower.n_outputs:
         raise ValueError(
-            f"--sae {sae_address} takes embeddings of width {sae.config.n_inputs}, "
-            f"--clip {clip} makes them {tower.n_outputs} wide: they do not belong together"
+            f"{sae_address} takes embeddings of width {sae.config.n_inputs}, and the model {clip} makes them "
+            f"{tower.n_outputs} wide: they do not belong together"
         )
-    return tower, sae
 
 
 def load_word_targets(config: ExplainConfig, tower: "ImageTower", sae: "SAE") -> "WordTargets | None":

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import __main__ as benchmark
-from benchmarks import training as training_speed
+from benchmarks import training
+from benchmarks.__main__ import main
 from benchmarks.naive import DenseTopK
-from saecore.training.embeddings import Survey
 from saecore.training.recipe import Recipe, doubled
+from saecore.training.survey import Survey
 from saecore.training.trainer import Trainer, Worker
 
 WIDTH, LATENTS, K, BATCH = 12, 40, 3, 32
@@ -48,7 +48,7 @@ def test_steps_are_timed_in_turn_and_the_first_of_each_is_not_counted() -> None:
         order.append(name)
 
     steps = {"dense": lambda: takes("dense", 3.0), "ours": lambda: takes("ours", 1.0)}
-    assert training_speed.time_in_turn(steps, 2, lambda: now[0]) == {"dense": [3, 3], "ours": [1, 1]}
+    assert training.time_in_turn(steps, 2, lambda: now[0]) == {"dense": [3, 3], "ours": [1, 1]}
     assert order == ["dense", "ours"] * 3
 
 
@@ -56,7 +56,7 @@ def test_steps_are_timed_in_turn_and_the_first_of_each_is_not_counted() -> None:
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its ratios are those of its speeds, each against the loop that does the same work. A process starts for each memory."""
     asked = ["train", "--width", "12", "--latents", "40", "--k", "3", "--batch-size", "32", "--rounds", "3"]
-    assert benchmark.main([*asked, "--architectures", "topk", "matryoshka", "--json"]) == 0
+    assert main([*asked, "--architectures", "topk", "matryoshka", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
     assert list(rows) == ["dense topk", "dense matryoshka", "topk", "matryoshka"]
     for name, row in rows.items():
@@ -64,8 +64,8 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
         assert row["times_dense"] == pytest.approx(row["images_per_second"] / dense["images_per_second"])
         assert row["images_per_second"] > 0
         assert 20e6 < row["peak_bytes"] < 4e9  # a Python with PyTorch
-    monkeypatch.setattr(training_speed, "measure", lambda *_: [*rows.values()])
-    assert benchmark.main(asked) == 0
+    monkeypatch.setattr(training, "measure", lambda *_: [*rows.values()])
+    assert main(asked) == 0
     table = capsys.readouterr().out.splitlines()[1:]
     assert len({len(line) for line in table}) == 1
     assert [line.split("  ")[0] for line in table[1:]] == list(rows)

@@ -105,7 +105,7 @@ def test_the_command_saves_what_can_be_loaded_and_is_done_when_run_again(
     state = torch.load(config.checkpoint, weights_only=True)
     torch.testing.assert_close(state["model"], dict(model.state_dict()))
     assert AutoImageProcessor.from_pretrained(config.out).size["shortest_edge"] == 64
-    pixels = photo(scenes.scene_at(scenes.SEED_DEMO, 3))[None].copy()
+    pixels = photo(scenes.scene_at(scenes.SEED_DEMO, 3))[None]
     with torch.no_grad():
         expected = image_embeddings(model, normalise(pixels))
     torch.testing.assert_close(

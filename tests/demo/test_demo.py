@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from saecore.demo import drawing, figures, lessons, outlines, scenes, writing
-from saecore.sae.model import load_folder
+from saecore.sae.checkpoints import load_folder
 
 SIZE = 192
 DEMO = Path(scenes.__file__).parent
@@ -131,21 +131,19 @@ def test_shards_recover_their_scenes_and_repeat_to_the_byte(tmp_path: Path) -> N
     names = []
     for path in paths:
         with tarfile.open(path) as tar:
-            members = {member.name: tar.extractfile(member) for member in tar}
-        with tarfile.open(path) as tar:
-            for name in members:
-                names.append(name)
-                file = tar.extractfile(name)
+            for member in tar:
+                names.append(member.name)
+                file = tar.extractfile(member)
                 assert file is not None
                 data = file.read()
-                if name.endswith(".jpg"):
+                if member.name.endswith(".jpg"):
                     image = np.asarray(Image.open(io.BytesIO(data)), dtype=float)
-                    truth = drawing.render(scenes.scene_at(77, int(name[:6])), 96)
+                    truth = drawing.render(scenes.scene_at(77, int(member.name[:6])), 96)
                     assert np.abs(image - truth).mean() < 6  # JPEG
                 else:
                     told = json.loads(data)
                     scene = scenes.scene_at(told["seed"], told["index"])
-                    assert told["index"] == int(name[:6])
+                    assert told["index"] == int(member.name[:6])
                     assert (told["caption"], told["attributes"]) == (scene.caption, scene.attributes)
     assert names == [f"{index:06d}.{suffix}" for index in range(11) for suffix in ("jpg", "json")]
 
@@ -212,22 +210,22 @@ def test_text_is_pooled_at_the_end_token_whatever_the_padding(clip: CLIPModel) -
 
 
 def test_zero_shot_figures(clip: CLIPModel, sample: list[scenes.Scene], embeddings: torch.Tensor) -> None:
-    found = figures.zero_shot(clip, AutoTokenizer.from_pretrained(CLIP), embeddings, sample)
-    print(found)
-    assert found["single colour"] >= 0.99
-    assert found["single shape"] >= 0.95
-    assert found["mixed colour"] >= 0.85
-    assert found["mixed shape"] >= 0.85
+    measured = figures.zero_shot(clip, AutoTokenizer.from_pretrained(CLIP), embeddings, sample)
+    print(measured)
+    assert measured["single colour"] >= 0.99
+    assert measured["single shape"] >= 0.95
+    assert measured["mixed colour"] >= 0.85
+    assert measured["mixed shape"] >= 0.85
 
 
 def test_sae_figures(sample: list[scenes.Scene], embeddings: torch.Tensor) -> None:
     sae = load_folder(SAE)
     assert sae.config.k == 12
-    found = figures.sae_figures(sae, embeddings, sample)
-    print(found)
-    assert found["cosine"] >= 0.95
-    assert found["dead"] < 0.15
-    assert 1 < found["l0"] <= 12
+    measured = figures.sae_figures(sae, embeddings, sample)
+    print(measured)
+    assert measured["cosine"] >= 0.95
+    assert measured["dead"] < 0.15
+    assert 1 < measured["l0"] <= 12
 
 
 def test_followed_is_the_area_under_the_curve() -> None:

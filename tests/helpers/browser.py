@@ -34,7 +34,7 @@ ARGUMENTS = [
 def installed() -> str | None:
     """Where Chromium or Chrome is: $CHROMIUM, or a program of that name."""
     names = ("chromium", "chromium-browser", "google-chrome")
-    return os.environ.get("CHROMIUM") or next((found for name in names if (found := shutil.which(name))), None)
+    return os.environ.get("CHROMIUM") or next((place for name in names if (place := shutil.which(name))), None)
 
 
 @contextmanager

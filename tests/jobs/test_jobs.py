@@ -35,8 +35,7 @@ from saecore.pipeline.clock import Clock
 from saecore.pipeline.stages import Decode, Explain
 from saecore.runs.files import TABLES, open_dataset
 from saecore.runs.record import read_record
-from saecore.sae.checkpoints import load_sae
-from saecore.sae.model import from_tensors
+from saecore.sae.checkpoints import from_tensors, load_sae
 from tests.conftest import N_SCENES, command
 from tests.helpers.mistakes import mistake
 from tests.helpers.photographs import photographs
@@ -90,14 +89,6 @@ def test_tables_are_as_the_design_says(local_run: Path) -> None:
     assert record["status"] == "complete"
     assert record["worst_completeness_error"] < 1e-5
     assert (local_run / "preview.png").stat().st_size > 10_000
-
-
-@pytest.fixture(scope="module")
-def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `make demo` runs, without Ray."""
-    out = tmp_path_factory.mktemp("demo") / "run"
-    assert explain.main(["--demo", "--out", str(out), "--local"]) == 0
-    return out
 
 
 def test_the_demo_explains_all_its_scenes(demo_run: Path) -> None:
@@ -203,6 +194,7 @@ def test_maps_of_an_sae_with_thresholds_and_a_normaliser_are_exact(
     assert json.loads((out / "run.json").read_text())["worst_completeness_error"] < 1e-4
 
 
+@pytest.mark.slow
 def test_all_methods_and_targets_in_one_run(shards: Path, local_run: Path, tmp_path: Path) -> None:
     """The same kept latents and `contrib` maps as by default; a remainder only where maps add up; every target by every
     method, a latent that is kept and asked for once."""

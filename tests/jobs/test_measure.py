@@ -126,7 +126,7 @@ def test_the_table_says_all_of_it(folder: Path, tmp_path: Path, capsys: pytest.C
     [
         (["--ks", "0"], "--ks 0: must be at least 1"),
         (["--rows", "1"], "--rows 1: must be at least 2"),
-        (["--against", "NARROW"], "is for embeddings of width 20, --embeddings"),
+        (["--against", "NARROW"], "is for embeddings of width 20, and --embeddings"),
         (["--labels", "nowhere.txt"], "--labels nowhere.txt cannot be read"),
         (["--labels", "SHORT"], "has 3 lines for 300 embeddings: one each is needed"),
         (["--labels", "BLANK"], "line 7 is empty"),

@@ -17,6 +17,8 @@ from saecore.query import results
 from saecore.storage import filesystem_of
 from tests.conftest import command
 
+pytestmark = pytest.mark.slow
+
 LOOSE = ("x #1+%20.jpg", "ü & ö.jpg")
 """Names that need escaping."""
 

@@ -17,6 +17,8 @@ from saecore.demo import writing
 from tests.conftest import command
 from tests.jobs.test_jobs import ROOT, descendants
 
+pytestmark = pytest.mark.slow
+
 RESUMES = "stopped: the same command resumes from here\n"
 AGAIN = "stopped: the same command starts again\n"
 
@@ -80,7 +82,7 @@ def test_stopped_in_the_middle(where: str, number: int, group: bool, code: int, 
     [
         (
             "jobs.explain",
-            "jobs.explain.load_models",
+            "saecore.towers.clip.load_tower",
             ["--images", "{shards}", "--clip", "demo", "--sae", "demo", "--out", "{out}"],
         ),
         ("jobs.embed", "saecore.towers.clip.load_tower", ["--images", "{shards}", "--clip", "demo", "--out", "{out}"]),

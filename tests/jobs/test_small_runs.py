@@ -15,6 +15,8 @@ from saecore.report.pages import Site
 from saecore.report.views import Views
 from tests.helpers.reading import Page, check_links
 
+pytestmark = pytest.mark.slow
+
 
 def photograph() -> bytes:
     return drawing.jpeg(scenes.scene_at(7, 3), 192)

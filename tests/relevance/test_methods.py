@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,13 +12,22 @@ from torch import Tensor
 from saecore.methods import DECOMPOSE, METHODS, RECORDS, Options, dtype_of, parse_methods, parse_targets
 from saecore.relevance.explain import explain_latents
 from saecore.relevance.maps import completeness_error
-from saecore.relevance.targets import Targets, WordTargets, concept_weights, word_targets
+from saecore.relevance.targets import Targets, concept_weights, word_targets
 from saecore.sae.checkpoints import load_sae
 from saecore.sae.model import SAE
 from saecore.towers.clip import ClipTower
-from saecore.towers.tower import ImageTower
+from tests.helpers.derivations import (
+    Layer,
+    assert_close,
+    embed,
+    fused,
+    ours,
+    plain_forward,
+    read,
+    replayed,
+    some_latents,
+)
 from tests.helpers.towers import SHAPES, demo_tower, random_pixels, random_sae, random_tower
-from tests.towers.test_cls_path import replayed
 
 ALL = [*range(len(SHAPES)), "demo"]
 
@@ -30,74 +39,6 @@ def models(which: Any) -> tuple[Any, ClipTower, SAE]:
         return tower.vision, tower, load_sae("demo")
     model, tower = random_tower(**SHAPES[which])
     return model.vision_model, tower, random_sae()
-
-
-def some_latents(sae: SAE, images: int, k: int) -> Tensor:
-    return torch.randint(0, sae.config.n_latents, (images, k), generator=torch.Generator().manual_seed(3))
-
-
-def ours(
-    tower: ImageTower,
-    sae: SAE,
-    pixels: Tensor,
-    latents: Tensor,
-    method: str,
-    words: WordTargets | None = None,
-    **options: Any,
-) -> Tensor:
-    with torch.inference_mode():
-        return explain_latents(tower, sae, pixels, latents, (method,), Options(**options), words)[method].relevance
-
-
-def assert_close(found: Tensor, expected: Any) -> None:
-    expected = np.asarray(expected)
-    assert np.abs(found.numpy() - expected).max() / np.abs(expected).max() < 1e-5
-
-
-class Layer(NamedTuple):
-    """One layer of a plain forward in float64, with autograd's graph: all tokens, the whole attention."""
-
-    entering: Tensor
-    A: Tensor  # (B, H, N, N)
-    leaving: Tensor
-    q: Tensor  # (B, N, D)
-    k: Tensor
-
-
-def plain_forward(tower: ClipTower, pixels: Tensor) -> list[Layer]:
-    """All layers over pixels."""
-    vision = copy.deepcopy(tower.vision).double()
-    return plain_layers(vision, vision.pre_layrnorm(vision.embeddings(tower.normalise(pixels))))
-
-
-def plain_layers(vision: Any, hidden: Tensor) -> list[Layer]:
-    """Attention as written in the paper; every layer's A is a variable that can be differentiated by."""
-    found = []
-    for layer in vision.encoder.layers:
-        attention, normed = layer.self_attn, layer.layer_norm1(hidden)
-        flat = [part(normed) for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
-        q, k, v = (part.unflatten(-1, (vision.config.num_attention_heads, -1)).transpose(1, 2) for part in flat)
-        A = torch.softmax(q @ k.transpose(2, 3) * attention.scale, -1)
-        A = A if A.requires_grad else A.requires_grad_()
-        after = hidden + attention.out_proj((A @ v).transpose(1, 2).flatten(2))
-        leaving = after + layer.mlp(layer.layer_norm2(after))
-        found.append(Layer(hidden, A, leaving, flat[0], flat[1]))
-        hidden = leaving
-    return found
-
-
-def embed(tower: ClipTower, token: Tensor, exact: bool) -> Tensor:
-    """Final LayerNorm and projection, float64; the deviation is a constant to autograd unless `exact`."""
-    norm = tower.vision.post_layernorm
-    deviation = (token.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
-    normed = (token - token.mean(-1, keepdim=True)) / (deviation if exact else deviation.detach())
-    return (normed * norm.weight.double() + norm.bias.double()) @ tower.projection.weight.double().T
-
-
-def read(sae: SAE, embedding: Tensor, latents: Tensor) -> Tensor:
-    """Pre-activations (B, k) of an embedding, float64."""
-    pre = ((embedding - sae.mean) * sae.scale - sae.pre_bias) @ sae.encoder.double() + sae.latent_bias
-    return pre.gather(1, latents)
 
 
 def by_formula(name: str, D: list[np.ndarray], layers: list[Layer]) -> np.ndarray:
@@ -191,14 +132,6 @@ def rolled(attention: list[np.ndarray], gradients: Any, discard: float) -> np.nd
             R = mixed / mixed.sum(1, keepdims=True) @ R
         found.append(R[0, 1:])
     return np.stack(found)
-
-
-def fused(A: np.ndarray, G: np.ndarray, discard: float) -> np.ndarray:
-    """(H, n, N) each -> what rollout keeps of their product (n, N)."""
-    product = A.mean(0) * G.mean(0)
-    flat = product.ravel().copy()
-    flat[np.argsort(flat)[: int(discard * flat.size)]] = 0
-    return np.maximum(flat, 0).reshape(product.shape)
 
 
 @pytest.mark.parametrize("block", [1, 3])

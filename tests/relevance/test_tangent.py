@@ -15,8 +15,8 @@ from saecore.relevance.maps import completeness_error
 from saecore.sae.model import SAE
 from saecore.towers import cls_path
 from saecore.towers.tower import ImageTower
+from tests.helpers.derivations import replayed
 from tests.helpers.towers import SHAPES, SIGLIP_SHAPES, random_pixels, random_sae, random_siglip, random_tower
-from tests.towers.test_cls_path import replayed
 
 
 def errors(tower: ImageTower, sae: SAE, **options: Any) -> tuple[float, float]:

@@ -60,6 +60,7 @@ def test_a_preview_puts_on_one_scale_what_has_one_unit(
     assert first.meaning == captions.meaning(methods.partition(",")[0], shown[0].partition(":")[0].partition(" ")[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("targets", "held"),
     [

@@ -183,6 +183,7 @@ def test_read_aloud(written: Path) -> None:
         assert len(ids) == len(set(ids))
 
 
+@pytest.mark.slow
 def test_a_smaller_report_replaces_it(album_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "report"
     assert report.main(["--run", str(album_run), "--out", str(out)]) == 0

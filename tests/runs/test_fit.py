@@ -57,6 +57,7 @@ def test_counts_by_hand() -> None:
     assert not Fit().is_poor(0 + 1)
 
 
+@pytest.mark.slow
 def test_an_sae_that_does_not_fit_stops_its_run(
     many: Path, random: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from jobs import embed, explain, measure, name, train
-from saecore.sae.checkpoints import load_sae
-from saecore.sae.model import from_tensors
+from saecore.sae.checkpoints import from_tensors, load_sae
 from tests.conftest import command
 from tests.helpers.mistakes import mistake
 from tests.jobs.test_jobs import rows
@@ -52,7 +51,7 @@ def test_an_sae_of_an_inner_layer_is_refused_by_name(
     ]:
         said = mistake(job, argv, capsys)
         assert f"reads layer3.residual:patches of {DATACOMP}, inside the tower; only" in said
-        assert "--site embedding: the file of" in mistake(job, [*argv, "--site", "embedding"], capsys)
+        assert "not the same as the given site embedding" in mistake(job, [*argv, "--site", "embedding"], capsys)
     assert not (tmp_path / "out").exists()
 
 

@@ -36,9 +36,9 @@ from saecore.sae.model import SAE
 from saecore.towers.clip import load_tower
 from saecore.towers.siglip import SiglipTower
 from saecore.towers.text import TextTower, embed_texts, load_text_tower
+from tests.helpers.derivations import Layer, assert_close, fused, ours, plain_layers, read, some_latents
 from tests.helpers.mistakes import mistake
 from tests.helpers.towers import SIGLIP_SHAPES, fill, random_pixels, random_sae, random_siglip
-from tests.relevance.test_methods import Layer, assert_close, fused, ours, plain_layers, read, some_latents
 
 
 class Pooled(NamedTuple):

@@ -11,9 +11,9 @@ import torch
 
 from jobs import train
 from saecore.sae.checkpoints import load_sae
-from saecore.training.embeddings import Survey
 from saecore.training.loop import Course, Silence, Training, make_plan
 from saecore.training.recipe import Recipe
+from saecore.training.survey import Survey
 from saecore.training.trainer import Trainer, Worker
 from tests.helpers.mistakes import mistake
 
@@ -53,6 +53,7 @@ def run(path: Path, out: Path, **choices: Any) -> dict[str, Any]:
     return record
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("choices", "l0"),
     [
