@@ -91,7 +91,8 @@ class Maps:
 
     def check(self) -> None:
         """ValueError for what cannot be."""
-        parse_methods(self.method)
+        with commands.given_fields(self):
+            parse_methods(self.method)
         commands.at_least(self, k=1, latents=1, rounds=1, naive_latents=0, batch_size=0)
         if self.k > self.latents:
             raise ValueError(f"--k {self.k}: the SAE has --latents {self.latents}")
@@ -199,8 +200,9 @@ class Truth:
 
     def check(self) -> None:
         """ValueError for what cannot be."""
-        parse_methods(self.method)
-        self.options.check()
+        with commands.given_fields(self, self.options):
+            parse_methods(self.method)
+            self.options.check()
         if self.scenes < 50:
             raise ValueError(
                 f"--scenes {self.scenes}: at least 50, since as many others say which latents follow a word"
@@ -216,7 +218,8 @@ class Truth:
         methods = parse_methods(self.method)
         with commands.mistakes():
             tower, sae = load_models("demo", "demo")
-            check_fits(tower, methods, self.options)
+            with commands.given_fields(self.options):
+                check_fits(tower, methods, self.options)
         progress = console.Progress(self.scenes, 0, "scenes")
         tell = truth.nothing if self.json else lambda count: progress.add(count, 0)
         measured = truth.measure(tower, sae, self.scenes, truth.rows(methods, self.options), tell)

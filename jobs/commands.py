@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -142,10 +142,26 @@ def at_least(arguments: Any, **least: float) -> None:
 
 def parse(kind: type[A], argv: list[str], module: str) -> A:
     """The command line's arguments; SystemExit 2 for one that does not exist, ValueError for one that cannot be."""
-    arguments = tyro.cli(kind, args=argv, prog=f"python -m {module}", config=(tyro.conf.FlagCreatePairsOff,))
+    pair_flags(kind)
+    arguments = tyro.cli(kind, args=argv, prog=f"python -m {module}")
     check_addresses(arguments)
     arguments.check()
     return arguments
+
+
+def pair_flags(kind: type) -> None:
+    """Let tyro make one flag of a boolean that is off by default, `--tied`, and two of one that is on: `--centre, --no-centre`.
+
+    tyro has one setting for all booleans: with it help says either `--no-centre (default: True)` or `--tied, --no-tied`.
+    """
+    hints = get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        hint = hints[field.name]
+        plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+        if dataclasses.is_dataclass(plain) and isinstance(plain, type):
+            pair_flags(plain)
+        elif plain is bool and field.default is False:
+            kind.__annotations__[field.name] = tyro.conf.FlagCreatePairsOff[hint]
 
 
 def check_addresses(arguments: Any) -> None:

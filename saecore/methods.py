@@ -178,15 +178,13 @@ class Options:
         """ValueError for what cannot be. Not at construction: tyro would draw a box around the sentence."""
         for field, choices in CHOICES.items():
             if getattr(self, field) not in choices:
-                raise ValueError(
-                    f"--{field.replace('_', '-')} {getattr(self, field)!r} is not one of {', '.join(choices)}"
-                )
+                raise ValueError(f"{field} {getattr(self, field)!r} is not one of {', '.join(choices)}")
         if self.layers < 0:
-            raise ValueError(f"--layers {self.layers}: must be 0, for the method's own number, or more")
+            raise ValueError(f"layers {self.layers}: must be 0, for the method's own number, or more")
         if not 0 <= self.discard < 1:
-            raise ValueError(f"--discard {self.discard}: a share, from 0 to below 1")
+            raise ValueError(f"discard {self.discard}: a share, from 0 to below 1")
         if self.block < 1:
-            raise ValueError(f"--block {self.block}: must be at least 1")
+            raise ValueError(f"block {self.block}: must be at least 1")
 
     def norm_of(self, method: str) -> str:
         """The norm that a method is computed with: `frozen`, `exact`, or what its record says where there is no choice."""
@@ -214,7 +212,7 @@ def parse_methods(names: str) -> tuple[str, ...]:
     """`contrib,chefer` -> each method once, in that order; ValueError for one that is none."""
     found = tuple(dict.fromkeys(name.strip() for name in names.split(",")))
     if wrong := [name for name in found if name not in METHODS]:
-        raise ValueError(f"--method {wrong[0]}: must be one or several, joined by commas, of {', '.join(METHODS)}")
+        raise ValueError(f"method {wrong[0]}: must be one or several, joined by commas, of {', '.join(METHODS)}")
     return found
 
 
@@ -267,14 +265,14 @@ def parse_targets(specs: Sequence[str]) -> TargetRequest:
             (texts if kind == "text" else concepts).append(rest)
         else:
             raise ValueError(
-                f"--targets {spec!r}: must be kept, no-kept, latents:NUMBER[,NUMBER], text:A PHRASE or concept:A WORD"
+                f"targets {spec!r}: must be kept, no-kept, latents:NUMBER[,NUMBER], text:A PHRASE or concept:A WORD"
             )
     if not specs:
-        raise ValueError("--targets: give at least one, kept for example")
+        raise ValueError("targets: give at least one, kept for example")
     if len(alone) > 1:
-        raise ValueError("--targets kept no-kept: one asks for what the other leaves away; give one of them")
+        raise ValueError("targets kept no-kept: one asks for what the other omits; give one of them")
     if "no-kept" in alone and not (latents or texts or concepts):
-        raise ValueError("--targets no-kept leaves nothing to explain; name a text:A PHRASE beside it, for example")
+        raise ValueError("targets no-kept leaves nothing to explain; add a text:A PHRASE, for example")
     kept = "kept" in alone or not (alone or latents)
     return TargetRequest(kept, _once(latents), _once(texts), _once(concepts))
 

@@ -7,7 +7,7 @@ PyTorch is loaded when models are: who only decodes imports this module too, and
 
 from typing import TYPE_CHECKING
 
-from saecore.methods import BLANK_TEXT
+from saecore.methods import BLANK_TEXT, TargetRequest
 from saecore.pipeline.config import ExplainConfig
 
 if TYPE_CHECKING:
@@ -35,6 +35,12 @@ def check_widths(sae_address: str, sae: "SAE", clip: str, tower: "ImageTower") -
         )
 
 
+def check_latents(request: TargetRequest, sae: "SAE") -> None:
+    """ValueError if a latent is asked for by a number that the SAE does not have."""
+    if unknown := [latent for latent in request.latents if latent >= sae.config.n_latents]:
+        raise ValueError(f"targets latents:{unknown[0]}: this SAE has {sae.config.n_latents} latents, the first is 0")
+
+
 def load_word_targets(config: ExplainConfig, tower: "ImageTower", sae: "SAE") -> "WordTargets | None":
     """What the model's text tower is needed for: targets that are texts or concepts, and the text that says nothing.
 
@@ -53,9 +59,7 @@ def load_word_targets(config: ExplainConfig, tower: "ImageTower", sae: "SAE") ->
     except ValueError as error:
         if request.words:
             raise
-        need = (
-            "legrad needs the text tower, to find patches that any text lights, unless --no-legrad-correction is given"
-        )
+        need = "legrad needs the text tower, to find patches that any text lights, unless its option legrad_correction is off"
         raise ValueError(f"{error}; {need}") from error
     embeddings = embed_texts(text_tower, [*request.words, *[BLANK_TEXT] * blank], config.batch_size)
     of_words, of_blank = embeddings[: len(request.words)], embeddings[len(request.words) :]

@@ -63,10 +63,10 @@ def check_fits(tower: ImageTower, methods: Sequence[str], options: Options) -> N
         own = name == "legrad" and options.legrad_target == "mean"  # whatever the query passes, all layers have targets
         most = tower.n_layers if own else len(tower.path())
         if options.layers > most:
-            raise ValueError(f"--layers {options.layers}: {name} has {most} to look at in this model")
+            raise ValueError(f"layers {options.layers}: {name} has {most} to look at in this model")
     if "occlusion" in methods and options.block >= max(tower.grid) and not tower.n_own:
         raise ValueError(
-            f"--block {options.block}: this model has {max(tower.grid)} patches a side, and nothing else to see"
+            f"block {options.block}: this model has {max(tower.grid)} patches a side, and nothing else to see"
         )
 
 

@@ -1,6 +1,6 @@
-"""The figures of a run's first page, as plain values: how often latents fire, how well images are reconstructed, which images
-were refused.
+"""The figures of a run's first page, as plain values.
 
+They say how often latents fire, how well images are reconstructed, and which images were refused.
 DuckDB counts the histograms, so that no column of a large run is loaded.
 """
 

@@ -340,22 +340,22 @@ def test_what_is_asked_for_is_read_as_written() -> None:
     assert (wanted.kept, wanted.latents, wanted.texts, wanted.concepts) == (True, (3, 17), ("a red: square",), ("red",))
     assert wanted.labels() == ["text: a red: square", "concept: red"]
     for wrong in ("contrib,lrp", "", "contrib,,chefer"):
-        with pytest.raises(ValueError, match=r"--method .*: must be"):
+        with pytest.raises(ValueError, match=r"method .*: must be"):
             parse_methods(wrong)
     for targets in (["latents:"], ["latents:3,x"], ["text:"], ["words:red"], ["kept:3"], ["no-kept:3"], [""]):
-        with pytest.raises(ValueError, match=r"--targets '.*': must be"):
+        with pytest.raises(ValueError, match=r"targets '.*': must be"):
             parse_targets(targets)
     with pytest.raises(ValueError, match="at least one"):
         parse_targets([])
-    with pytest.raises(ValueError, match="--targets kept no-kept: one asks for what the other leaves away"):
+    with pytest.raises(ValueError, match="targets kept no-kept: one asks for what the other omits"):
         parse_targets(["no-kept", "text:x", "kept"])
-    with pytest.raises(ValueError, match="--targets no-kept leaves nothing to explain"):
+    with pytest.raises(ValueError, match="targets no-kept leaves nothing to explain"):
         parse_targets(["no-kept"])
     for options, said in (
-        ({"norm": "loose"}, "--norm 'loose' is not one of auto, frozen, exact"),
-        ({"layers": -1}, "--layers -1"),
-        ({"discard": 1.0}, "--discard 1.0"),
-        ({"block": 0}, "--block 0"),
+        ({"norm": "loose"}, "norm 'loose' is not one of auto, frozen, exact"),
+        ({"layers": -1}, "layers -1"),
+        ({"discard": 1.0}, "discard 1.0"),
+        ({"block": 0}, "block 0"),
     ):
         with pytest.raises(ValueError, match=said):
             Options(**options).check()

@@ -243,11 +243,11 @@ def test_a_patch_with_an_outlying_norm_is_flagged_as_sink() -> None:
 def test_what_this_tower_has_not_is_refused() -> None:
     _, tower = random_siglip(**SIGLIP_SHAPES[0])
     check_fits(tower, ("occlusion",), Options(block=3))
-    with pytest.raises(ValueError, match="--block 4: this model has 4 patches a side"):
+    with pytest.raises(ValueError, match="block 4: this model has 4 patches a side"):
         check_fits(tower, ("occlusion",), Options(block=4))
     for name, most, target in (("contrib", 1, "mean"), ("legrad", 1, "cls"), ("legrad", 3, "mean")):
         check_fits(tower, (name, "dense"), Options(layers=most, legrad_target=target))
-        with pytest.raises(ValueError, match=f"--layers {most + 1}: {name} has {most} to look at"):
+        with pytest.raises(ValueError, match=f"layers {most + 1}: {name} has {most} to look at"):
             check_fits(tower, (name, "dense"), Options(layers=most + 1, legrad_target=target))
 
 
@@ -388,6 +388,6 @@ def test_a_tower_that_is_not_supported_is_refused_by_name(
         (["--clip", str(tmp_path / "naflex")], "'siglip2' model"),
         (["--clip", str(tmp_path / "headless")], "without its pooling head"),
         (["--clip", str(folder), "--layers", "2"], "--layers 2: contrib has 1"),
-        (["--clip", str(blind), "--method", "legrad"], "unless --no-legrad-correction"),
+        (["--clip", str(blind), "--method", "legrad"], "unless its option legrad_correction is off"),
     ):
         assert complaint in mistake(explain.main, [*given, *more], capsys)
