@@ -48,7 +48,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Arguments(pipeline.Arguments):
-    """Images, or the words of a vocabulary, to CLIP embeddings."""
+    """Images, or the words of a vocabulary, to CLIP embeddings.
+
+    Needs --images or --text, --clip and --out.
+    """
 
     text: str = ""
     """Embed this vocabulary, one word a line, instead of images; in this process, without Ray. --limit counts words."""
@@ -85,7 +88,7 @@ def embed(argv: list[str]) -> int:
     """Check everything, run what is pending, say what came of it."""
     clock = Clock()
     with commands.mistakes():
-        arguments = commands.parse(Arguments, argv, "jobs.embed")
+        arguments = commands.parse(Arguments, argv, "embed")
     with console.quiet() as log:
         if arguments.text:
             return embed_vocabulary(arguments)
@@ -125,7 +128,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
         how = [f"with CLIP {clip}, {tower.n_outputs} numbers per image"]
         print(outline(inputs.plan, "embed", arguments.out, how))
         return None
-    made_by = pipeline.made_by("jobs.embed", argv, config, inputs, pool) | {"n_outputs": tower.n_outputs}
+    made_by = pipeline.made_by("embed", argv, config, inputs, pool) | {"n_outputs": tower.n_outputs}
     run = pipeline.begin_run(inputs, parts, made_by)
     decode = Decode(tower.preprocess, arguments.max_pixels)
     return pipeline.Job(run, decode, functools.partial(Embed, config), tags, pool)
