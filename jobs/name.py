@@ -270,7 +270,7 @@ def words_of(arguments: Arguments, tower: "TextTower", clip: str) -> tuple[list[
 
 def check_same(model: str, address: str, digest: str, run: results.Results | None) -> None:
     """ValueError if a model is not what the run was made with."""
-    if run and not digest.startswith(made_with := run.record.parts[model]):
+    if run and not digest.startswith(made_with := run.record.sha256_of(model)):
         raise ValueError(
             f"--{model} {address} is not what {run.uri} was made with: its hash begins with {digest[:16]}, not {made_with}"
         )
