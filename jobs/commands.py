@@ -197,7 +197,7 @@ def parse(kind: type[A], argv: list[str], name: str) -> A:
         kind,
         args=argv,
         prog=program(name),
-        description="\n\n".join([inspect.cleandoc(kind.__doc__ or ""), *examples(kind)]),
+        description="\n\n".join([as_called(inspect.getdoc(kind)) or "", *examples(kind)]),
         config=(tyro.conf.HelptextFromCommentsOff,),
         registry=help_rules(),
     )
@@ -231,6 +231,12 @@ def examples(kind: type) -> list[str]:
     return ["\n".join(["Examples:", *lines])] if lines else []
 
 
+def as_called(text: str | Callable[[], str | None] | None) -> str | None:
+    """A text of help, or what gives one, with commands as they are called here: `jobs.name` may be `relmap name`."""
+    words = text() if callable(text) else text
+    return re.sub(r"\bjobs\.", "relmap ", words) if words and IS_INSTALLED else words
+
+
 def help_rules() -> tyro.constructors.ConstructorRegistry:
     """tyro's rules, and two of our own.
 
@@ -258,17 +264,16 @@ def help_rules() -> tyro.constructors.ConstructorRegistry:
         if not isinstance(spec, tyro.constructors.StructConstructorSpec):
             return None
         quiet = tyro.conf.arg(help_behavior_hint=shown)
+
+        def told(field: tyro.constructors.StructFieldSpec) -> tyro.constructors.StructFieldSpec:
+            kind: Any = Annotated[field.type, quiet]
+            return dataclasses.replace(field, type=kind, helptext=as_called(field.helptext))
+
         named = re.findall(r"--[a-z-]+", info.type.__doc__ or "")
         order = sorted(spec.fields, key=lambda field: [*named, flag(field.name)].index(flag(field.name)))
-        fields = [_annotated(field, quiet) for field in order]
-        return dataclasses.replace(spec, fields=tuple(fields))
+        return dataclasses.replace(spec, fields=tuple(map(told, order)))
 
     return registry
-
-
-def _annotated(field: Any, more: Any) -> Any:
-    """A field of tyro's with one more annotation of its type."""
-    return dataclasses.replace(field, type=Annotated[field.type, more])
 
 
 def check_addresses(arguments: Any) -> None:

@@ -69,6 +69,7 @@ def parse(argv: list[str]) -> Question:
         prog=PROGRAM,
         description="Ask a finished run.",
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
+        registry=commands.help_rules(),
     )
     return question
 
