@@ -3,9 +3,12 @@
 import dataclasses
 import os
 import re
+import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
@@ -35,8 +38,6 @@ class UnfinishedError(Exception):
     """Work that ended before its end. str() is what is done, and what the same command does next; `__cause__` is why."""
 
 
-AGAIN = "the same command starts again"
-
 RESUMES = "the same command resumes from here"
 
 
@@ -55,7 +56,7 @@ def run_job(job: Callable[[], int]) -> int:
             print(f"error: {mistake}", file=sys.stderr)
             return 2
         except (Exception, KeyboardInterrupt) as error:
-            then = str(error) if isinstance(error, UnfinishedError) else AGAIN
+            then = str(error) if isinstance(error, UnfinishedError) else signals.AGAIN
             if asked.number is not None or behind(error, KeyboardInterrupt):
                 print(f"stopped: {then}", file=sys.stderr, flush=True)
                 if asked.number is not None and "ray" in sys.modules:
@@ -82,6 +83,39 @@ def behind(error: BaseException | None, kind: type[E]) -> E | None:
         else:
             error = error.__cause__
     return None
+
+
+# ---- What a command is called.
+
+
+IS_INSTALLED = __name__.startswith("relmap.")
+"""Whether this folder was imported as the package `relmap`, and not as `jobs` of a checkout."""
+
+
+def program(name: str) -> str:
+    """What a command is called: `relmap explain`, or `python -m jobs.explain` where that was called."""
+    return f"relmap {name}" if IS_INSTALLED else f"python -m jobs.{name}"
+
+
+def line(name: str, *words: str) -> str:
+    """A command to run next, for the shell that this one was called from."""
+    return shlex.join([*_start(name), *words])
+
+
+def _start(name: str) -> list[str]:
+    """The words that start a command in the environment of this process."""
+    if not IS_INSTALLED:
+        return [_typed(Path(sys.executable)), "-m", f"jobs.{name}"]
+    script = Path(sys.executable).with_name("relmap")
+    if shutil.which("relmap") == str(script):
+        return ["relmap", name]
+    return [_typed(script), name] if script.exists() else [_typed(Path(sys.executable)), "-m", "relmap", name]
+
+
+def _typed(path: Path) -> str:
+    """A path as one would type it in the folder where this process was started."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 class Checked(Protocol):
@@ -127,7 +161,8 @@ def pair_flags(kind: type) -> None:
         if dataclasses.is_dataclass(plain) and isinstance(plain, type):
             pair_flags(plain)
         elif plain is bool and field.default is False:
-            kind.__annotations__[field.name] = tyro.conf.FlagCreatePairsOff[hint]
+            one_flag: Any = tyro.conf.FlagCreatePairsOff
+            kind.__annotations__[field.name] = one_flag[hint]
 
 
 def check_addresses(arguments: Any) -> None:

@@ -30,14 +30,17 @@ import pyarrow.parquet as pq
 
 from saecore import schema
 from saecore.pipeline.clock import Clock
-from saecore.pipeline.stages import Decode, Embed, EmbedConfig
-from saecore.runs.run import ROW_GROUP_ROWS, listing_hash, parquet_bytes, refuse_other
+from saecore.pipeline.config import EmbedConfig, ModelDigests
+from saecore.pipeline.stages import Decode, Embed
+from saecore.runs.files import ROW_GROUP_ROWS, parquet_bytes
+from saecore.runs.refusals import refusals
+from saecore.runs.run import listing_hash, refuse_other
 from saecore.schema import TEXTS_FILE
 from saecore.storage import filesystem_of, join_uri, write_atomic
 from saecore.training import memmaps
 
 from . import cluster, commands, console, pipeline
-from .summaries import outline, run_summary
+from .summaries import outline, refused_images, run_summary
 
 if TYPE_CHECKING:
     from saecore.towers.text import TextTower
@@ -102,6 +105,8 @@ def embed(argv: list[str]) -> int:
         if worked:
             record = pipeline.close(job, clock)
     print(run_summary(arguments.out, record))
+    if record.n_refused:
+        print(refused_images(arguments.out, refusals(job.run), is_explained=False))
     print(said)
     return 0
 
@@ -113,18 +118,17 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
     pipeline.check_outside(arguments)
     clip = pipeline.address(arguments.clip)
     tower = load_tower(clip)
-    shards = pipeline.listed(arguments, arguments.images)
-    make_plan = functools.cache(functools.partial(pipeline.plan, arguments, shards))
-    pool = pipeline.make_pool(arguments, shards, make_plan)
+    inputs = pipeline.Inputs(arguments, arguments.images)
+    pool = pipeline.make_pool(arguments, inputs)
     config = EmbedConfig(clip=clip, batch_size=arguments.batch_size, device=pool.device, threads=pool.threads)
-    parts = {"kind": "embed"} | pipeline.parts(arguments, shards, pool) | {"clip": tower.sha256()[:16]}
+    parts = {"kind": "embed"} | pipeline.fingerprint_parts(inputs, config, ModelDigests(tower.sha256()[:16]))
     tags = {"clip": clip, "clip_sha256": parts["clip"]}
     if arguments.dry_run:
         how = [f"with CLIP {clip}, {tower.n_outputs} numbers per image"]
-        print(outline(make_plan(), "embed", arguments.out, how))
+        print(outline(inputs.plan, "embed", arguments.out, how))
         return None
-    made_by = pipeline.made_by("jobs.embed", argv, config, arguments.images, pool) | {"n_outputs": tower.n_outputs}
-    run = pipeline.open_run(arguments, parts, made_by, shards, make_plan)
+    made_by = pipeline.made_by("jobs.embed", argv, config, inputs, pool) | {"n_outputs": tower.n_outputs}
+    run = pipeline.begin_run(inputs, parts, made_by)
     decode = Decode(tower.preprocess, arguments.max_pixels)
     return pipeline.Job(run, decode, functools.partial(Embed, config), tags, pool)
 
@@ -195,7 +199,8 @@ def holds_texts(out: str, parts: dict[str, Any]) -> bool:
         raise ValueError(f"--out {out} holds a run over images; name another folder for words")
     if filesystem.get_file_info(f"{folder}/{TEXTS_FILE}").type == pyarrow.fs.FileType.NotFound:
         return False
-    refuse_other(out, json.loads((read_texts(out).schema.metadata or {}).get(b"parts", b"{}")), parts)
+    with commands.given("--out"):
+        refuse_other(out, json.loads((read_texts(out).schema.metadata or {}).get(b"parts", b"{}")), parts)
     return True
 
 

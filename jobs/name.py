@@ -25,8 +25,8 @@ import pyarrow as pa
 
 from saecore.query import results
 from saecore.runs import card, latents
+from saecore.runs.files import parquet_bytes
 from saecore.runs.record import read_complete
-from saecore.runs.run import parquet_bytes
 from saecore.spellings import Model, check_same, telling
 from saecore.storage import write_atomic
 
@@ -229,7 +229,7 @@ def load_sae(arguments: Arguments, run: results.Results | None) -> "SAE":
     from saecore.sae.checkpoints import load_embedding_sae
 
     address = arguments.sae or (run.record.sae_address if run else "")
-    site = arguments.site or (run.record.config.get("site", "") if run else "")
+    site = arguments.site or (run.record.given_site if run else "")
     with commands.given("--sae"):
         sae = load_embedding_sae(address, site)
     check_of_run("sae", address, sae.sha256(), run)

@@ -1,18 +1,19 @@
 """What jobs say to a person when they end: what came of the work, how good it is, and what to do next."""
 
-import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.fs
 
-from saecore.runs import durations
+from saecore.runs import durations, latents
 from saecore.runs.record import Record, Unread
-from saecore.storage import filesystem_of, join_uri, split_settings
+from saecore.runs.refusals import Refusal
+from saecore.storage import join_uri, split_settings
+
+from . import commands
+from .hints import after_name
+from .terminal import printable
 
 # ---- Runs.
 
@@ -28,11 +29,25 @@ def run_summary(uri: str, record: Record) -> str:
         f"work          {durations.worked(record)}",
     ]
     if (worst := record.worst_completeness_error) is not None:
-        lines.append(f"exactness     {worst:.1e} worst error of map + remainder, in {record.parts['dtype']}")
+        lines.append(f"exactness     {worst:.1e} worst error of map + remainder, in {record.dtype}")
     if (fit := record.fit).is_poor(least=1):
         lines.append(f"warning       {fit.words()}: does this SAE belong to this model?")
     lines += [f"warning       {said}" for said in _missing(record)]
     return "\n".join([*lines, f"on disk       {sizes} in {uri}"])
+
+
+def refused_images(uri: str, refused: Sequence[Refusal], is_explained: bool = True) -> str:
+    """Which images were refused: of each reason the first few names, and how to ask for all."""
+    lines = []
+    for refusal in refused:
+        names = ", ".join(map(printable, refusal.names)) + (", .." if refusal.images > len(refusal.names) else "")
+        lines.append(f"{refusal.images:,} {refusal.reason}: {names}")
+    if is_explained:
+        query = "SELECT uri, key, error, error_detail FROM images WHERE error IS NOT NULL"
+        lines.append(f"all of them: {commands.line('query', 'sql', uri, query)}")
+    else:
+        lines.append(f"all of them: the rows of {uri}/images whose column `error` is not null")
+    return "\n".join(f"{'' if place else 'refused':<14}{line}" for place, line in enumerate(lines))
 
 
 def _missing(record: Record) -> Iterator[str]:
@@ -51,30 +66,6 @@ def _named_shards(unread: Unread) -> str:
 
 def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
-QUERY = """SELECT latent, count(*) AS images, round(avg(activation), 2) AS mean, round(max(activation), 2) AS strongest,
-       arg_max(key, activation) AS strongest_image
-FROM {activations} JOIN {images} USING (image_id)
-WHERE activation > 0 GROUP BY latent ORDER BY images DESC, latent LIMIT 5"""
-
-
-def next_steps(uri: str) -> str:
-    """What to do with a complete run: commands to paste. At an address DuckDB alone would need to be told how to get in."""
-    if isinstance(filesystem_of(uri)[0], pyarrow.fs.LocalFileSystem):
-        query = QUERY.format(activations=f"'{uri}/activations/*.parquet'", images=f"'{uri}/images/*.parquet'")
-        ask = f'{_python()} - <<\'END\'\nimport duckdb\nduckdb.sql("""\n{query}\n""").show()\nEND'
-    else:
-        query = QUERY.format(activations="activations", images="images")
-        ask = f'{_python()} -m jobs.query sql {shlex.quote(uri)} "\n{query}"'
-    look = join_uri(uri, "preview.png")
-    return f"\nLook at {look}, then ask which latents fire most often, and where most strongly:\n\n{ask}"
-
-
-def _python() -> str:
-    """This interpreter, as one would type it from here."""
-    path, here = Path(sys.executable), Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def outline(plan: pa.Table, verb: str, out: str, how: Sequence[str]) -> str:
@@ -187,7 +178,7 @@ def measuring_summary(report: Mapping[str, Any]) -> str:
 
 
 def naming_summary(table: pa.Table, made_by: Mapping[str, Any], run: str, out: str, shown: int = 10) -> str:
-    """What jobs.name found, as a person reads it: counts, the valid names of the widest margin, and what to ask next."""
+    """What jobs.name found, as a person reads it: counts, the valid names of the widest margin, and what to do next."""
     valid = table.filter(pc.equal(table["valid"], True)).sort_by([("margin", "descending")])
     by_data = pc.sum(table["by_data"]).as_py()
     how = [f"{table.num_rows - table['name'].null_count - by_data:,} by {'decoder' if by_data else made_by['by']}"]
@@ -204,9 +195,9 @@ def naming_summary(table: pa.Table, made_by: Mapping[str, Any], run: str, out: s
         f"{row['latent']:>8}  {row['name'][:23]:<24}{row['score']:>8.2f}{row['margin']:>8.2f}  {row['runner_up'][:23]}"
         for row in valid.slice(0, shown).to_pylist()
     ]
-    file = join_uri(run, "latents.parquet") if run else out
-    ask = f"FROM '{split_settings(file)[0]}' WHERE valid ORDER BY margin DESC"
-    return "\n".join([*lines, f"\non disk       {file}: SELECT latent, name, score, margin {ask}"])
+    place = join_uri(run, latents.NAME) if run else out
+    lines += ["", f"on disk       {split_settings(place)[0]}"]
+    return "\n".join([*lines, after_name(run)] if run else lines)
 
 
 # ---- Sizes.

@@ -18,7 +18,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from jobs import explain, measure, name
 from saecore.images.decode import load_preprocess
-from saecore.pipeline.stages import load_models
+from saecore.pipeline.models import load_models
 from saecore.sae.checkpoints import load_sae
 from saecore.towers.clip import DEMO, load_tower
 from saecore.towers.text import load_text_tower, read_texts

@@ -15,7 +15,7 @@ default.
 
 By data, a word has to be true of nearly all top images of a latent. A mean over these images, or a direction, would prefer
 "blue circle" for a latent that fires for everything blue. On the demo, where the truth is known, data names more latents truly
-than any direction does (BENCHMARKS.md), in a unit that means the same for every CLIP. It needs the images' embeddings.
+than any direction does (docs/benchmarks.md), in a unit that means the same for every CLIP. It needs the images' embeddings.
 
 Scores come in blocks (words, n) in the order of the vocabulary, and one block is held at a time.
 

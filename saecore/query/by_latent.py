@@ -25,7 +25,7 @@ import pyarrow.dataset
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from saecore.runs import run as runs
+from saecore.runs.files import of_chunks
 from saecore.storage import filesystem_of, join_uri, write_atomic
 
 VERSION = 1
@@ -96,7 +96,7 @@ def read_index(uri: str, fingerprint: str) -> Index | None:
         held: dict[str, Any] = json.loads(stream.read())
     if held["fingerprint"] != fingerprint or held["version"] != VERSION:
         raise ValueError(
-            f"{uri}/{ROWS} indexes another run, or is of another version; remove it, or make it again: --rebuild"
+            f"{uri}/{ROWS} is the index of another run, or of another version: remove it, or make it again"
         )
     return Index(**{**held, "segments": [_segment(segment) for segment in held["segments"]]})
 
@@ -119,7 +119,7 @@ def write_index(uri: str, index: Index) -> None:
 
 def digest(manifest: pa.Table, chunk_ids: np.ndarray) -> str:
     """Of the files of these chunks, as the run's manifest names them."""
-    files = runs.of_chunks(manifest, chunk_ids).sort_by("path")
+    files = of_chunks(manifest, chunk_ids).sort_by("path")
     lines = pc.binary_join_element_wise(files["path"], files["sha256"], " ")
     return hashlib.sha256("\n".join(lines.to_pylist()).encode()).hexdigest()
 

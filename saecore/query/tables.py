@@ -4,8 +4,9 @@ Image to chunk is arithmetic on the plan, chunk to file the manifest's business,
 the files that hold them and no others.
 """
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import duckdb
@@ -14,13 +15,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset
 
+from saecore.images.chunks import read_chunk
+from saecore.numbering import Numbering, index_of
 from saecore.query import by_latent
 from saecore.query.by_latent import Reader
 from saecore.runs import latents
-from saecore.runs import run as runs
+from saecore.runs.files import of_chunks, open_dataset, read_manifest, read_plan
 from saecore.runs.record import Record
-from saecore.schema import INDEX_BITS
 from saecore.storage import filesystem_of
+
+ORIGINAL_BYTES = 16 << 20
+"""Encoded images that are held at once."""
 
 
 def connect(**settings: Any) -> duckdb.DuckDBPyConnection:
@@ -41,7 +46,7 @@ class Tables:
     def __init__(self, uri: str, record: Record) -> None:
         self.uri = uri
         self.n_latents = record.n_latents
-        self.manifest = runs.read_manifest(uri).drop_columns(["bytes", "sha256"])
+        self.manifest = read_manifest(uri).drop_columns(["bytes", "sha256"])
         self.index = by_latent.read_index(uri, record.fingerprint)
         """None where there is none."""
         self.reader = None if self.index is None else Reader(uri, self.index)
@@ -51,8 +56,8 @@ class Tables:
 
     def files(self, table: str, chunk_ids: np.ndarray | None = None) -> pyarrow.dataset.Dataset:
         """`images`, `activations` or `maps`: of all chunks, or of some."""
-        held = self.manifest if chunk_ids is None else runs.of_chunks(self.manifest, chunk_ids)
-        return runs.dataset(self.uri, table, held)
+        held = self.manifest if chunk_ids is None else of_chunks(self.manifest, chunk_ids)
+        return open_dataset(self.uri, table, held)
 
     @functools.cached_property
     def schemas(self) -> dict[str, pa.Schema]:
@@ -99,30 +104,28 @@ class Tables:
         """DuckDB's answer about `datasets`, `latents`, and `more` by name; ValueError for what is not one SELECT."""
         for name, table in more.items():
             self._database.register(name, table)
-        statements = self._database.extract_statements(query)
-        if [statement.type for statement in statements] != [duckdb.StatementType.SELECT]:
-            kinds = ", ".join(statement.type.name for statement in statements)
-            raise ValueError(
-                "a question is one SELECT (FROM, WITH, VALUES, DESCRIBE, SUMMARIZE and SHOW are some too): "
-                f"this is {len(statements)} statements{kinds and f', {kinds}'}"
-            )
-        found = self._database.sql(statements[0], params=list(parameters)).to_arrow_table()
-        for name in more:
-            self._database.unregister(name)
-        return found
+        try:
+            statements = self._database.extract_statements(query)
+            if [statement.type for statement in statements] != [duckdb.StatementType.SELECT]:
+                kinds = ", ".join(statement.type.name for statement in statements)
+                raise ValueError(
+                    "a question is one SELECT (FROM, WITH, VALUES, DESCRIBE, SUMMARIZE and SHOW are some too): "
+                    f"this is {len(statements)} statements{kinds and f', {kinds}'}"
+                )
+            return self._database.sql(statements[0], params=list(parameters)).to_arrow_table()
+        finally:
+            for name in more:
+                self._database.unregister(name)
 
     @functools.cached_property
-    def _chunk_starts(self) -> tuple[np.ndarray, np.ndarray]:
-        """The plan's chunks in the order of their images: their first image_id, their chunk_id."""
-        plan = runs.read_plan(self.uri)
-        first = plan["shard_id"].to_numpy() << INDEX_BITS | plan["start"].to_numpy()
-        order = np.argsort(first)
-        return first[order], plan["chunk_id"].to_numpy()[order]
+    def plan(self) -> pa.Table:
+        """plan.parquet: the chunks that the run's input was cut into."""
+        return read_plan(self.uri)
 
-    def chunks_of(self, image_ids: Sequence[int] | pa.ChunkedArray | np.ndarray) -> np.ndarray:
-        """The chunk id of each of some images; of the nearest chunk for an image that is not of this run."""
-        first, chunk_ids = self._chunk_starts
-        return chunk_ids[np.maximum(np.searchsorted(first, np.asarray(image_ids, np.int64), "right") - 1, 0)]
+    @functools.cached_property
+    def numbering(self) -> Numbering:
+        """The numbers and places of the run's images."""
+        return Numbering(self.plan)
 
     def rows(
         self,
@@ -135,7 +138,21 @@ class Tables:
         wanted = np.asarray(image_ids, np.int64)
         these = pc.field("image_id").isin(pa.array(wanted))
         # At least one file, for its schema.
-        dataset = self.files(table, np.unique(self.chunks_of(wanted if len(wanted) else [0])))
+        dataset = self.files(table, np.unique(self.numbering.chunks_of(wanted if len(wanted) else [0])))
         return dataset.to_table(
             columns=["image_id", *columns], filter=these if condition is None else these & condition
         )
+
+    def originals(self, image_ids: Sequence[int] | np.ndarray) -> Iterator[pa.Table]:
+        """RAW rows of some images, from the shards that the run read, chunk by chunk, so that a shard is opened once for all.
+
+        Of a chunk whose storage does not answer there is no row. A shard may have changed since: its row then has another key
+        than the run's, or an error.
+        """
+        wanted = np.asarray(image_ids, np.int64)
+        chunk_ids = self.numbering.chunks_of(wanted)
+        for chunk in self.plan.filter(pc.is_in(self.plan["chunk_id"], pa.array(np.unique(chunk_ids)))).to_pylist():
+            places = index_of(wanted[chunk_ids == chunk["chunk_id"]])
+            # The storage does not answer, or the shard is gone.
+            with contextlib.suppress(OSError):
+                yield from read_chunk(chunk, batch_bytes=ORIGINAL_BYTES, indices=set(places.tolist()))

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.compute as pc
 from PIL import Image
 
+from saecore import heatmaps
 from saecore.query import results
 from saecore.query.results import Results
 from saecore.report import captions, display
@@ -94,14 +95,12 @@ def _with_maps(view: ImageView, method: str) -> Section | None:
 def _example(run: Results, view: ImageView, section: Section, picture: np.ndarray, n_maps: int) -> Example:
     method = run.methods[0]
     tiles = [tile for tile in section.tiles if method in tile.maps][:n_maps]
-    maps = [
-        np.frombuffer(tile.maps[method].values, np.int8).astype(np.float32) * tile.maps[method].scale for tile in tiles
-    ]
+    drawn = [tile.maps[method] for tile in tiles]
     return Example(
         key=view.image["key"],
         picture=picture,
         targets=[tile.target for tile in tiles],
         pre_activations=[tile.pre_activation for tile in tiles],
-        maps=np.stack(maps).reshape(-1, *run.grid),
+        maps=np.stack([heatmaps.decode(one.values, one.scale, run.grid) for one in drawn]),
         meaning=captions.meaning(method, section.kind),
     )

@@ -1,9 +1,9 @@
-"""How long a run took, in the words that the terminal and the pages share. Of `run.json`:
+"""How long a run took, in the words that the terminal and the pages share. run.json has two kinds of seconds:
 
     session_seconds    of the session that completed the run, by the clock: start, images, close
     step_seconds       of all sessions and processes, added up: read, decode, explain, write
 
-The first are what one waits for. The second add up to more where processes work side by side, and to less where they wait.
+A person waits for the first. The second are more than the first if processes work side by side, and less if they wait.
 """
 
 from saecore.runs.record import Record
@@ -16,7 +16,7 @@ WORDS = {
 
 
 def waited(record: Record) -> str:
-    """By the clock, from the command to its last word; without the start of Python and the end of Ray."""
+    """A session by the clock, from the command to its last word, without the start of Python and the end of Ray."""
     seconds, images = record.session_seconds, record.session_images
     rate = f"{images / max(seconds.get('images', 0.0), 1e-9):,.1f}"
     counted = "1 image" if images == 1 else f"{images:,} images"
@@ -30,7 +30,7 @@ def waited(record: Record) -> str:
 
 
 def worked(record: Record) -> str:
-    """Added up over processes, by step."""
+    """How long all processes worked together, and the share of each step."""
     steps = record.step_seconds
     total = sum(steps.values())
     shares = ", ".join(f"{step} {seconds / (total or 1.0):.0%}" for step, seconds in steps.items())

@@ -23,7 +23,7 @@ import pyarrow.dataset
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from saecore.runs.run import dataset
+from saecore.runs.files import open_dataset
 from saecore.spellings import Model
 from saecore.storage import filesystem_of
 
@@ -162,7 +162,7 @@ def _parquet_files(address: str) -> tuple[pyarrow.fs.FileSystem, list[str]]:
     if filesystem.get_file_info(f"{path}/run.json").type == pyarrow.fs.FileType.File:
         if filesystem.get_file_info(f"{path}/manifest.parquet").type != pyarrow.fs.FileType.File:
             raise ValueError(f"{address}: this run is not complete; the command that made it resumes it")
-        return filesystem, dataset(address, "images").files
+        return filesystem, open_dataset(address, "images").files
     files = pyarrow.dataset.dataset(path, filesystem=filesystem, format="parquet").files
     if not files:
         raise ValueError(f"{address}: no Parquet file in this folder")

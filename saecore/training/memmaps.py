@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from saecore.runs.run import scan
+from saecore.runs.files import scan_table
 from saecore.storage import atomic_file, writing
 
 
@@ -26,7 +26,7 @@ def file_name(name: str, clip: str, split: str, kind: str, shape: tuple[int, int
 
 def image_rows(uri: str) -> Iterator[np.ndarray]:
     """The embeddings of a complete run in pieces: those of images that were not refused, in the order of image_id."""
-    for batch in scan(uri, "images", ["embedding"]):
+    for batch in scan_table(uri, "images", ["embedding"]):
         rows = batch["embedding"].drop_null()
         if len(rows):
             yield rows.flatten().to_numpy().reshape(len(rows), -1)

@@ -130,6 +130,7 @@ def test_a_disk_that_fills_midway(
     assert_same_rows(run, local_run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writer", [writer for writer in WRITERS if writer not in ("explain", "query")])
 def test_a_disk_that_fills_midway_in_other_jobs(
     writer: str,

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from jobs import report
-from saecore.report import explorer as server
+from saecore.report.explorer import listen
 from tests.helpers import album
 from tests.helpers.mistakes import mistake
 
@@ -154,7 +154,7 @@ def test_other_sites_do_not_read_along(explorer: str) -> None:
 
 
 def test_a_port_that_is_taken(album_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with server.listen("127.0.0.1", 0) as taken:
+    with listen("127.0.0.1", 0) as taken:
         port = str(taken.getsockname()[1])
         said = mistake(report.main, ["--run", str(album_run), "--serve", "--port", port], capsys)
-    assert said.startswith(f"--host 127.0.0.1 --port {port}: Address already in use")
+    assert said.startswith(f"--host, --port 127.0.0.1:{port}: Address already in use")

@@ -14,7 +14,7 @@ from huggingface_hub import DatasetCard
 from jobs import embed, index
 from saecore.query import results
 from saecore.runs import card, latents
-from saecore.runs import run as runs
+from saecore.runs.files import read_manifest
 from saecore.runs.record import Record, from_document
 from tests.conftest import command
 from tests.helpers import album, planted
@@ -36,7 +36,7 @@ def matched(run: Path | str) -> dict[str, set[str]]:
 
 def written(run: Path | str) -> dict[str, set[str]]:
     """The files of each table that the run itself wrote, by its manifest."""
-    rows = runs.read_manifest(str(run)).to_pylist()
+    rows = read_manifest(str(run)).to_pylist()
     return {table: {row["path"] for row in rows if row["table"] == table} for table in {row["table"] for row in rows}}
 
 
@@ -45,10 +45,10 @@ def test_every_glob_matches_the_manifests_files(tmp_path: Path) -> None:
     assert matched(uri) == written(uri)
     assert index.main(["--run", uri]) == 0
     for _ in range(2):  # indexed; then grown, which writes the card again, and indexed in two segments
-        found = results.open(uri).tables.index
-        assert found is not None
-        rows = {file.path for segment in found.segments for file in segment.rows}
-        top = {file.path for segment in found.segments for file in segment.top}
+        held = results.open(uri).tables.index
+        assert held is not None
+        rows = {file.path for segment in held.segments for file in segment.rows}
+        top = {file.path for segment in held.segments for file in segment.top}
         assert matched(uri) == {**written(uri), "latents": {"latents.parquet"}, "by_latent": rows, "top_images": top}
         planted.write(uri)
         assert set(matched(uri)) == {"images", "activations", "maps", "latents", "by_latent", "top_images"}
@@ -96,7 +96,7 @@ def test_embeddings_have_a_card_too(shards: Path, tmp_path: Path) -> None:
     given = [
         word
         for word in command(shards, out, "--local", "--limit", "8", "--no-npy")
-        if word not in ("--sae", "--embeddings")
+        if word not in ("--sae", "--keep-embeddings")
     ]
     given.remove("demo")  # the SAE's
     assert embed.main(given) == 0

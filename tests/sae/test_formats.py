@@ -418,7 +418,7 @@ def made(folder: Path) -> Path:
     return folder
 
 
-# What each format's files say of the site and the model: README's table.
+# What each format's files say of the site and the model: the table in docs/saes.md.
 SAID: dict[str, tuple[Callable[[Path], Written], str, str]] = {
     "saev": (write_saev, "", ""),
     "prisma on patches": (write_prisma, "layer3.residual:patches", DATACOMP),

@@ -1,5 +1,6 @@
 """MSAE's interface over our SAE, against MSAE's rule in NumPy, written down once more from what its code does."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from tests.sae.test_checkpoints import DATA, embeddings, write_msae
 from tests.sae.test_sae import derived, variant
 from tests.sae.test_sae import embeddings as own_embeddings
 
-RULES = {
+RULES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "TopK": lambda p: p,
     "TopKReLU": lambda p: np.maximum(p, 0),
     "TopKabs": np.abs,

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import embed
-from saecore.runs.run import dataset
+from saecore.runs.files import open_dataset
 from saecore.training.embeddings import Embeddings, open_embeddings
 
 ROWS, WIDTH = 2500, 6
@@ -74,7 +74,7 @@ def test_a_run_of_jobs_embed_in_the_order_of_its_memory_map(shards: Path, tmp_pa
     (path,) = out.glob("*.npy")
     found = everything(open_embeddings(str(out)))
     np.testing.assert_array_equal(found, everything(open_embeddings(str(path))))
-    stored = dataset(str(out), "images").to_table().sort_by("image_id")["embedding"].to_pylist()
+    stored = open_dataset(str(out), "images").to_table().sort_by("image_id")["embedding"].to_pylist()
     np.testing.assert_array_equal(found, np.array(stored, np.float32))
     (out / "manifest.parquet").unlink()
     with pytest.raises(ValueError, match="this run is not complete"):

@@ -53,6 +53,7 @@ def run(path: Path, out: Path, **choices: Any) -> dict[str, Any]:
     return record
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("choices", "l0"),
     [
