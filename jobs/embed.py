@@ -48,7 +48,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Arguments(pipeline.Arguments):
-    """Embed images, or the words of a vocabulary, with CLIP."""
+    """Embed images, or the words of a vocabulary, with CLIP.
+
+    Needs --images or --text, --clip and --out.
+    """
 
     text: str = ""
     """Embed this vocabulary, one word a line, instead of images; in this process, without Ray. --limit counts words."""
@@ -87,7 +90,7 @@ def embed(argv: list[str]) -> int:
     """Check everything, run what is pending, and print the results."""
     clock = Clock()
     with commands.mistakes():
-        arguments = commands.parse(Arguments, argv, "jobs.embed")
+        arguments = commands.parse(Arguments, argv, "embed")
     with console.quiet() as log:
         if arguments.text:
             return embed_vocabulary(arguments)
@@ -127,7 +130,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
         how = [f"with CLIP {clip}, {tower.n_outputs} numbers per image"]
         print(outline(inputs.plan, "embed", arguments.out, how))
         return None
-    made_by = pipeline.made_by("jobs.embed", argv, config, inputs, pool) | {"n_outputs": tower.n_outputs}
+    made_by = pipeline.made_by("embed", argv, config, inputs, pool) | {"n_outputs": tower.n_outputs}
     run = pipeline.begin_run(inputs, parts, made_by)
     decode = Decode(tower.preprocess, arguments.max_pixels)
     return pipeline.Job(run, decode, functools.partial(Embed, config), tags, pool)

@@ -55,8 +55,7 @@ DEMO_SCENES, DEMO_SHARDS = 512, 4
 class Arguments(pipeline.Arguments):
     """Images to latents and relevance maps.
 
-    Needs --out, and --images, --clip and --sae, or --demo in place of these three. Example:
-    --images photos/ 'shards/*.tar' --clip openai/clip-vit-base-patch16 --sae SAE --out runs/photos
+    Needs --images, --clip and --sae, or --demo in place of these three; and --out.
     """
 
     # Those that have their names in `ExplainConfig` say there whether they change results.
@@ -110,7 +109,7 @@ def explain(argv: list[str]) -> int:
     """Check everything, run what is pending, say what came of it."""
     clock = Clock()
     with commands.mistakes():
-        arguments = commands.parse(Arguments, argv, "jobs.explain")
+        arguments = commands.parse(Arguments, argv, "explain")
     with console.quiet() as log:
         with commands.mistakes():
             job = prepare(arguments, argv)
@@ -131,7 +130,7 @@ def explain(argv: list[str]) -> int:
     if record.fit.is_poor() and not arguments.allow_poor_fit:
         print(f"kept, but {advice(record.fit, record)}")
         return POOR_FIT
-    print(after_explain(arguments.out, record.clip))
+    commands.propose(after_explain(arguments.out, record.clip))
     return 0
 
 
@@ -170,7 +169,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
         print(outline(inputs.plan, "explain", arguments.out, in_words(config, loaded)))
         return None
     parts = pipeline.fingerprint_parts(inputs, config, loaded.digests)
-    made_by = pipeline.made_by("jobs.explain", argv, config, inputs, pool) | {
+    made_by = pipeline.made_by("explain", argv, config, inputs, pool) | {
         "grid": list(loaded.tower.grid),
         "n_latents": loaded.sae.config.n_latents,
         "sae": loaded.sae.describe(),

@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(argv: list[str]) -> int:
     """Check everything, measure, save, and print the results."""
     with commands.mistakes():
-        arguments = commands.parse(Arguments, argv, "jobs.measure")
+        arguments = commands.parse(Arguments, argv, "measure")
         if arguments.save:
             check_folder(arguments)
         with commands.given("--embeddings"):

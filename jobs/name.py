@@ -17,7 +17,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -31,11 +31,10 @@ from saecore.spellings import Model, check_same, telling
 from saecore.storage import write_atomic
 
 from . import commands, console
+from .hints import after_name
 from .summaries import naming_summary
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from saecore.naming.names import Nearest, Valid
     from saecore.sae.model import SAE
     from saecore.towers.text import TextTower
@@ -50,7 +49,10 @@ NO_EMBEDDINGS = (
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Name the latents of an SAE by the words of a vocabulary."""
+    """Name the latents of a run, or of an SAE, by the words of a vocabulary.
+
+    Needs --run, or else --sae, --clip and --out; and --vocabulary, unless the CLIP is `demo`.
+    """
 
     run: str = ""
     """A complete run of jobs.explain, local or at an address. The names go into its latents.parquet."""
@@ -121,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def name(argv: list[str]) -> int:
     """Check everything, find names, write them, and print the results."""
     with commands.mistakes():
-        arguments = commands.parse(Arguments, argv, "jobs.name")
+        arguments = commands.parse(Arguments, argv, "name")
     with console.quiet() as log:
         with commands.mistakes():
             check_place(arguments)
@@ -137,6 +139,8 @@ def name(argv: list[str]) -> int:
     if job.remark:
         print(job.remark)
     print(naming_summary(table, job.made_by, arguments.run, arguments.out))
+    if job.run:
+        commands.propose(after_name(arguments.run))
     return 0
 
 
@@ -321,7 +325,7 @@ def nearest_words(job: Job, arguments: Arguments) -> "tuple[Nearest, Nearest | N
     if job.run is None or not has_embeddings(job.run):
         return direction, None
     scores = by_data(*gather(job.run, arguments.seed).to(device), texts_VE)
-    return direction, nearest(with_progress(scores, len(job.vocabulary.words)), arguments.words)
+    return direction, nearest(console.with_progress(scores, len(job.vocabulary.words), "words"), arguments.words)
 
 
 def text_embeddings(vocabulary: Vocabulary, templates: tuple[str, ...], device: str) -> np.ndarray:
@@ -335,15 +339,6 @@ def text_embeddings(vocabulary: Vocabulary, templates: tuple[str, ...], device: 
     if n_cut := tower.too_long([template.replace("{}", word) for word in words for template in templates]):
         print(f"{n_cut:,} texts are longer than the {tower.n_tokens} tokens of this CLIP, and were cut there")
     return embed_words(tower, words, templates, device=device)
-
-
-def with_progress(blocks: "Iterable[Tensor]", n_words: int) -> "Iterator[Tensor]":
-    """The same blocks, with a progress line."""
-    progress = console.Progress(n_words, 0, "words")
-    for block in blocks:
-        yield block
-        progress.add(len(block), 0)
-    progress.close()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ chunk to the last. Left out: what the three steps do (`saecore.pipeline.steps`),
 import dataclasses
 import functools
 import math
-import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -178,10 +177,10 @@ def fingerprint_parts(inputs: Inputs, config: EmbedConfig, models: ModelDigests)
     return {"schema": schema.VERSION, **own, "inputs": shards, **parts_of(config, models)}
 
 
-def made_by(module: str, argv: Sequence[str], config: Any, inputs: Inputs, pool: cluster.Pool) -> dict[str, Any]:
+def made_by(name: str, argv: Sequence[str], config: Any, inputs: Inputs, pool: cluster.Pool) -> dict[str, Any]:
     """What run.json says of a run's making, whatever it makes."""
     return {
-        "command": shlex.join(["python", "-m", module, *argv]),
+        "command": commands.called(name, *argv),
         "config": dataclasses.asdict(config) | {"images": inputs.images},
         "replicas": pool.replicas,
         "versions": origin.versions(),

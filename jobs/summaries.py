@@ -12,7 +12,6 @@ from saecore.runs.refusals import Refusal
 from saecore.storage import join_uri, split_settings
 
 from . import commands
-from .hints import after_name
 from .terminal import printable
 
 # ---- Runs.
@@ -178,7 +177,7 @@ def measuring_summary(report: Mapping[str, Any]) -> str:
 
 
 def naming_summary(table: pa.Table, made_by: Mapping[str, Any], run: str, out: str, shown: int = 10) -> str:
-    """What jobs.name found, as a person reads it: counts, the valid names of the widest margin, and what to do next."""
+    """What jobs.name found, as a person reads it: counts, the valid names of the widest margin,"""
     valid = table.filter(pc.equal(table["valid"], True)).sort_by([("margin", "descending")])
     by_data = pc.sum(table["by_data"]).as_py()
     how = [f"{table.num_rows - table['name'].null_count - by_data:,} by {'decoder' if by_data else made_by['by']}"]
@@ -197,7 +196,7 @@ def naming_summary(table: pa.Table, made_by: Mapping[str, Any], run: str, out: s
     ]
     place = join_uri(run, latents.NAME) if run else out
     lines += ["", f"on disk       {split_settings(place)[0]}"]
-    return "\n".join([*lines, after_name(run)] if run else lines)
+    return "\n".join(lines)
 
 
 # ---- Sizes.

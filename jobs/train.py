@@ -10,7 +10,6 @@ Left out: sweeps (run the command several times); embeddings that are made in tr
 """
 
 import dataclasses
-import shlex
 import signal
 import sys
 import threading
@@ -76,9 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(argv: list[str]) -> int:
     """Check everything, train, and print the results."""
     with commands.mistakes():
-        arguments = commands.parse(Arguments, argv, "jobs.train")
+        arguments = commands.parse(Arguments, argv, "train")
     made_by = {
-        "command": shlex.join(["python", "-m", "jobs.train", *argv]),
+        "command": commands.called("train", *argv),
         "versions": origin.versions(),
         "git_commit": origin.git_commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

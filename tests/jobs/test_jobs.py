@@ -515,7 +515,7 @@ def test_help_says_what_is_needed_and_titles_the_options_of_methods(capsys: pyte
         explain.main(["--help"])
     assert ended.value.code == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "Needs --out, and --images, --clip and --sae, or --demo in place of these three." in said
+    assert "Needs --images, --clip and --sae, or --demo in place of these three; and --out." in said
     assert "methods' options" in said
     assert "options options" not in said
 
