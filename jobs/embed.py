@@ -25,8 +25,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs
-import pyarrow.parquet as pq
 
 from saecore import schema
 from saecore.pipeline.clock import Clock
@@ -34,7 +32,7 @@ from saecore.pipeline.stages import Decode, Embed, EmbedConfig
 from saecore.report import preview as report
 from saecore.runs import run as runs
 from saecore.schema import TEXTS_FILE
-from saecore.storage import filesystem_of, join_uri, write_atomic
+from saecore.storage import Place, exists, join_uri, read_parquet, write_atomic
 from saecore.training import memmaps
 
 from . import cluster, commands, console, pipeline
@@ -188,10 +186,9 @@ def texts(tower: "TextTower", words: list[str], arguments: Arguments, device: st
 
 def holds_texts(out: str, parts: dict[str, Any]) -> bool:
     """Whether `out` holds these texts already; ValueError if it holds others, or a run over images."""
-    filesystem, folder = filesystem_of(out)
-    if filesystem.get_file_info(f"{folder}/run.json").type != pyarrow.fs.FileType.NotFound:
+    if exists(join_uri(out, "run.json")):
         raise ValueError(f"--out {out} holds a run over images; name another folder for words")
-    if filesystem.get_file_info(f"{folder}/{TEXTS_FILE}").type == pyarrow.fs.FileType.NotFound:
+    if not exists(join_uri(out, TEXTS_FILE)):
         return False
     runs.refuse_other(out, json.loads((read_texts(out).schema.metadata or {}).get(b"parts", b"{}")), parts)
     return True
@@ -199,23 +196,22 @@ def holds_texts(out: str, parts: dict[str, Any]) -> bool:
 
 def read_texts(out: str) -> pa.Table:
     """texts.parquet."""
-    filesystem, folder = filesystem_of(out)
-    return pq.read_table(f"{folder}/{TEXTS_FILE}", filesystem=filesystem)
+    return read_parquet(join_uri(out, TEXTS_FILE))
 
 
 def write_memory_map(
     arguments: Arguments, clip: str, split: str, kind: str, shape: tuple[int, int], rows: Iterable[np.ndarray]
 ) -> str:
     """The memory map in the out folder, unless it is there; returns the line that says what came of it."""
-    filesystem, folder = filesystem_of(arguments.out)
+    place = Place(arguments.out)
     if arguments.no_npy:
         return "memory map    none, as --no-npy asks"
-    if not isinstance(filesystem, pyarrow.fs.LocalFileSystem):
+    if not place.is_local:
         return f"memory map    none: {arguments.out} is no local folder, and what is elsewhere cannot be mapped"
     if not shape[0]:
         return "memory map    none: every image was refused"
-    name = arguments.name or (Path(arguments.text).stem if arguments.text else Path(folder).name)
-    target = Path(folder, memmaps.file_name(name, clip, split, kind, shape))
+    name = arguments.name or (Path(arguments.text).stem if arguments.text else Path(place.path).name)
+    target = Path(place.path, memmaps.file_name(name, clip, split, kind, shape))
     if not target.exists():
         memmaps.write(target, rows, shape)
     return f"memory map    {target.name}: raw float32 {shape[0]:,} x {shape[1]:,}, no npy header"

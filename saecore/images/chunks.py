@@ -36,7 +36,7 @@ import pyarrow.parquet as pq
 from saecore import schema
 from saecore.images.columns import image_column, key_column
 from saecore.images.listing import EXTENSIONS, Shard, extension, is_hidden
-from saecore.storage import filesystem_of
+from saecore.storage import Place
 
 MAX_IMAGE_BYTES = 1 << 30
 """Encoded bytes above which an image is not read: far more than any picture of the pixels allowed."""
@@ -133,10 +133,10 @@ def empty_shards(plan: pa.Table) -> list[str]:
 def _scan(shard: Shard, chunk_size: int, column: str | None) -> _Cut:
     if shard.members is not None:
         return _Cut(len(shard.members), [], None, None)
-    filesystem, path = filesystem_of(shard.uri)
-    ahead = HEADER_AHEAD if isinstance(filesystem, pyarrow.fs.LocalFileSystem) else READ_AHEAD
+    place = Place(shard.uri)
+    ahead = HEADER_AHEAD if place.is_local else READ_AHEAD
     try:
-        with filesystem.open_input_file(path) as file:
+        with place.open() as file:
             return (
                 _scan_parquet(shard.uri, file, column)
                 if shard.kind == "parquet"
@@ -267,24 +267,24 @@ def _lost(chunk: Mapping[str, Any]) -> Iterator[_Item]:
 def _read_file(chunk: Mapping[str, Any], wanted: Collection[int]) -> Iterator[_Item]:
     if chunk["offset"] is None and chunk["column"] is None:
         return  # no image, only the row for what is lost
-    filesystem, path = filesystem_of(chunk["uri"])
+    place = Place(chunk["uri"])
     try:
-        file = filesystem.open_input_file(path)
+        file = place.open()
     except FileNotFoundError:
-        if _folder_is_gone(filesystem, path):
+        if _folder_is_gone(place, place.path):
             raise
         return
     with file:
         if chunk["kind"] == "parquet":
             yield from _read_parquet(file, chunk, wanted)
         else:
-            few = isinstance(filesystem, pyarrow.fs.LocalFileSystem) and not isinstance(wanted, range)
+            few = place.is_local and not isinstance(wanted, range)
             yield from _read_tar(file, chunk, wanted, HEADER_AHEAD if few else READ_AHEAD)
 
 
-def _folder_is_gone(filesystem: pyarrow.fs.FileSystem, path: str) -> bool:
+def _folder_is_gone(place: Place, path: str) -> bool:
     """One file that vanished is data; its whole folder is a disk that is not mounted or a bucket out of reach."""
-    return filesystem.get_file_info(posixpath.dirname(path)).type == pyarrow.fs.FileType.NotFound
+    return place.info(posixpath.dirname(path)).type == pyarrow.fs.FileType.NotFound
 
 
 def _read_tar(file: pa.NativeFile, chunk: Mapping[str, Any], wanted: Collection[int], ahead: int) -> Iterator[_Item]:
@@ -337,17 +337,17 @@ def _uncompressed(file: pa.NativeFile, ahead: int) -> IO[bytes]:
 
 
 def _read_folder(chunk: Mapping[str, Any], wanted: Collection[int]) -> Iterator[_Item]:
-    filesystem, folder = filesystem_of(chunk["uri"])
+    place = Place(chunk["uri"])
     for index, name in enumerate(chunk["members"], chunk["start"]):
         if index not in wanted:
             yield _PASSED
             continue
-        path = f"{folder.rstrip('/')}/{name}"
+        path = f"{place.path.rstrip('/')}/{name}"
         try:
-            with filesystem.open_input_file(path) as file:
+            with place.open(path) as file:
                 yield _sized(name, file.size(), file.read)
         except FileNotFoundError as error:
-            if _folder_is_gone(filesystem, path):
+            if _folder_is_gone(place, path):
                 raise
             yield _Item(name, None, "missing-file", str(error))
         except PermissionError as error:  # of a local file; object stores report theirs as OSError, for all alike

@@ -13,23 +13,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset
-import pyarrow.fs
 
 from saecore.query import by_latent
 from saecore.query.by_latent import Reader
 from saecore.runs import latents
 from saecore.runs import run as runs
 from saecore.schema import INDEX_BITS, VERSION
-from saecore.storage import filesystem_of, join_uri
+from saecore.storage import Place, is_file, join_uri
 
 
 def read_record(uri: str) -> dict[str, Any]:
     """run.json of a complete run of jobs.explain; ValueError if there is none at `uri`."""
     if not uri:
         raise ValueError("the run's folder has no name: give that of a run of jobs.explain")
-    filesystem, path = filesystem_of(join_uri(uri, "run.json"))
     try:
-        if filesystem.get_file_info(path).type != pyarrow.fs.FileType.File:
+        if not is_file(join_uri(uri, "run.json")):
             raise ValueError(f"{uri} holds no run: there is no run.json")
         record = runs.record_at(uri)
     except OSError as error:
@@ -91,14 +89,14 @@ class Tables:
         """
         found = {table: self.files(table) for table in self.schemas}
         found["top_images"] = pyarrow.dataset.dataset(by_latent.top_schema(self.schemas).empty_table())
-        filesystem, root = filesystem_of(self.uri)
+        place = Place(self.uri)
         indexed = {} if self.reader is None else self.reader.paths()
-        paths = {name: [f"{root}/{path}" for path in held] for name, held in indexed.items()}
+        paths = {name: [f"{place.path}/{path}" for path in held] for name, held in indexed.items()}
         waiting = self.files("activations", self.not_indexed).files if len(self.not_indexed) else []
         paths["by_latent"] = [*paths.get("by_latent", []), *waiting] or found["activations"].files
         for name, held in paths.items():
             if held:
-                found[name] = pyarrow.dataset.dataset(held, filesystem=filesystem, format="parquet")
+                found[name] = place.dataset(held)
         return found
 
     @functools.cached_property

@@ -10,13 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs
-import pyarrow.parquet as pq
 
 from saecore.query.histograms import Bins, alike
 from saecore.query.results import Results
 from saecore.runs.fit import POOR
-from saecore.storage import filesystem_of, join_uri
+from saecore.storage import is_file, join_uri, read_parquet
 
 BINS = 24
 
@@ -82,10 +80,9 @@ def histogram(run: Results, name: str, least: float, most: float) -> Bins:
 
 
 def _faithfulness(run: Results) -> list[dict[str, Any]]:
-    filesystem, path = filesystem_of(join_uri(run.uri, "faithfulness.parquet"))
-    if filesystem.get_file_info(path).type != pyarrow.fs.FileType.File:
+    if not is_file(uri := join_uri(run.uri, "faithfulness.parquet")):
         return []
-    measured = pq.read_table(path, filesystem=filesystem)
+    measured = read_parquet(uri)
     figures = [field.name for field in measured.schema if pa.types.is_floating(field.type)]
     means = measured.group_by("method").aggregate([(name, "mean") for name in figures])
     named = means.select(["method", *(f"{name}_mean" for name in figures)])

@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.fs
-import pyarrow.parquet as pq
 from PIL import Image
 
 from saecore.images import chunks as shards
@@ -21,7 +19,7 @@ from saecore.report import captions, display
 from saecore.runs import durations
 from saecore.runs import run as runs
 from saecore.runs.fit import Fit
-from saecore.storage import filesystem_of, join_uri, split_settings, write_atomic
+from saecore.storage import is_local, join_uri, read_parquet, split_settings, write_atomic
 
 
 class Example(NamedTuple):
@@ -97,8 +95,7 @@ def _rows_of(table: pa.Table, image_id: int) -> list[dict[str, Any]]:
 
 
 def _chunk_table(run: runs.Run, name: str, chunk_id: int) -> pa.Table:
-    filesystem, path = filesystem_of(join_uri(run.uri, name, f"chunk-{chunk_id:08d}.parquet"))
-    return pq.read_table(path, filesystem=filesystem)
+    return read_parquet(join_uri(run.uri, name, f"chunk-{chunk_id:08d}.parquet"))
 
 
 def preview(found: list[Example], side: int = 232) -> Image.Image:
@@ -170,7 +167,7 @@ WHERE activation > 0 GROUP BY latent ORDER BY images DESC, latent LIMIT 5"""
 
 def next_steps(uri: str) -> str:
     """What to do with a complete run: commands to paste. At an address DuckDB alone would need to be told how to get in."""
-    if isinstance(filesystem_of(uri)[0], pyarrow.fs.LocalFileSystem):
+    if is_local(uri):
         query = QUERY.format(activations=f"'{uri}/activations/*.parquet'", images=f"'{uri}/images/*.parquet'")
         ask = f'{_python()} - <<\'END\'\nimport duckdb\nduckdb.sql("""\n{query}\n""").show()\nEND'
     else:

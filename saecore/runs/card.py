@@ -12,9 +12,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pyarrow.fs
 
-from saecore.storage import filesystem_of, join_uri, split_settings, write_atomic
+from saecore.storage import is_file, join_uri, read_bytes, split_settings, write_atomic
 
 NAME = "README.md"
 
@@ -54,7 +53,7 @@ def write(uri: str, record: Mapping[str, Any]) -> None:
 def tables(uri: str, record: Mapping[str, Any]) -> list[str]:
     """Those of `TABLES` that have files. A glob without files would make `load_dataset` fail for that table."""
     found = {name for name, rows in record["rows"].items() if rows}
-    if _is_file(uri, "latents.parquet"):
+    if is_file(join_uri(uri, "latents.parquet")):
         found.add("latents")
     index = json.loads(_read(uri, "by_latent/_index.json") or "{}")
     folders = {"rows": "by_latent", "top": "top_images"}
@@ -147,14 +146,6 @@ def _code(text: str) -> str:
     return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"
 
 
-def _is_file(uri: str, name: str) -> bool:
-    filesystem, path = filesystem_of(join_uri(uri, name))
-    return filesystem.get_file_info(path).type == pyarrow.fs.FileType.File
-
-
 def _read(uri: str, name: str) -> bytes | None:
-    if not _is_file(uri, name):
-        return None
-    filesystem, path = filesystem_of(join_uri(uri, name))
-    with filesystem.open_input_stream(path) as stream:
-        return stream.read()
+    file = join_uri(uri, name)
+    return read_bytes(file) if is_file(file) else None

@@ -30,13 +30,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset
-import pyarrow.fs
 import pyarrow.parquet as pq
 
 from saecore.runs import card
 from saecore import schema
 from saecore.runs.fit import Fit, judged
-from saecore.storage import check_writable, filesystem_of, join_uri, reason, write_atomic
+from saecore.storage import (Place, check_writable, join_uri, names_in, read_json, read_parquet, reason, write_atomic)
 
 TABLES = ("images", "activations", "maps")
 """All that a run may have; the payload that is written says which it has."""
@@ -108,16 +107,16 @@ class Run:
     def commits(self) -> list[Commit]:
         """The valid commit records, in the order of their chunks."""
         sizes = {
-            f"{table}/{info.base_name}": info.size for table in TABLES for info in _listing(join_uri(self.uri, table))
+            f"{table}/{info.base_name}": info.size for table in TABLES for info in Place(join_uri(self.uri, table)).entries()
         }
-        names = [info.base_name for info in _listing(join_uri(self.uri, "commits")) if info.base_name.endswith(".json")]
+        names = [name for name in names_in(join_uri(self.uri, "commits")) if name.endswith(".json")]
         with ThreadPoolExecutor(_RECORD_READERS) as pool:
             found = pool.map(lambda name: self._commit(name, sizes), sorted(names))
             return [commit for commit in found if commit is not None]
 
     def _commit(self, name: str, sizes: Mapping[str, int]) -> Commit | None:
         try:
-            commit = Commit(**json.loads(_read_bytes(join_uri(self.uri, "commits", name))))
+            commit = Commit(**read_json(join_uri(self.uri, "commits", name)))
         except (ValueError, TypeError):  # not JSON, or not a record: the chunk is not done
             return None
         whole = all(sizes.get(file["path"]) == file["bytes"] for file in commit.files)
@@ -274,7 +273,7 @@ def record_at(uri: str) -> dict[str, Any]:
     """run.json of the run at `uri`; ValueError, which names the file, if no run wrote that; OSError if there is none."""
     where = join_uri(uri, "run.json")
     try:
-        record = json.loads(_read_bytes(where))
+        record = read_json(where)
     except ValueError as error:
         raise ValueError(f"{where} is damaged: {error}") from error
     if (
@@ -289,7 +288,7 @@ def record_at(uri: str) -> dict[str, Any]:
 def holds_run(uri: str) -> bool:
     """Whether there is a run at `uri`; ValueError if something else is: other files, or a file instead of a folder."""
     try:
-        names = {info.base_name for info in _listing(uri)}
+        names = names_in(uri)
     except OSError as error:
         raise ValueError(f"--out {uri} is no folder that can be read: {reason(error)}") from error
     # These alone are a start that was interrupted, or refused.
@@ -329,12 +328,12 @@ def refuse_other(uri: str, before: Mapping[str, Any], parts: Mapping[str, Any]) 
 
 def read_plan(uri: str) -> pa.Table:
     """All chunks of a run (schema.PLAN)."""
-    return _read_parquet(uri, "plan.parquet")
+    return read_parquet(join_uri(uri, "plan.parquet"))
 
 
 def read_manifest(uri: str) -> pa.Table:
     """Every file of a complete run (MANIFEST)."""
-    return _read_parquet(uri, "manifest.parquet")
+    return read_parquet(join_uri(uri, "manifest.parquet"))
 
 
 def of_chunks(manifest: pa.Table, chunk_ids: np.ndarray) -> pa.Table:
@@ -345,17 +344,16 @@ def of_chunks(manifest: pa.Table, chunk_ids: np.ndarray) -> pa.Table:
 def dataset(uri: str, table: str, manifest: pa.Table | None = None) -> pyarrow.dataset.Dataset:
     """One table of a complete run, `images`, `activations` or `maps`, through its manifest, or those rows of it."""
     held = read_manifest(uri) if manifest is None else manifest
-    filesystem, root = filesystem_of(uri)
+    place = Place(uri)
     names = held.filter(pc.equal(held["table"], table))["path"].to_pylist()
-    return pyarrow.dataset.dataset([f"{root}/{name}" for name in names], filesystem=filesystem, format="parquet")
+    return place.dataset([f"{place.path}/{name}" for name in names])
 
 
 def scan(uri: str, table: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
     """Some columns of a complete run's table, in the order of its chunks and of the images in each, a few rows at a time."""
     manifest = read_manifest(uri)
     for name in manifest.filter(pc.equal(manifest["table"], table))["path"].to_pylist():
-        filesystem, path = filesystem_of(join_uri(uri, name))
-        with pq.ParquetFile(path, filesystem=filesystem) as file:
+        with Place(join_uri(uri, name)).open_parquet() as file:
             yield from file.iter_batches(ROW_GROUP_ROWS[table], columns=columns)
 
 
@@ -382,20 +380,3 @@ def parquet_bytes(table: pa.Table, row_group_rows: int) -> pa.Buffer:
 
 def _write_json(uri: str, content: Mapping[str, Any]) -> None:
     write_atomic(uri, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def _read_bytes(uri: str) -> bytes:
-    filesystem, path = filesystem_of(uri)
-    with filesystem.open_input_stream(path) as stream:
-        return stream.read()
-
-
-def _read_parquet(uri: str, name: str) -> pa.Table:
-    filesystem, path = filesystem_of(join_uri(uri, name))
-    return pq.read_table(path, filesystem=filesystem)
-
-
-def _listing(uri: str) -> list[pyarrow.fs.FileInfo]:
-    """What lies directly in a folder; nothing if there is no such folder."""
-    filesystem, path = filesystem_of(uri)
-    return filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))

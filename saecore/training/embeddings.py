@@ -22,13 +22,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset
-import pyarrow.fs
-import pyarrow.parquet as pq
 
 from saecore.runs import run as runs
 from saecore.spellings import Model
-from saecore.storage import filesystem_of
+from saecore.storage import Place, exists, is_file, join_uri
 
 # dataset_model_split_image_rows_width, as `saecore.training.memmaps` and MSAE name them, the model as
 # openai~clip-vit-base-patch16.
@@ -108,13 +105,14 @@ class _Mapped:
 class _Tables:
     def __init__(self, address: str, column: str) -> None:
         self._column = column
-        self._filesystem, paths = _parquet_files(address)
+        self._place = Place(address)
+        paths = _parquet_files(address, self._place)
         self._groups: list[tuple[str, int]] = []
         rows: list[int] = []
         self.width = 0
         sizes, models = [], set[Model]()
         for path in paths:
-            file = pq.ParquetFile(path, filesystem=self._filesystem)
+            file = self._place.open_parquet(path)
             if column not in file.schema_arrow.names:
                 raise ValueError(f"--embeddings {address}: {path} has no column {column!r} of embeddings")
             kind = file.schema_arrow.field(column).type
@@ -140,7 +138,7 @@ class _Tables:
                 if full:
                     self._groups.append((path, group))
                     rows.append(full)
-            sizes.append([path, file.metadata.num_rows, self._filesystem.get_file_info(path).size])
+            sizes.append([path, file.metadata.num_rows, self._place.info(path).size])
             said = file.schema_arrow.metadata or {}
             models.add(Model(said.get(b"clip", b"").decode(), said.get(b"clip_sha256", b"").decode()))
         self.model = models.pop() if len(models) == 1 else Model()
@@ -151,7 +149,7 @@ class _Tables:
 
     def read(self, block: int) -> np.ndarray:
         path, group = self._groups[block]
-        table = pq.ParquetFile(path, filesystem=self._filesystem).read_row_group(group, columns=[self._column])
+        table = self._place.open_parquet(path).read_row_group(group, columns=[self._column])
         lists = table[self._column].drop_null().combine_chunks()
         if set(pc.list_value_length(lists).to_pylist()) != {self.width}:
             raise ValueError(f"{path}: the lists in {self._column!r} are not all {self.width} long")
@@ -159,21 +157,19 @@ class _Tables:
         return _checked(values.astype(np.float32, copy=False).reshape(-1, self.width), path)
 
 
-def _parquet_files(address: str) -> tuple[pyarrow.fs.FileSystem, list[str]]:
-    filesystem, path = filesystem_of(address)
-    info = filesystem.get_file_info(path)
-    if info.type == pyarrow.fs.FileType.File:
-        return filesystem, [path]
-    if info.type == pyarrow.fs.FileType.NotFound:
+def _parquet_files(address: str, place: Place) -> list[str]:
+    if is_file(address):
+        return [place.path]
+    if not exists(address):
         raise ValueError(f"--embeddings {address}: no such file or folder")
-    if filesystem.get_file_info(f"{path}/run.json").type == pyarrow.fs.FileType.File:
-        if filesystem.get_file_info(f"{path}/manifest.parquet").type != pyarrow.fs.FileType.File:
+    if is_file(join_uri(address, "run.json")):
+        if not is_file(join_uri(address, "manifest.parquet")):
             raise ValueError(f"--embeddings {address}: this run is not complete; the command that made it resumes it")
-        return filesystem, runs.dataset(address, "images").files
-    found = pyarrow.dataset.dataset(path, filesystem=filesystem, format="parquet").files
+        return runs.dataset(address, "images").files
+    found = place.dataset().files
     if not found:
         raise ValueError(f"--embeddings {address}: no Parquet file in this folder")
-    return filesystem, sorted(found)
+    return sorted(found)
 
 
 def _checked(rows: np.ndarray, where: str) -> np.ndarray:
