@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test quick check format bench clean
 
 demo: .venv/.installed
 	$(BIN)/python -m jobs.explain --demo --out runs/demo
@@ -12,6 +12,10 @@ demo: .venv/.installed
 
 test: check
 	$(BIN)/python -m pytest
+
+# Without Ray, without a browser and without what is slow: the tests to run while one works.
+quick: .venv/.test
+	$(BIN)/python -m pytest -q -m "not slow and not ray and not browser"
 
 check: .venv/.test
 	$(BIN)/ruff format --check

@@ -7,6 +7,7 @@ python -m benchmarks truth        where maps of the demo's scenes lie, against t
 """
 
 import dataclasses
+import inspect
 import json
 import platform
 import sys
@@ -47,10 +48,10 @@ class Train:
 
     def tell(self) -> None:
         """Measure and print."""
-        from benchmarks import training as training_speed
+        from benchmarks import training
 
-        sizes = training_speed.Steps(self.width, self.k, self.batch_size)
-        rows = training_speed.measure(sizes, self.architectures, self.latents, self.rounds)
+        sizes = training.Steps(self.width, self.k, self.batch_size)
+        rows = training.measure(sizes, self.architectures, self.latents, self.rounds)
         if self.json:
             print(json.dumps({"machine": machine(), "config": dataclasses.asdict(self), "rows": rows}))
             return
@@ -90,7 +91,8 @@ class Maps:
 
     def check(self) -> None:
         """ValueError for what cannot be."""
-        parse_methods(self.method)
+        with commands.given_fields(self):
+            parse_methods(self.method)
         commands.at_least(self, k=1, latents=1, rounds=1, naive_latents=0, batch_size=0)
         if self.k > self.latents:
             raise ValueError(f"--k {self.k}: the SAE has --latents {self.latents}")
@@ -109,20 +111,20 @@ class Maps:
         """Measure and print, table by table, as they are measured."""
         import torch
 
-        from benchmarks import maps as timing
+        from benchmarks import maps
 
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         tables = []
         if not self.json:
             print(f"{machine()}, transformers {origin.versions()['transformers']}")
         for name in self.shapes:
-            shape = timing.SHAPES[name]
+            shape = maps.SHAPES[name]
             shape = shape._replace(batch=self.batch_size or shape.batch)
             for threads in self.threads if device == "cpu" else (torch.get_num_threads(),):
-                how = f"{threads} thread{'s' * (threads > 1)}, " + timing.unit(device, threads)
+                how = f"{threads} thread{'s' * (threads > 1)}, " + maps.unit(device, threads)
                 if not self.json:
                     print(f"\n{name}, {shape.batch} images at once, k = {self.k}; {device}, {how}", flush=True)
-                rows = timing.cost_of_maps(
+                rows = maps.cost_of_maps(
                     shape=shape,
                     methods=parse_methods(self.method),
                     k=self.k,
@@ -133,9 +135,9 @@ class Maps:
                     device=device,
                 )
                 if not self.json:
-                    print(timing.table(rows), flush=True)
-                found = {"shape": name, "batch_size": shape.batch, "device": device, "threads": threads}
-                tables.append(found | {"rows": [row._asdict() for row in rows]})
+                    print(maps.table(rows), flush=True)
+                table = {"shape": name, "batch_size": shape.batch, "device": device, "threads": threads}
+                tables.append(table | {"rows": [row._asdict() for row in rows]})
         if self.json:
             said = {"machine": machine(), "versions": origin.versions(), "config": dataclasses.asdict(self)}
             print(json.dumps(said | {"tables": tables}))
@@ -172,23 +174,21 @@ class Query:
 
     def tell(self) -> None:
         """Write a run, ask it, index it, ask it again, print, and remove it."""
-        from benchmarks import query as query_speed
+        from benchmarks import query
 
-        sizes = query_speed.Sizes(-(-self.images // 512) * 512, self.latents, self.k, self.side)
+        sizes = query.Sizes(-(-self.images // 512) * 512, self.latents, self.k, self.side)
         with tempfile.TemporaryDirectory(dir=self.folder or None) as folder:
-            found = query_speed.measure(f"{folder}/run", sizes, self.memory, self.threads, self.rounds)
+            figures = query.measure(f"{folder}/run", sizes, self.memory, self.threads, self.rounds)
         if self.json:
-            print(json.dumps({"machine": machine(), "config": dataclasses.asdict(self), **found}))
+            print(json.dumps({"machine": machine(), "config": dataclasses.asdict(self), **figures}))
         else:
-            print(machine(), query_speed.told(found, sizes), sep="\n")
+            print(machine(), query.told(figures, sizes), sep="\n")
 
 
 @dataclasses.dataclass(frozen=True)
 class Truth:
-    """Maps of the demo's scenes by every method, against the true masks of their objects.
-
-    Unless --norm is given, every method that has a norm has a row for the other one too.
-    """
+    """Maps of the demo's scenes by every method, against the true masks of their objects. Unless --norm is given, every method
+    that has a norm has a row for the other one too."""
 
     scenes: int = 2000
     """Scenes to measure on; as many others choose the latents."""
@@ -200,8 +200,9 @@ class Truth:
 
     def check(self) -> None:
         """ValueError for what cannot be."""
-        parse_methods(self.method)
-        self.options.check()
+        with commands.given_fields(self, self.options):
+            parse_methods(self.method)
+            self.options.check()
         if self.scenes < 50:
             raise ValueError(
                 f"--scenes {self.scenes}: at least 50, since as many others say which latents follow a word"
@@ -210,25 +211,26 @@ class Truth:
     def tell(self) -> None:
         """Measure and print."""
         from benchmarks import truth
-        from saecore.pipeline.inference import check_fits
-        from saecore.pipeline.stages import load_models
+        from saecore.pipeline.models import load_models
+        from saecore.relevance.explain import check_fits
 
         console.hush()
         methods = parse_methods(self.method)
         with commands.mistakes():
             tower, sae = load_models("demo", "demo")
-            check_fits(tower, methods, self.options)
+            with commands.given_fields(self.options):
+                check_fits(tower, methods, self.options)
         progress = console.Progress(self.scenes, 0, "scenes")
         tell = truth.nothing if self.json else lambda count: progress.add(count, 0)
-        found = truth.measure(tower, sae, self.scenes, truth.rows(methods, self.options), tell)
+        measured = truth.measure(tower, sae, self.scenes, truth.rows(methods, self.options), tell)
         if self.json:
-            tables = {title: truth.table(cases) for title, cases in found.tables().items()}
-            print(json.dumps({"config": dataclasses.asdict(self), "followers": found.followers, "tables": tables}))
+            tables = {title: truth.table(cases) for title, cases in measured.tables().items()}
+            print(json.dumps({"config": dataclasses.asdict(self), "followers": measured.followers, "tables": tables}))
             return
         progress.close()
-        words = ", ".join(f"{latent} {word}" for latent, word in found.followers.items())
-        print(f"{len(found.followers)} latents follow a word: {words}")
-        for title, cases in found.tables().items():
+        words = ", ".join(f"{latent} {word}" for latent, word in measured.followers.items())
+        print(f"{len(measured.followers)} latents follow a word: {words}")
+        for title, cases in measured.tables().items():
             print(f"\n{title}: {len(cases.image):,} cases\n\n{truth.markdown(cases)}")
 
 
@@ -240,9 +242,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def benchmark(argv: list[str]) -> int:
     """Measure and print."""
     ways = {"train": Train(), "maps": Maps(), "query": Query(), "truth": Truth()}
-    kinds: Any = tyro.extras.subcommand_type_from_defaults(ways)
+    kinds: Any = tyro.extras.subcommand_type_from_defaults(
+        ways, {name: inspect.getdoc(way) or "" for name, way in ways.items()}
+    )
     with commands.mistakes():
-        chosen = tyro.cli(kinds, args=argv, prog="python -m benchmarks", config=(tyro.conf.OmitArgPrefixes,))
+        chosen = tyro.cli(
+            kinds, args=argv, prog="python -m benchmarks", description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
+        )
         chosen.check()
     chosen.tell()
     return 0

@@ -1,19 +1,22 @@
-"""The demo's models and pictures, made anew: its CLIP trained, the scenes of its SAE drawn, both measured, every method drawn.
+"""The demo's models and pictures made anew: train its CLIP, draw the scenes for its SAE, measure both, draw every method.
 
     python -m benchmarks.demo clip          # 50 minutes on 2 CPU cores shared with other work: 252,416 scenes
     python -m benchmarks.demo scenes        # 3 minutes: 40,000 scenes in tars; jobs.embed and jobs.train go on (docs/demo.md)
-    python -m benchmarks.demo evaluate      # half a minute: 4,000 scenes used for nothing else, which gave
+    python -m benchmarks.demo evaluate      # half a minute: 4,000 scenes that nothing else uses; it printed
     python -m benchmarks.demo methods       # docs/methods.png
 
     single colour 1.000   single shape 0.991   mixed colour 1.000   mixed shape 0.974      (zero-shot; "mixed": of the largest)
     SAE cosine 0.985   dead latents 0.013   latents that follow a word (area under ROC > 0.95): 8, one for each colour
 
-The committed CLIP was interrupted once and resumed. No latent follows one shape or texture that well (0.68 to 0.91); why is
-open. How the CLIP is trained is in `saecore.demo.build`.
+The training of the committed CLIP was interrupted once and resumed. No latent follows one shape or texture that well (0.68 to
+0.91); the reason is not known. How the CLIP is trained is in `saecore.demo.build`.
 """
 
+import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,14 +24,14 @@ import tyro
 from transformers import AutoTokenizer, CLIPModel
 
 from benchmarks import truth
-from saecore.demo import scenes as world
+from saecore.demo import drawing, scenes, writing
 from saecore.demo.build import CLIP_FOLDER, SAE_FOLDER, ClipBuild, train_clip
 from saecore.demo.figures import embed, sae_figures, zero_shot
 from saecore.demo.lessons import photo
-from saecore.methods import METHODS, UNITS
-from saecore.pipeline.inference import explain
+from saecore.methods import METHODS, RECORDS
+from saecore.relevance.explain import explain_latents
 from saecore.report import display
-from saecore.sae.model import load_folder
+from saecore.sae.checkpoints import load_folder
 from saecore.towers.clip import load_tower
 
 
@@ -45,13 +48,13 @@ class DrawScenes:
 
 
 def draw_scenes(config: DrawScenes) -> None:
-    world.write_shards(config.out, config.scenes, config.shards, seed=world.SEED_SAE)
+    writing.write_shards(config.out, config.scenes, config.shards, seed=scenes.SEED_SAE)
     print(f"{config.scenes} scenes in {config.shards} tars; written to {config.out}")
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Print the figures of both on scenes never seen."""
+    """Print the figures of the CLIP and of the SAE on scenes that neither has seen."""
 
     scenes: int = 4000
     """How many scenes."""
@@ -63,8 +66,8 @@ class Evaluate:
 
 def evaluate(config: Evaluate) -> None:
     model, tokenizer = CLIPModel.from_pretrained(config.clip).eval(), AutoTokenizer.from_pretrained(config.clip)
-    # The first scenes of this seed served to watch training and to choose the SAE's size: these did not.
-    sample = list(world.scenes(world.SEED_EVALUATION, config.scenes, start=200_000))
+    # The first scenes of this seed served to watch training and to choose the SAE's size. These did not.
+    sample = list(scenes.scenes_of(scenes.SEED_EVALUATION, config.scenes, start=200_000))
     x = embed(model, sample)
     figures = zero_shot(model, tokenizer, x, sample) | sae_figures(load_folder(config.sae), x, sample)
     for name, value in figures.items():
@@ -77,6 +80,8 @@ class DrawMethods:
 
     scene: int = 12
     """Which of the demo's scenes."""
+    choosing: int = 2000
+    """How many scenes say which latent follows which colour."""
     side: int = 140
     """Pixels of a map."""
     out: Path = Path("docs/methods.png")
@@ -86,31 +91,31 @@ class DrawMethods:
 @torch.inference_mode()
 def draw_methods(config: DrawMethods) -> None:
     tower, sae = load_tower("demo"), load_folder(SAE_FOLDER)
-    scene = world.scene_at(world.SEED_DEMO, config.scene)
-    following = {word: latent for latent, word in truth.followers(tower, sae, truth.sample(2000, 0)).items()}
+    scene = scenes.scene_at(scenes.SEED_DEMO, config.scene)
+    following = {word: latent for latent, word in truth.followers(tower, sae, truth.sample(config.choosing, 0)).items()}
     latents = [following[thing.colour] for thing in scene.things if thing.colour in following]
     pixels = torch.from_numpy(photo(scene)[None])
     values = sae.pre_activations(tower.embed(pixels))[0, latents].tolist()
-    found = explain(tower, sae, pixels, torch.tensor([latents]), METHODS).values()
+    by_method = explain_latents(tower, sae, pixels, torch.tensor([latents]), METHODS).values()
     sheet = display.sheet(
-        [world.render(scene, 4 * config.side)] * len(latents),
+        [drawing.render(scene, 4 * config.side)] * len(latents),
         [f"latent {latent}   {value:.2f}" for latent, value in zip(latents, values, strict=True)],
         METHODS,
-        [UNITS.get(method) for method in METHODS],
-        np.stack([maps.relevance[0].unflatten(-1, tower.grid).numpy() for maps in found], 1),
-        np.stack([maps.remainder[0].numpy() for maps in found], 1),
+        [RECORDS[method].units or None for method in METHODS],
+        np.stack([maps.relevance[0].unflatten(-1, tower.grid).numpy() for maps in by_method], 1),
+        np.stack([maps.remainder[0].numpy() for maps in by_method], 1),
         config.side,
     )
     config.out.write_bytes(display.png(sheet))
     print(f"scene {config.scene}: {scene.caption}; written to {config.out}")
 
 
-def main() -> None:
-    steps = tyro.extras.subcommand_type_from_defaults(
-        # the names on the command line
-        {"clip": ClipBuild(), "scenes": DrawScenes(), "evaluate": Evaluate(), "methods": DrawMethods()}
-    )
-    match tyro.cli(steps, description=__doc__):
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    commands = {"clip": ClipBuild(), "scenes": DrawScenes(), "evaluate": Evaluate(), "methods": DrawMethods()}
+    descriptions = {name: inspect.getdoc(kind) or "" for name, kind in commands.items()}
+    chosen: Any = tyro.extras.subcommand_type_from_defaults(commands, descriptions)
+    match tyro.cli(chosen, args=argv, prog="python -m benchmarks.demo", description=__doc__):
         case ClipBuild() as config:
             train_clip(config)
         case DrawScenes() as config:

@@ -31,9 +31,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from benchmarks import naive_maps
 from saecore.images.decode import Preprocess
 from saecore.methods import DEFAULT_OPTIONS, Options, dtype_of
-from saecore.pipeline.inference import maps_by, trace_needs
+from saecore.relevance.explain import explain_forward, trace_needs
 from saecore.relevance.maps import Maps
-from saecore.relevance.targets import Targets, no_words
+from saecore.relevance.targets import Targets, no_word_targets
 from saecore.sae.model import SAE, SAEConfig
 from saecore.towers.clip import ClipTower
 
@@ -145,7 +145,7 @@ def cost_of_maps(
         timed = time_in_turn(ways, rounds, _clock(device, threads))
     finally:
         torch.set_num_threads(before)
-    seconds = {name: [taken / shape.batch for taken in found] for name, found in timed.items()}
+    seconds = {name: [taken / shape.batch for taken in times] for name, times in timed.items()}
     if naive_latents:
         more = k / naive_latents
         pairs = zip(seconds["naive forward"], seconds["naive once"], strict=False)
@@ -200,8 +200,8 @@ def maps_of(tower: ClipTower, sae: SAE, pixels: Tensor, k: int, method: str, opt
     """Pixels to maps of the k strongest latents."""
     embedding, trace = tower(pixels, **trace_needs((method,), options, len(tower.path())))
     latents = sae.encode_sparse(embedding, at_least=k).latents[:, :k]
-    targets = Targets(sae, latents, no_words(sae))
-    return maps_by((method,), tower, pixels, embedding, trace, targets, options, check=False)[method]
+    targets = Targets(sae, latents, no_word_targets(sae))
+    return explain_forward((method,), tower, pixels, embedding, trace, targets, options, check=False)[method]
 
 
 def time_in_turn(

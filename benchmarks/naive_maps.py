@@ -67,8 +67,8 @@ def forward_alone(model: Any, sae: SAE, images: Tensor, latents: Tensor) -> Tens
 
 def _forward(model: Any, sae: SAE, images: Tensor, latents: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Pre-activations (B, k), and every layer's attention (B, H, N, N), in autograd's graph."""
-    found = model(pixel_values=images, output_attentions=True)
-    return sae.pre_activations(found.image_embeds).gather(1, latents), found.attentions
+    outputs = model(pixel_values=images, output_attentions=True)
+    return sae.pre_activations(outputs.image_embeds).gather(1, latents), outputs.attentions
 
 
 def _chefer(attention: Tensor, gradient: Tensor) -> Tensor:

@@ -7,21 +7,20 @@ work on the machine too, CPU seconds say more than seconds.
 import dataclasses
 import multiprocessing
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 
 from benchmarks import synthetic
-from saecore.query import by_latent, indexing, results
-from saecore.query import statistics as latent_statistics
-from saecore.query.tables import read_record
-from saecore.runs import run as runs
+from saecore.query import by_latent, indexing, results, statistics
+from saecore.runs.files import TABLES, read_manifest
+from saecore.runs.record import read_complete
 
 TOP = 100
 
@@ -53,18 +52,18 @@ class Sizes:
 def measure(uri: str, sizes: Sizes, memory: float, threads: int, rounds: int) -> dict[str, Any]:
     """All figures, of a run that is written at `uri` and stays there. memory: GB for DuckDB."""
     budget = indexing.Budget(memory, threads)
-    found: dict[str, Any] = {"rows": sizes.images * sizes.k, "steps": {}, "milliseconds": {}}
-    steps, asked = found["steps"], found["milliseconds"]
+    figures: dict[str, Any] = {"rows": sizes.images * sizes.k, "steps": {}, "milliseconds": {}}
+    steps, asked = figures["steps"], figures["milliseconds"]
     steps["write the run"] = alone(write, uri, sizes, sizes.images)
     asked["without an index"] = answers(uri, sizes, rounds)
     steps["index"] = alone(index, uri, budget)
     steps["count"] = alone(count, uri)
-    found["bytes"] = sizes_on_disk(uri)
+    figures["bytes"] = sizes_on_disk(uri)
     asked["with an index"] = answers(uri, sizes, rounds)
     alone(write, uri, sizes, sizes.images + sizes.images // 10)
     steps["index a tenth more"] = alone(index, uri, budget)
     asked["in two segments"] = answers(uri, sizes, rounds)
-    return found
+    return figures
 
 
 def alone(step: Callable[..., None], *arguments: Any) -> dict[str, float]:
@@ -101,19 +100,18 @@ def write(uri: str, sizes: Sizes, images: int) -> None:
 
 def index(uri: str, budget: indexing.Budget) -> None:
     """by_latent/ and top_images/, or what is new of them."""
-    record = read_record(uri)
-    before = by_latent.read_index(uri, record["fingerprint"])
-    plan = indexing.plan(runs.read_manifest(uri), before, TOP, 1)
+    record = read_complete(uri)
+    before = by_latent.read_index(uri, record.fingerprint)
+    plan = indexing.plan(read_manifest(uri), before, TOP, 1)
     made = [
-        indexing.build_segment(uri, record["fingerprint"], record["n_latents"], TOP, group, budget)
-        for group in plan.groups
+        indexing.build_segment(uri, record.fingerprint, record.n_latents, TOP, group, budget) for group in plan.groups
     ]
-    by_latent.write_index(uri, by_latent.Index(record["fingerprint"], TOP, [*plan.kept, *made]))
+    by_latent.write_index(uri, by_latent.Index(record.fingerprint, TOP, [*plan.kept, *made]))
 
 
 def count(uri: str) -> None:
     """latents.parquet."""
-    latent_statistics.write(results.open(uri))
+    statistics.write(results.open(uri))
 
 
 # ---- The figures.
@@ -121,15 +119,13 @@ def count(uri: str) -> None:
 
 def sizes_on_disk(uri: str) -> dict[str, int]:
     """Bytes of every table."""
-    manifest = runs.read_manifest(uri)
-    found = {
-        table: pc.sum(manifest["bytes"].filter(pc.equal(manifest["table"], table))).as_py() for table in runs.TABLES
-    }
-    held = by_latent.read_index(uri, read_record(uri)["fingerprint"])
+    manifest = read_manifest(uri)
+    sizes = {table: pc.sum(manifest["bytes"].filter(pc.equal(manifest["table"], table))).as_py() for table in TABLES}
+    held = by_latent.read_index(uri, read_complete(uri).fingerprint)
     assert held is not None
-    found[by_latent.ROWS] = sum(file.bytes for segment in held.segments for file in segment.rows)
-    found[by_latent.TOP] = sum(file.bytes for segment in held.segments for file in segment.top)
-    return found
+    sizes[by_latent.ROWS] = sum(file.bytes for segment in held.segments for file in segment.rows)
+    sizes[by_latent.TOP] = sum(file.bytes for segment in held.segments for file in segment.top)
+    return sizes
 
 
 def answers(uri: str, sizes: Sizes, rounds: int) -> dict[str, tuple[float, float]]:
@@ -168,42 +164,42 @@ def typical(ask: Callable[[int], object], rounds: int) -> tuple[float, float]:
         started = time.perf_counter()
         ask(turn)
         taken.append(1000 * (time.perf_counter() - started))
-    return statistics.median(taken), max(taken)
+    return median(taken), max(taken)
 
 
-def told(found: dict[str, Any], sizes: Sizes) -> str:
+def told(figures: dict[str, Any], sizes: Sizes) -> str:
     """The figures as a person reads them."""
     lines = [
-        f"{sizes.images:,} images, {found['rows']:,} rows of {sizes.latents:,} latents, maps of {sizes.side} x {sizes.side}",
+        f"{sizes.images:,} images, {figures['rows']:,} rows of {sizes.latents:,} latents, maps of {sizes.side} x {sizes.side}",
         "",
     ]
     lines.append(f"{'':26}{'seconds':>9}{'CPU':>9}{'peak memory':>14}")
-    for name, step in found["steps"].items():
+    for name, step in figures["steps"].items():
         lines.append(f"{name:26}{step['seconds']:>9.1f}{step['cpu_seconds']:>9.1f}{step['peak_bytes'] / 1e9:>11.2f} GB")
     raw = {"activations": 8 * sizes.k, "maps": 4 * sizes.k * sizes.side**2}
     lines += ["", f"{'bytes per image':26}{'on disk':>9}{'as float32':>14}"]
-    each = {name: size / sizes.images for name, size in found["bytes"].items()}
-    run = sum(each[name] for name in runs.TABLES)
+    each = {name: size / sizes.images for name, size in figures["bytes"].items()}
+    run = sum(each[name] for name in TABLES)
     for name, size in [*each.items(), ("a run without maps", run - each["maps"]), ("a run with maps", run)]:
         lines.append(f"{name:26}{size:>9,.0f}{raw.get(name, ''):>14}")
-    states = list(found["milliseconds"])
+    states = list(figures["milliseconds"])
     lines += ["", f"{'median (longest), ms':34}" + "".join(f"{state:>20}" for state in states)]
-    for question in found["milliseconds"][states[0]]:
-        taken = (found["milliseconds"][state][question] for state in states)
+    for question in figures["milliseconds"][states[0]]:
+        taken = (figures["milliseconds"][state][question] for state in states)
         lines.append(
             f"{question:34}" + "".join(f"{f'{median:,.1f} ({longest:,.1f})':>20}" for median, longest in taken)
         )
-    return "\n".join([*lines, "", *verdicts(found), *far(found, each, run, sizes)])
+    return "\n".join([*lines, "", *verdicts(figures), *far(figures, each, run, sizes)])
 
 
-def verdicts(found: dict[str, Any]) -> list[str]:
+def verdicts(figures: dict[str, Any]) -> list[str]:
     """Whether the aims hold, whatever the size; they are meant for a million images."""
     said = []
     for question, state, aim in AIMS:
-        median = found["milliseconds"][state][question][0]
-        said.append(f"{question}, {state}: {median:,.1f} ms, aim {aim:,.0f}: {_held(median, aim)}")
-    peak = found["steps"]["index"]["peak_bytes"]
-    rows = f"{found['rows']:,} rows by latent in {peak / 1e9:.2f} GB"
+        typical = figures["milliseconds"][state][question][0]
+        said.append(f"{question}, {state}: {typical:,.1f} ms, aim {aim:,.0f}: {_held(typical, aim)}")
+    peak = figures["steps"]["index"]["peak_bytes"]
+    rows = f"{figures['rows']:,} rows by latent in {peak / 1e9:.2f} GB"
     return [*said, f"{rows}, aim {MEMORY_AIM / 1e9:.0f}: {_held(peak, MEMORY_AIM)}"]
 
 
@@ -211,10 +207,10 @@ def _held(value: float, aim: float) -> str:
     return "yes" if value <= aim else "NO"
 
 
-def far(found: dict[str, Any], each: dict[str, float], run: float, sizes: Sizes) -> list[str]:
+def far(figures: dict[str, Any], each: dict[str, float], run: float, sizes: Sizes) -> list[str]:
     """What `FAR` images would take, by these rates: bytes and seconds in proportion, `top_images` as it is."""
     more = FAR / sizes.images
-    hours = sum(found["steps"][name]["seconds"] for name in ("index", "count")) * more / 3600
+    hours = sum(figures["steps"][name]["seconds"] for name in ("index", "count")) * more / 3600
     disk = f"{run * FAR / 1e9:,.0f} GB with maps, {(run - each['maps']) * FAR / 1e9:,.0f} GB without"
-    index = (each[by_latent.ROWS] * FAR + found["bytes"][by_latent.TOP]) / 1e9
+    index = (each[by_latent.ROWS] * FAR + figures["bytes"][by_latent.TOP]) / 1e9
     return [f"{FAR:,} images, by these rates and not measured: {disk}; the index {index:,.0f} GB in {hours:.1f} hours"]

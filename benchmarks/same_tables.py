@@ -2,9 +2,9 @@
 
     python -m benchmarks.same_tables runs/before runs/after
 
-A change of the code that promises to leave data as they are is held to that promise by this comparison: make the demo's run
-with the code before and after it, and compare. Column `uri` of `images` says where a run's inputs lay, and so does the part
-`inputs` of its fingerprint: neither is compared. `latents.parquet` is compared where both runs have one.
+This comparison holds a change of the code to its promise that data stay as they are: make the demo's run with the code before
+the change and with the code after it, and compare the two. Column `uri` of `images` and the part `inputs` of the fingerprint
+say where the inputs of a run lay: neither is compared. `latents.parquet` is compared where both runs have one.
 
 Exit code 0 if everything is equal, 1 if something differs.
 """
@@ -12,8 +12,9 @@ Exit code 0 if everything is equal, 1 if something differs.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import duckdb
 
@@ -33,32 +34,39 @@ def differences(before: Path, after: Path) -> list[str]:
     """What differs between two local runs, a line each; empty if nothing does."""
     lines = []
     for table, files in TABLES.items():
-        paths = [f"{run}/{files}" for run in (before, after)]
-        there = [any(run.glob(files)) for run in (before, after)]
-        if not any(there) or (table == "latents" and not all(there)):
-            continue
-        if not all(there):
-            lines.append(f"{table}: only {(before, after)[there.index(True)]} has this table")
-            continue
-        columns = [
-            [(name, kind) for name, kind, *_ in duckdb.sql(f"DESCRIBE FROM '{path}'").fetchall()] for path in paths
-        ]
-        if columns[0] != columns[1]:
-            lines.append(f"{table}: columns are {columns[0]} before and {columns[1]} after")
-            continue
-        names = ", ".join(f'"{name}"' for name, _ in columns[0] if name not in PLACES.get(table, []))
-        for here, there_path, when in ((*paths, "before"), (*reversed(paths), "after")):
-            rows = f"SELECT {names} FROM '{here}' EXCEPT ALL SELECT {names} FROM '{there_path}'"
-            [[count]] = duckdb.sql(f"SELECT count(*) FROM ({rows})").fetchall()
-            if count:
-                lines.append(f"{table}: {count:,} rows are there {when} only")
-        [[total]] = duckdb.sql(f"SELECT count(*) FROM '{paths[0]}'").fetchall()
-        print(f"{table}: {total:,} rows compared in {len(columns[0])} columns")
+        holders = [run for run in (before, after) if any(run.glob(files))]
+        if len(holders) == 2:
+            lines += [
+                f"{table}: {line}" for line in of_table(f"{before}/{files}", f"{after}/{files}", PLACES.get(table, []))
+            ]
+        elif holders and table != "latents":
+            lines.append(f"{table}: only {holders[0]} has this table")
     parts = [json.loads((run / "run.json").read_text())["parts"] for run in (before, after)]
     for part in sorted((parts[0].keys() | parts[1].keys()) - {"inputs"}):
         if parts[0].get(part) != parts[1].get(part):
             lines.append(f"fingerprint: {part} is {parts[0].get(part)!r} before and {parts[1].get(part)!r} after")
     return lines
+
+
+def of_table(before: str, after: str, omitted: Collection[str]) -> list[str]:
+    """What differs between the rows of two globs of Parquet files, in every column that is not omitted."""
+    columns = [[(name, kind) for name, kind, *_ in ask(f"DESCRIBE FROM '{files}'")] for files in (before, after)]
+    if columns[0] != columns[1]:
+        return [f"columns are {columns[0]} before and {columns[1]} after"]
+    names = ", ".join(f'"{name}"' for name, _ in columns[0] if name not in omitted)
+    lines = []
+    for files, others, when in ((before, after, "before"), (after, before, "after")):
+        rows = f"SELECT {names} FROM '{files}' EXCEPT ALL SELECT {names} FROM '{others}'"
+        [[count]] = ask(f"SELECT count(*) FROM ({rows})")
+        if count:
+            lines.append(f"{count:,} row{'s' * (count != 1)} only {when}")
+    [[total]] = ask(f"SELECT count(*) FROM '{before}'")
+    print(f"{Path(before).parent.name if '*' in before else Path(before).stem}: {total:,} rows compared")
+    return lines
+
+
+def ask(query: str) -> list[tuple[Any, ...]]:
+    return duckdb.sql(query).fetchall()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not (run / "run.json").is_file():
             parser.error(f"{run} holds no run")
     lines = differences(given.before, given.after)
-    print("\n".join(lines) or "equal: every value of every table, and all that the fingerprints are made of")
+    print("\n".join(lines) or "equal: every value of every table, and all parts of the fingerprints")
     return 1 if lines else 0
 
 

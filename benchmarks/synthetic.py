@@ -11,7 +11,9 @@ import numpy as np
 import pyarrow as pa
 
 from saecore import schema
-from saecore.runs import run as runs
+from saecore.numbering import id_of
+from saecore.runs.files import parquet_bytes
+from saecore.runs.run import Run, open_run
 from saecore.storage import join_uri, write_atomic
 
 SHARD_CHUNKS = 20
@@ -22,14 +24,14 @@ MANDELBROT = 20
 
 def write_run(
     uri: str, images: int, latents: int = 6144, k: int = 32, grid: tuple[int, int] = (7, 7), chunk_size: int = 512
-) -> runs.Run:
+) -> Run:
     """A complete run at `uri`; where a shorter one is, with the same settings and whole chunks, it grows."""
     parts = {"schema": schema.VERSION, "synthetic": [latents, k, *grid, chunk_size], "method": "contrib"}
     made_by = {"command": "benchmarks.synthetic", "config": parts, "grid": list(grid), "n_latents": latents}
     plan = make_plan(images, chunk_size)
-    run = runs.open_run(uri, parts, made_by, lambda: plan)
+    run = open_run(uri, parts, made_by, lambda: plan)
     if run.plan().num_rows != plan.num_rows:
-        write_atomic(join_uri(uri, "plan.parquet"), runs.parquet_bytes(plan, 65_536))
+        write_atomic(join_uri(uri, "plan.parquet"), parquet_bytes(plan, 65_536))
     tags = {"methods": "contrib", "grid_height": str(grid[0]), "grid_width": str(grid[1])}
     for chunk in run.pending().to_pylist():
         run.write_chunk(chunk["chunk_id"], explained(chunk, latents, k, grid), {}, tags)
@@ -85,7 +87,7 @@ def explained(chunk: dict, latents: int, k: int, grid: tuple[int, int]) -> pa.Ta
         },
     }
     columns = {
-        "image_id": chunk["shard_id"] << schema.INDEX_BITS | index,
+        "image_id": id_of(chunk["shard_id"], index),
         "uri": [chunk["uri"]] * n,
         "key": [f"{number:09d}.jpg" for number in index],
         "width": np.full(n, 640, np.int32),

@@ -18,14 +18,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from saecore.demo.drawing import visible
 from saecore.demo.figures import followed
 from saecore.demo.lessons import FACETS, WORDS, photo
-from saecore.demo.scenes import SEED_EVALUATION, Scene, scenes, visible
+from saecore.demo.scenes import SEED_EVALUATION, Scene, scenes_of
 from saecore.evaluation import localisation
 from saecore.evaluation.localisation import Mean, mean_over_images
 from saecore.methods import DEFAULT_OPTIONS, METHODS, Options
-from saecore.pipeline.inference import explain
-from saecore.relevance.targets import words_of
+from saecore.relevance.explain import explain_latents
+from saecore.relevance.targets import word_targets
 from saecore.sae.model import SAE
 from saecore.towers.clip import ImageTower
 from saecore.towers.text import embed_texts, load_text_tower
@@ -54,7 +55,7 @@ class Sample(NamedTuple):
 
 def sample(count: int, start: int) -> Sample:
     """Scenes of the evaluation's seed, from number `start` on."""
-    drawn = list(scenes(SEED_EVALUATION, count, start))
+    drawn = list(scenes_of(SEED_EVALUATION, count, start))
     with ThreadPoolExecutor() as pool:
         return Sample(drawn, np.stack(list(pool.map(photo, drawn))))
 
@@ -72,13 +73,13 @@ def followers(tower: ImageTower, sae: SAE, seen: Sample) -> dict[int, str]:
 
 def covered(seen: Sequence[Scene], words: Sequence[str], grid: tuple[int, int]) -> np.ndarray:
     """The share of each patch that objects of a word fill, float64 (scenes, words, P)."""
-    found = np.zeros((len(seen), len(words), grid[0] * grid[1]))
+    covers = np.zeros((len(seen), len(words), grid[0] * grid[1]))
     for row, scene in enumerate(seen):
         shares = localisation.per_patch(visible(scene, 16 * max(grid)), grid)
         for column, word in enumerate(words):
             named = [word in (thing.colour, thing.shape, thing.texture) for thing in scene.things]
-            found[row, column] = shares[named].sum(axis=0)
-    return found
+            covers[row, column] = shares[named].sum(axis=0)
+    return covers
 
 
 class Cases(NamedTuple):
@@ -96,7 +97,7 @@ class Cases(NamedTuple):
         return Cases(self.image[chosen], self.covered[chosen], {name: m[chosen] for name, m in self.maps.items()})
 
 
-class Found(NamedTuple):
+class Measured(NamedTuple):
     """What `measure` finds."""
 
     followers: dict[int, str]
@@ -128,20 +129,20 @@ def rows(methods: Sequence[str], options: Options = DEFAULT_OPTIONS) -> list[Row
 
     With the norms given (`frozen` or `exact`), no variants by norm.
     """
-    found = [Row(method, method, options) for method in methods]
+    listed = [Row(method, method, options) for method in methods]
     if "legrad" in methods and options.legrad_target == "mean":
-        found.append(Row("legrad of the embedding", "legrad", dataclasses.replace(options, legrad_target="cls")))
+        listed.append(Row("legrad of the embedding", "legrad", dataclasses.replace(options, legrad_target="cls")))
     if options.norm == "auto":
-        for row in list(found):
+        for row in list(listed):
             if (norm := OTHER_NORM.get(options.norm_of(row.method))) is not None:
                 title = f"{row.title}, {norm} norm"
-                found.append(Row(title, row.method, dataclasses.replace(row.options, norm=norm)))
+                listed.append(Row(title, row.method, dataclasses.replace(row.options, norm=norm)))
     if "gradeclip" in methods and options.gradeclip_cosine == "inside":
-        found.append(
+        listed.append(
             Row("gradeclip, projected", "gradeclip", dataclasses.replace(options, gradeclip_cosine="projected"))
         )
     place = {method: number for number, method in enumerate(methods)}
-    return sorted(found, key=lambda row: place[row.method])
+    return sorted(listed, key=lambda row: place[row.method])
 
 
 def nothing(count: int) -> None:
@@ -155,15 +156,15 @@ def measure(
     n_scenes: int,
     asked: Sequence[Row] = tuple(rows(METHODS)),
     tell: Callable[[int], object] = nothing,
-) -> Found:
+) -> Measured:
     """Maps of every latent that follows a word, and of every colour and shape as a text, in `n_scenes` scenes.
 
-    As many others choose the latents. tower, sae: the demo's. asked: such as `saecore.pipeline.inference.check_fits` lets
+    As many others choose the latents. tower, sae: the demo's. asked: such as `saecore.relevance.explain.check_fits` lets
     pass. tell: told how many scenes went by, batch by batch.
     """
     following = followers(tower, sae, sample(n_scenes, FIRST_CHOSEN))
     latents, texts = torch.tensor(list(following)), [*FACETS["colour"], *FACETS["shape"]]
-    words = words_of(sae, embed_texts(load_text_tower("demo"), texts, BATCH), len(texts), 0, False)
+    words = word_targets(sae, embed_texts(load_text_tower("demo"), texts, BATCH), len(texts), 0, False)
     seen = sample(n_scenes, FIRST_MEASURED)
     fires: list[np.ndarray] = []
     parts: dict[str, list[np.ndarray]] = {row.title: [] for row in asked}
@@ -173,7 +174,7 @@ def measure(
         fires.append(((code.latents == latents[:, None, None]) & (code.activations > 0)).any(-1).T.numpy())
         for options in {row.options: None for row in asked}:  # one forward for all that share them
             some = {row.method: row.title for row in asked if row.options == options}
-            maps = explain(tower, sae, pixels, latents.expand(len(pixels), -1), tuple(some), options, words)
+            maps = explain_latents(tower, sae, pixels, latents.expand(len(pixels), -1), tuple(some), options, words)
             for method, title in some.items():
                 parts[title].append(maps[method].relevance.numpy())
         tell(len(pixels))
@@ -184,14 +185,14 @@ def measure(
 
     def cases(targets: slice) -> Cases:
         image, target = np.nonzero(known[:, targets])
-        maps = {name: np.concatenate(found)[:, targets][image, target] for name, found in parts.items()}
+        maps = {name: np.concatenate(batches)[:, targets][image, target] for name, batches in parts.items()}
         maps["centre"] = localisation.centre(len(image), tower.grid)
         maps["edges"] = edges[image]
         maps["random"] = localisation.noise(len(image), tower.grid)
         return Cases(image, shown[:, targets][image, target], maps)
 
     mixed = np.array([len(scene.things) > 1 for scene in seen.scenes])
-    return Found(following, cases(slice(len(latents))), cases(slice(len(latents), None)), mixed)
+    return Measured(following, cases(slice(len(latents))), cases(slice(len(latents), None)), mixed)
 
 
 def scores(cases: Cases) -> dict[str, dict[str, np.ndarray]]:
@@ -201,11 +202,13 @@ def scores(cases: Cases) -> dict[str, dict[str, np.ndarray]]:
         "mass": localisation.mass,
         "average precision": localisation.average_precision,
     }
-    found = {title: {name: score(m, cases.covered) for name, m in cases.maps.items()} for title, score in named.items()}
+    scores = {
+        title: {name: score(m, cases.covered) for name, m in cases.maps.items()} for title, score in named.items()
+    }
     if (reference := cases.maps.get(REFERENCE)) is not None:
         others = {name: m for name, m in cases.maps.items() if name != REFERENCE}
-        found[f"agrees with {REFERENCE}"] = {name: localisation.agreement(m, reference) for name, m in others.items()}
-    return found
+        scores[f"agrees with {REFERENCE}"] = {name: localisation.agreement(m, reference) for name, m in others.items()}
+    return scores
 
 
 class Cell(NamedTuple):
@@ -218,13 +221,13 @@ class Cell(NamedTuple):
 
 def table(cases: Cases) -> dict[str, dict[str, Cell]]:
     """Score -> method -> its mean over cases, intervals over scenes."""
-    found = {}
+    rows = {}
     for title, values in scores(cases).items():
         means = {name: mean_over_images(some, cases.image) for name, some in values.items()}
         first = max(means, key=lambda name: means[name].value)
         behind = {name: mean_over_images(values[first] - some, cases.image).low for name, some in values.items()}
-        found[title] = {name: Cell(means[name], behind[name] <= 0) for name in means}
-    return found
+        rows[title] = {name: Cell(means[name], behind[name] <= 0) for name in means}
+    return rows
 
 
 def markdown(cases: Cases) -> str:

@@ -1,4 +1,4 @@
-"""Ray around a job: the cluster that it joins or starts, the pool of replicas, the books about images that end their worker."""
+"""Ray around a job: the cluster that it joins or starts, the pool of replicas, the record of images that end their worker."""
 
 import logging
 import os
@@ -10,10 +10,10 @@ from saecore.pipeline.isolation import Suspects, Work
 from . import signals
 
 ANSWER_SECONDS = 5.0
-"""To be let in, and as many to be greeted: by then a cluster is gone. Ray itself waits for two minutes, in silence."""
+"""Seconds to wait for a connection, and again for a greeting, before a cluster counts as gone. Ray waits for two minutes."""
 
 CLIENT = "ray://"
-"""Begins the address of a cluster that is joined from outside."""
+"""Prefix of the address of a cluster that is joined from outside."""
 
 SETTINGS = b"\x04"
 """The type of the frame with which HTTP/2 begins."""
@@ -35,11 +35,11 @@ class Pool(NamedTuple):
     """CPU threads of one replica's forward; 0 leaves PyTorch's choice."""
     on_ray: bool
     why: str = ""
-    """A line that says where they run, and how to choose otherwise, where nobody has told."""
+    """A line that says where the replicas run and how to choose otherwise; empty if the user chose."""
 
 
 def here(gpus_per_replica: float) -> Pool:
-    """One replica in this process. ValueError if it is to have a GPU and there is none."""
+    """One replica in this process. ValueError if a GPU is asked for and there is none."""
     import torch
 
     if gpus_per_replica > 0 and not torch.cuda.is_available():
@@ -48,16 +48,25 @@ def here(gpus_per_replica: float) -> Pool:
 
 
 def make_pool(replicas: int, gpus_per_replica: float) -> Pool:
-    """On Ray, as many replicas as the GPUs carry, or one on the CPU. ValueError if they do not fit."""
+    """Replicas on Ray, which is joined or started. ValueError if they do not fit."""
     connect(replicas or 1)
     import ray
 
-    cluster = ray.cluster_resources()
-    cpus, gpus = int(cluster.get("CPU", 0)), cluster.get("GPU", 0.0)
+    resources = ray.cluster_resources()
+    return divided(replicas, gpus_per_replica, int(resources.get("CPU", 0)), resources.get("GPU", 0.0))
+
+
+def divided(replicas: int, gpus_per_replica: float, cpus: int, gpus: float) -> Pool:
+    """A cluster of so many CPUs and GPUs as a pool: as many replicas as the GPUs carry, or one on the CPU, unless told.
+
+    ValueError if the GPUs do not suffice, or no CPU is left to read, decode and write. Left out: on which nodes they are.
+    """
     share = gpus_per_replica if gpus_per_replica >= 0 else (1.0 if gpus else 0.0)
     if share:
-        wanted = replicas or int(gpus / share)
-        if wanted < 1 or wanted * share > gpus:
+        # A replica with a share of a GPU cannot have parts of two; rounded, since shares are no exact binary fractions.
+        most = int(gpus) * int(round(1 / share, 6)) if share < 1 else int(gpus / share)
+        wanted = replicas or most
+        if not 1 <= wanted <= most:
             raise ValueError(
                 f"{max(wanted, 1)} replicas of {share:g} GPUs need more than the {gpus:g} GPUs of this cluster"
             )
@@ -77,7 +86,7 @@ def make_pool(replicas: int, gpus_per_replica: float) -> Pool:
 def connect(replicas: int) -> None:
     """Join the cluster this job was submitted to (RAY_ADDRESS, set by `ray job submit`), or start Ray on this machine.
 
-    ValueError, within seconds, if there is no such cluster. Where this process uses Ray already, it goes on with that.
+    ValueError, within seconds, if there is no such cluster. A process that uses Ray already goes on with its Ray.
     """
     global taken
     import ray
@@ -92,17 +101,21 @@ def connect(replicas: int) -> None:
         if address := asked_for():
             try:
                 ray.init(address=address, **quiet)
-            except (OSError, RuntimeError, SystemExit) as error:  # the last when its first processes stay silent
+            except (
+                OSError,
+                RuntimeError,
+                SystemExit,
+            ) as error:  # SystemExit: the cluster's first processes stay silent
                 raise ValueError(f"RAY_ADDRESS={address} cannot be joined: {' '.join(str(error).split())}") from error
         else:
-            # A replica holds a CPU for its whole life: on a single-core machine the tasks would wait for ever.
+            # A replica holds a CPU for its whole life: on a machine of one core the tasks would wait for ever.
             cpus = max(os.cpu_count() or 1, replicas + 1)
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
     taken = True
 
 
 def leave() -> None:
-    """Leave the cluster that `connect` has joined, or end the Ray that it has started. One that others use is let alone."""
+    """Leave the cluster that `connect` joined, or end the Ray that `connect` started. A Ray that was there before goes on."""
     global taken
     if taken:
         import ray
@@ -112,13 +125,13 @@ def leave() -> None:
 
 
 def asked_for() -> str:
-    """The cluster that RAY_ADDRESS names; "" where Ray is to be started here, if at all."""
+    """The cluster that RAY_ADDRESS names; "" if Ray, where it is needed, is started on this machine."""
     address = os.environ.get("RAY_ADDRESS", "")
     return "" if address == "local" else address
 
 
 def check_answers() -> None:
-    """ValueError unless something that may be a Ray cluster answers at RAY_ADDRESS, if it is set; takes at most 10 s.
+    """ValueError if RAY_ADDRESS is set and nothing that may be a Ray cluster answers there; takes at most 10 s.
 
     Ray speaks gRPC, whose servers greet with a SETTINGS frame of HTTP/2 (RFC 9113, section 3.4) before they know who asks.
     """
@@ -133,8 +146,8 @@ def check_answers() -> None:
     from ray._private.services import canonicalize_bootstrap_address  # what Ray will really connect to
 
     try:
-        found = address[len(CLIENT) :] if address.startswith(CLIENT) else canonicalize_bootstrap_address(address)
-        host, _, port = found.rpartition(":")
+        place = address[len(CLIENT) :] if address.startswith(CLIENT) else canonicalize_bootstrap_address(address)
+        host, _, port = place.rpartition(":")
         with socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS) as connection:
             greeting = b"" if encrypted() else _greeting(connection)
     except (OSError, ValueError, OverflowError) as error:
@@ -149,12 +162,12 @@ def check_answers() -> None:
 
 
 def encrypted() -> bool:
-    """Whether Ray greets after a handshake of TLS only; then all that is asked is whether somebody listens."""
+    """Whether Ray greets only after a TLS handshake; `check_answers` then only asks whether somebody listens."""
     return os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
 
 
 def _greeting(connection: socket.socket) -> bytes:
-    """The head of the first frame that a server of HTTP/2 sends; less of it if the server ends the connection."""
+    """The head of the first frame that an HTTP/2 server sends; fewer bytes if the server ends the connection."""
     connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + SETTINGS + bytes(5))
     head = b""
     while len(head) < 9 and (more := connection.recv(9 - len(head))):
@@ -163,12 +176,12 @@ def _greeting(connection: socket.socket) -> bytes:
 
 
 class RemoteSuspects:
-    """A `saecore.pipeline.isolation.Suspects` in an actor of its own, as the `Witness` that workers talk to."""
+    """The `Witness` that workers on Ray talk to: a `saecore.pipeline.isolation.Suspects` in an actor of its own."""
 
     def __init__(self) -> None:
         import ray
 
-        # num_cpus=0: it only keeps books, and must never wait for a CPU.
+        # num_cpus=0: the actor only counts, and must never wait for a CPU.
         self._actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Suspects).remote()
 
     def begin(self, step: str, chunk_id: int, n_images: int) -> Work:
@@ -176,7 +189,7 @@ class RemoteSuspects:
         return _answer(self._actor.begin.remote(step, chunk_id, n_images))
 
     def enter(self, step: str, chunk_id: int, start: int, end: int) -> None:
-        """See `Suspects.enter`; waits, since what is entered must be known before the worker can die of it."""
+        """See `Suspects.enter`. Waits for the answer: the entry must be noted before the worker can die of the image."""
         _answer(self._actor.enter.remote(step, chunk_id, start, end))
 
     def done(self, step: str, chunk_id: int) -> None:

@@ -2,9 +2,13 @@
 
 import dataclasses
 import os
+import re
+import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import tyro
@@ -34,8 +38,6 @@ class UnfinishedError(Exception):
     """Work that ended before its end. str() is what is done, and what the same command does next; `__cause__` is why."""
 
 
-AGAIN = "the same command starts again"
-
 RESUMES = "the same command resumes from here"
 
 
@@ -54,7 +56,7 @@ def run_job(job: Callable[[], int]) -> int:
             print(f"error: {mistake}", file=sys.stderr)
             return 2
         except (Exception, KeyboardInterrupt) as error:
-            then = str(error) if isinstance(error, UnfinishedError) else AGAIN
+            then = str(error) if isinstance(error, UnfinishedError) else signals.AGAIN
             if asked.number is not None or behind(error, KeyboardInterrupt):
                 print(f"stopped: {then}", file=sys.stderr, flush=True)
                 if asked.number is not None and "ray" in sys.modules:
@@ -83,6 +85,39 @@ def behind(error: BaseException | None, kind: type[E]) -> E | None:
     return None
 
 
+# ---- What a command is called.
+
+
+IS_INSTALLED = __name__.startswith("relmap.")
+"""Whether this folder was imported as the package `relmap`, and not as `jobs` of a checkout."""
+
+
+def program(name: str) -> str:
+    """What a command is called: `relmap explain`, or `python -m jobs.explain` where that was called."""
+    return f"relmap {name}" if IS_INSTALLED else f"python -m jobs.{name}"
+
+
+def line(name: str, *words: str) -> str:
+    """A command to run next, for the shell that this one was called from."""
+    return shlex.join([*_start(name), *words])
+
+
+def _start(name: str) -> list[str]:
+    """The words that start a command in the environment of this process."""
+    if not IS_INSTALLED:
+        return [_typed(Path(sys.executable)), "-m", f"jobs.{name}"]
+    script = Path(sys.executable).with_name("relmap")
+    if shutil.which("relmap") == str(script):
+        return ["relmap", name]
+    return [_typed(script), name] if script.exists() else [_typed(Path(sys.executable)), "-m", "relmap", name]
+
+
+def _typed(path: Path) -> str:
+    """A path as one would type it in the folder where this process was started."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
 class Checked(Protocol):
     """A job's arguments."""
 
@@ -93,11 +128,16 @@ class Checked(Protocol):
 A = TypeVar("A", bound=Checked)
 
 
+def flag(field: str) -> str:
+    """The flag that tyro makes of a field: `batch_size` is `--batch-size`."""
+    return "--" + field.replace("_", "-")
+
+
 def at_least(arguments: Any, **least: float) -> None:
     """ValueError for the first argument below its least value."""
     for name, value in least.items():
         if getattr(arguments, name) < value:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be at least {value}")
+            raise ValueError(f"{flag(name)} {getattr(arguments, name)}: must be at least {value}")
 
 
 def parse(kind: type[A], argv: list[str], module: str) -> A:
@@ -118,7 +158,7 @@ def check_addresses(arguments: Any) -> None:
                 try:
                     check_address(text)
                 except ValueError as error:
-                    raise ValueError(f"--{field.name.replace('_', '-')}: {error}") from error
+                    raise ValueError(f"{flag(field.name)}: {error}") from error
 
 
 @contextmanager
@@ -131,6 +171,22 @@ def given(flag: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{flag} {error}") from error
+
+
+@contextmanager
+def given_fields(*owners: Any) -> Iterator[None]:
+    """ValueErrors inside that begin with the name of a field of one of the owners (dataclasses) begin with its flag instead.
+
+    The library says `batch_size 0: must be at least 1`, and the user reads `--batch-size 0: must be at least 1`.
+    """
+    names = {field.name for owner in owners for field in dataclasses.fields(owner)}
+    try:
+        yield
+    except ValueError as error:
+        first = re.split(r"\W", str(error), maxsplit=1)[0]
+        if first not in names:
+            raise
+        raise ValueError(flag(first) + str(error)[len(first) :]) from error
 
 
 def check_writable(flag: str, folder: str) -> None:

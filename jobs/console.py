@@ -1,4 +1,4 @@
-"""What a command says while it works: a progress line, quiet libraries, and run.log for what they would have said."""
+"""The terminal while a command works: a progress line, and libraries kept quiet, with their words in run.log."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ LINES_EVERY = 10.0
 
 
 def hush() -> None:
-    """No reports of transformers on loading: it takes the half of CLIP that is not asked for as weights not expected."""
+    """Keep transformers from reporting on a load: it calls the half of CLIP that is not loaded `unexpected weights`."""
     import transformers.utils.logging
 
     transformers.utils.logging.set_verbosity_error()
@@ -28,35 +28,35 @@ def hush() -> None:
 
 
 class Log:
-    """Where `quiet` keeps what was said."""
+    """Where `quiet` keeps what libraries say."""
 
     run: str = ""
-    """A run of ours, once it is known to be one; nothing is kept elsewhere."""
+    """The folder of a run, once it is known to hold one; nothing is kept elsewhere."""
 
     def keep(self, said: IO[bytes]) -> None:
-        """Append to RUN/run.log, if that is a local folder; less what only looks like an error."""
+        """Append to RUN/run.log, if the run is a local folder, without the lines of `NOISE`."""
         lines = [line for line in said.read().splitlines(keepends=True) if not any(noise in line for noise in NOISE)]
         if lines and self.run and "://" not in self.run and Path(self.run).is_dir():
-            # A disk that is full, or read-only, has been told of where it mattered.
+            # If the disk is full or read-only, writing the run has reported that already.
             with contextlib.suppress(OSError), (Path(self.run) / "run.log").open("ab") as log:
                 log.writelines(lines)
 
 
 NOISE = (
-    # Ray Data 2.60 starts its own pools in this way and holds on to the arguments that its core warns of, at level error.
+    # Ray Data 2.60 starts its own pools in the way that its core warns of, at level error.
     b"has constructor arguments in the object store and max_restarts > 0",
-    # Jobs have a progress line of their own.
+    # Said because jobs have a progress line of their own.
     b"Progress bars disabled.",
 )
-"""Of lines that a good run brings, and that say nothing of it."""
+"""Parts of lines that every good run causes, and that say nothing about the run."""
 
 
 @contextmanager
 def quiet() -> Iterator[Log]:
-    """Send everything on standard error, Ray's C++ parts included, to the log of a run; tracebacks are not touched.
+    """Send everything on standard error, also from Ray's C++ parts, to the log of a run. Tracebacks still reach the terminal.
 
-    Standard output is left to the job. What is said where there is no run, or to one on an object store, is not kept. Asked to
-    end, Ray goes down in here: it has much to say then.
+    Standard output belongs to the job. Where there is no run, or the run is on an object store, the words are dropped. If the
+    job is asked to end, Ray is ended inside this block, since it says much then.
     """
     hush()
     sys.stderr.flush()
@@ -78,7 +78,7 @@ def quiet() -> Iterator[Log]:
 
 
 class Progress:
-    """One line a person can read: images done of total, images/s, refused, time left. Of `words`, none is ever refused."""
+    """One line that a person can read: images done of total, images/s, refused, time left. Other units are never refused."""
 
     def __init__(self, total: int, done: int, unit: str = "images") -> None:
         self.total = total
@@ -91,7 +91,7 @@ class Progress:
         self._last_line = self.started
 
     def add(self, done: int, refused: int) -> None:
-        """Some more are done."""
+        """Count some more as done, and show the line."""
         self.done += done
         self.refused += refused
         now = time.perf_counter()
@@ -102,7 +102,7 @@ class Progress:
             print(self.text(), flush=True)
 
     def seconds(self) -> float:
-        """Since this session began."""
+        """Seconds since this session began."""
         return time.perf_counter() - self.started
 
     def text(self) -> str:
@@ -120,10 +120,10 @@ class Progress:
         return (self.done - self.before) / max(self.seconds(), 1e-9)
 
     def leave(self) -> None:
-        """What is printed next goes below the line, where there is one."""
+        """Let what is printed next begin below the line."""
         if self._console.is_terminal:
             print(file=self._out, flush=True)
 
     def close(self) -> None:
-        """Leave the line standing."""
+        """Print the line for the last time."""
         print(f"\r{self.text()}\033[K" if self._console.is_terminal else self.text(), flush=True)

@@ -28,14 +28,17 @@ import pyarrow as pa
 
 from saecore import schema
 from saecore.pipeline.clock import Clock
-from saecore.pipeline.stages import Decode, Embed, EmbedConfig
-from saecore.report import preview as report
-from saecore.runs import run as runs
+from saecore.pipeline.config import EmbedConfig, Models
+from saecore.pipeline.stages import Decode, Embed
+from saecore.runs.files import ROW_GROUP_ROWS, parquet_bytes
+from saecore.runs.refusals import refusals
+from saecore.runs.run import listing_hash, refuse_other
 from saecore.schema import TEXTS_FILE
 from saecore.storage import Place, exists, join_uri, read_parquet, write_atomic
 from saecore.training import memmaps
 
 from . import cluster, commands, console, pipeline
+from .summaries import outline, refused_images, run_summary
 
 if TYPE_CHECKING:
     from saecore.towers.text import TextTower
@@ -91,13 +94,15 @@ def embed(argv: list[str]) -> int:
         log.run = job.run.uri
         worked = pipeline.complete(job, arguments, clock)
         record = job.run.record()
-        shape = record["images"] - sum(record["refused"].values()), record["n_outputs"]
+        shape = record.images - record.n_refused, record.n_outputs
         said = write_memory_map(
-            arguments, record["config"]["clip"], arguments.split, "image", shape, memmaps.image_rows(job.run.uri)
+            arguments, record.clip, arguments.split, "image", shape, memmaps.image_rows(job.run.uri)
         )
         if worked:
             record = pipeline.close(job, clock)
-    print(report.summary(arguments.out, record))
+    print(run_summary(arguments.out, record))
+    if record.n_refused:
+        print(refused_images(arguments.out, refusals(job.run), is_explained=False))
     print(said)
     return 0
 
@@ -109,18 +114,17 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
     pipeline.check_outside(arguments)
     clip = pipeline.address(arguments.clip)
     tower = load_tower(clip)
-    shards = pipeline.listed(arguments, arguments.images)
-    make_plan = functools.cache(functools.partial(pipeline.plan, arguments, shards))
-    pool = pipeline.make_pool(arguments, shards, make_plan)
+    inputs = pipeline.Inputs(arguments, arguments.images)
+    pool = pipeline.make_pool(arguments, inputs)
     config = EmbedConfig(clip=clip, batch_size=arguments.batch_size, device=pool.device, threads=pool.threads)
-    parts = {"kind": "embed"} | pipeline.parts(arguments, shards, pool) | {"clip": tower.sha256()[:16]}
+    parts = {"kind": "embed"} | pipeline.fingerprint_parts(inputs, config, Models(tower.sha256()[:16]))
     tags = {"clip": clip, "clip_sha256": parts["clip"]}
     if arguments.dry_run:
         how = [f"with CLIP {clip}, {tower.n_outputs} numbers per image"]
-        print(report.outline(make_plan(), "embed", arguments.out, how))
+        print(outline(inputs.plan, "embed", arguments.out, how))
         return None
-    made_by = pipeline.made_by("jobs.embed", argv, config, arguments.images, pool) | {"n_outputs": tower.n_outputs}
-    run = pipeline.open_run(arguments, parts, made_by, shards, make_plan)
+    made_by = pipeline.made_by("jobs.embed", argv, config, inputs, pool) | {"n_outputs": tower.n_outputs}
+    run = pipeline.begin_run(inputs, parts, made_by)
     decode = Decode(tower.preprocess, arguments.max_pixels)
     return pipeline.Job(run, decode, functools.partial(Embed, config), tags, pool)
 
@@ -140,7 +144,7 @@ def embed_vocabulary(arguments: Arguments) -> int:
             "schema": schema.VERSION,
             "clip": tower.sha256()[:16],
             "templates": list(arguments.templates),
-            "words": f"{len(words)}, {runs.listing_hash(zip(words, strict=True))[:16]}",
+            "words": f"{len(words)}, {listing_hash(zip(words, strict=True))[:16]}",
         }
         done = holds_texts(arguments.out, parts)
         if not (done or arguments.dry_run):
@@ -155,7 +159,7 @@ def embed_vocabulary(arguments: Arguments) -> int:
         tags = {"clip": clip, "clip_sha256": parts["clip"], "templates": json.dumps(arguments.templates)}
         table = texts(tower, words, arguments, device).replace_schema_metadata(tags | {"parts": json.dumps(parts)})
         address = join_uri(arguments.out, TEXTS_FILE)
-        write_atomic(address, runs.parquet_bytes(table, runs.ROW_GROUP_ROWS["images"]))
+        write_atomic(address, parquet_bytes(table, ROW_GROUP_ROWS["images"]))
     shape = len(words), tower.n_outputs
     stored = read_texts(arguments.out)["embedding"].combine_chunks().flatten().to_numpy().reshape(shape)
     print(f"on disk       {TEXTS_FILE} in {arguments.out}")
@@ -190,7 +194,8 @@ def holds_texts(out: str, parts: dict[str, Any]) -> bool:
         raise ValueError(f"--out {out} holds a run over images; name another folder for words")
     if not exists(join_uri(out, TEXTS_FILE)):
         return False
-    runs.refuse_other(out, json.loads((read_texts(out).schema.metadata or {}).get(b"parts", b"{}")), parts)
+    with commands.given("--out"):
+        refuse_other(out, json.loads((read_texts(out).schema.metadata or {}).get(b"parts", b"{}")), parts)
     return True
 
 

@@ -18,19 +18,30 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import tyro
 
-from saecore.demo import scenes
-from saecore.methods import DEFAULT_OPTIONS, Options, dtype_of, parse_methods, parse_targets
+from saecore.demo.writing import write_shards
+from saecore.methods import DEFAULT_OPTIONS, Options, parse_methods, parse_targets
 from saecore.pipeline.clock import Clock
-from saecore.pipeline.stages import Decode, Explain, ExplainConfig, load_models, load_words
-from saecore.report import preview as report
-from saecore.runs.fit import ENOUGH, Fit, advice
+from saecore.pipeline.config import ExplainConfig, Models, keeps_results
+from saecore.pipeline.models import check_widths, load_word_targets
+from saecore.pipeline.stages import Decode, Explain
+from saecore.report.preview import write_preview
+from saecore.runs.fit import ENOUGH, Fit
+from saecore.runs.record import Record
+from saecore.runs.refusals import refusals
 from saecore.spellings import Model, check_same, telling
 from saecore.storage import writing
 
 from . import commands, console, pipeline
+from .hints import after_explain
+from .summaries import outline, refused_images, run_summary
+
+if TYPE_CHECKING:
+    from saecore.sae.model import SAE
+    from saecore.towers.tower import ImageTower
 
 DEFAULT_K = 32
 
@@ -44,30 +55,34 @@ DEMO_SCENES, DEMO_SHARDS = 512, 4
 class Arguments(pipeline.Arguments):
     """Images to latents and relevance maps."""
 
+    # Those that have their names in `ExplainConfig` say there whether they change results.
     sae: str = ""
     """SAE: a folder, an MSAE .pth file, hf://OWNER/REPOSITORY[/PATH][@REVISION], or `demo`."""
     site: str = ""
     """Where the SAE reads, if its files do not say: embedding, or embedding:l2 if it was trained on embeddings of length 1."""
-    any_clip: bool = False
+    any_clip: bool = dataclasses.field(default=False, metadata=keeps_results("it lets a model pass, and changes none"))
     """Run an SAE whose files name another model than --clip."""
-    allow_poor_fit: bool = False
+    allow_poor_fit: bool = dataclasses.field(default=False, metadata=keeps_results("it lets a run go on"))
     """Go on although the SAE reconstructs half of the images or more poorly (fvu at least 0.9)."""
     k: int = 0
-    """Latents kept per image; 0 is 32, or as many as the SAE lets fire where these are fewer."""
-    method: str = "contrib"
-    """How maps are computed, one or several joined by commas: contrib (exact), contrib_grad (exact gradient), chefer, legrad,
-    gradeclip, rollout, dense, occlusion, attention."""
+    """Latents kept of each image. 0 is 32, or as many as the SAE lets fire if these are fewer."""
+    method: str = dataclasses.field(default="contrib", metadata=keeps_results("`ExplainConfig.methods` holds it"))
+    """How maps are computed: one or several of contrib (exact), contrib_grad (exact gradient), chefer, legrad, gradeclip,
+    rollout, dense, occlusion, attention, joined by commas."""
     targets: tuple[str, ...] = ("kept",)
-    """What they explain: kept, the latents kept of each image; text:A PHRASE and concept:A WORD, which add to these;
-    latents:NUMBER[,NUMBER] instead of these; no-kept leaves them away. Several in one run."""
+    """What the maps explain, one or several: `kept`, the latents kept of each image; text:A PHRASE and concept:A WORD, which
+    are added to these; latents:NUMBER[,NUMBER] in place of these; `no-kept` for maps of texts and concepts only."""
     concept_latents: int = 8
     """Latents that make up a concept."""
     concept_positive: bool = False
-    """Take latents with a positive weight only."""
-    options: tyro.conf.OmitArgPrefixes[Options] = DEFAULT_OPTIONS
-    embeddings: bool = False
-    """Write the CLIP embeddings too: jobs.name finds better names with them."""
-    demo: bool = False
+    """A concept takes only latents with a positive weight."""
+    # The name is the title of their group in --help.
+    options: Annotated[Options, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="methods'")] = DEFAULT_OPTIONS
+    keep_embeddings: bool = dataclasses.field(
+        default=False, metadata=keeps_results("`ExplainConfig.embeddings` holds it")
+    )
+    """Write the CLIP embeddings too. With them jobs.name finds better names."""
+    demo: bool = dataclasses.field(default=False, metadata=keeps_results("it stands for other arguments"))
     """Explain 512 drawn scenes with the embedded CLIP and SAE, and write their embeddings."""
 
     def check(self) -> None:
@@ -75,7 +90,10 @@ class Arguments(pipeline.Arguments):
         if not self.demo and not (self.images and self.clip and self.sae):
             raise ValueError("give --images, --clip and --sae, or --demo for all three")
         commands.at_least(self, k=0, concept_latents=1)
-        self.options.check()
+        with commands.given_fields(self, self.options):
+            parse_methods(self.method)
+            parse_targets(self.targets)
+            self.options.check()
         super().check()
 
 
@@ -97,18 +115,19 @@ def explain(argv: list[str]) -> int:
         log.run = job.run.uri
         try:
             if pipeline.complete(job, arguments, clock, functools.partial(watch, job, arguments)):
-                report.write_preview(job.run)
+                write_preview(job.run.uri)
                 pipeline.close(job, clock)
         except pipeline.AlarmError as alarm:
             print(f"stopped: {alarm}")
             return POOR_FIT
         record = job.run.record()
-    print(report.summary(arguments.out, record))
-    fit = Fit(**record.get("fit", {}))
-    if fit.is_poor() and not arguments.allow_poor_fit:
-        print(f"kept, but {advice(fit, record)}")
+    print(run_summary(arguments.out, record))
+    if record.n_refused:
+        print(refused_images(arguments.out, refusals(job.run)))
+    if record.fit.is_poor() and not arguments.allow_poor_fit:
+        print(f"kept, but {advice(record.fit, record)}")
         return POOR_FIT
-    print(report.next_steps(arguments.out))
+    print(after_explain(arguments.out, record.clip))
     return 0
 
 
@@ -118,91 +137,126 @@ def watch(job: pipeline.Job, arguments: Arguments, fit: Fit) -> None:
         raise pipeline.AlarmError(advice(fit, job.run.record()))
 
 
-# ---- Before any actor starts.
+def advice(fit: Fit, record: Record) -> str:
+    """One sentence on a poor fit: what was counted, and what to check."""
+    sae = record.sae
+    reads = f"{sae['site']}, {sae['n_inputs']} wide" + (f", of {sae['model']}" if sae["model"] else "")
+    return (
+        f"{fit.words()}: the SAE, taken to read {reads}, does not fit --clip {record.clip}; "
+        "check that it was trained on this model, on its final embedding, and whether on embeddings of length 1 "
+        "(--site embedding:l2), or let it pass with --allow-poor-fit"
+    )
+
+
+# ---- Before the work.
 
 
 def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
-    """Resolve the arguments to a job, or print what it would be for --dry-run; ValueError for what the user can mend."""
-    from saecore.pipeline.inference import check_fits
-
-    methods, targets = parse_methods(arguments.method), parse_targets(arguments.targets)
+    """A job from its arguments, or None after --dry-run has said what it would be; ValueError for what the user can mend."""
     pipeline.check_outside(arguments)
     images = arguments.images or demo_images(arguments.out)
-    clip, sae_address = pipeline.address(arguments.clip or "demo"), pipeline.address(arguments.sae or "demo")
-    tower, sae = load_models(clip, sae_address, arguments.site)
-    found = Model(telling(clip), tower.sha256()[:16])  # once: of L/14 it takes a second
-    remark = check_same(sae.config.trained_on, sae_address, f"--clip {clip}", found, arguments.any_clip)
+    loaded = load(arguments)
+    config = configure(arguments, loaded)
+    inputs = pipeline.Inputs(arguments, images)
+    pool = pipeline.make_pool(arguments, inputs)  # it may start Ray, so all that can be wrong with the models is known
+    config = dataclasses.replace(config, device=pool.device, threads=pool.threads)
+    if loaded.remark:
+        print(loaded.remark)
+    if arguments.dry_run:
+        print(outline(inputs.plan, "explain", arguments.out, in_words(config, loaded)))
+        return None
+    parts = pipeline.fingerprint_parts(inputs, config, loaded.digests)
+    made_by = pipeline.made_by("jobs.explain", argv, config, inputs, pool) | {
+        "grid": list(loaded.tower.grid),
+        "n_latents": loaded.sae.config.n_latents,
+        "sae": loaded.sae.describe(),
+    }
+    run = pipeline.begin_run(inputs, parts, made_by)
+    decode = Decode(loaded.tower.preprocess, arguments.max_pixels)
+    return pipeline.Job(run, decode, functools.partial(Explain, config), tags(config, loaded), pool)
+
+
+class Loaded(NamedTuple):
+    """The models of a run, on the CPU: what they are is asked before replicas load them again."""
+
+    clip_address: str
+    sae_address: str
+    tower: "ImageTower"
+    sae: "SAE"
+    digests: Models
+    remark: str | None
+    """A sentence where it cannot be told whether the two belong together."""
+
+
+def load(arguments: Arguments) -> Loaded:
+    """CLIP and SAE; ValueError if one cannot be had, or they do not belong together."""
+    from saecore.sae.checkpoints import load_embedding_sae
+    from saecore.towers.clip import load_tower
+
+    clip, address = pipeline.address(arguments.clip or "demo"), pipeline.address(arguments.sae or "demo")
+    with commands.given("--sae"):
+        sae = load_embedding_sae(address, arguments.site)
+    tower = load_tower(clip)
+    with commands.given("--sae"):
+        check_widths(address, sae, clip, tower)
+    digest = tower.sha256()[:16]  # once: of L/14 it takes a second
+    named = Model(telling(clip), digest)
+    remark = check_same(sae.config.trained_on, address, f"--clip {clip}", named, arguments.any_clip)
     sae.firing_threshold()  # a BatchTopK SAE may have none yet
-    most = sae.config.k if sae.config.architecture == "topk" else sae.config.n_latents
+    return Loaded(clip, address, tower, sae, Models(digest, sae.sha256()[:16], sae.config.site), remark)
+
+
+def configure(arguments: Arguments, loaded: Loaded) -> ExplainConfig:
+    """What replicas are told, but for their device; ValueError for what these models cannot do."""
+    from saecore.relevance.explain import check_fits
+
+    sae, methods, targets = loaded.sae.config, parse_methods(arguments.method), parse_targets(arguments.targets)
+    most = sae.k if sae.architecture == "topk" else sae.n_latents
     if arguments.k > most:
         raise ValueError(f"--k {arguments.k}: this SAE lets {most} latents fire, so at most that many can be kept")
-    if wrong := [latent for latent in targets.latents if latent >= sae.config.n_latents]:
-        raise ValueError(f"--targets latents:{wrong[0]}: this SAE has {sae.config.n_latents} latents, the first is 0")
-    check_fits(tower, methods, arguments.options)
-    k = arguments.k or min(DEFAULT_K, most)
-    shards = pipeline.listed(arguments, images)
-    make_plan = functools.cache(functools.partial(pipeline.plan, arguments, shards))
-    pool = pipeline.make_pool(arguments, shards, make_plan)
+    if unknown := [latent for latent in targets.latents if latent >= sae.n_latents]:
+        raise ValueError(f"--targets latents:{unknown[0]}: this SAE has {sae.n_latents} latents, the first is 0")
+    with commands.given_fields(arguments.options):
+        check_fits(loaded.tower, methods, arguments.options)
     config = ExplainConfig(
-        clip=clip,
-        sae=sae_address,
+        clip=loaded.clip_address,
+        sae=loaded.sae_address,
         site=arguments.site,
-        k=k,
+        k=arguments.k or min(DEFAULT_K, most),
         batch_size=arguments.batch_size,
-        device=pool.device,
         methods=methods,
         targets=targets,
         concept_latents=arguments.concept_latents,
         concept_positive=arguments.concept_positive,
         options=arguments.options,
-        embeddings=arguments.embeddings or arguments.demo,
-        threads=pool.threads,
+        embeddings=arguments.keep_embeddings or arguments.demo,
     )
-    load_words(config, tower, sae)  # so that a text tower that cannot be had is told now
-    norms = {method: arguments.options.norm_of(method) for method in methods}
-    parts = pipeline.parts(arguments, shards, pool) | {
-        "dtype": dtype_of(pool.device, methods),
-        "clip": found.sha256,
-        "sae": sae.sha256()[:16],
-        "site": sae.config.site,
-        "k": k,
-        "method": ",".join(methods),
-        "targets": targets.specs(),
-        "concepts": [arguments.concept_latents, arguments.concept_positive] if targets.concepts else [],
-        "norms": norms,
-        "options": {name: value for name, value in dataclasses.asdict(arguments.options).items() if name != "norm"},
-        "embeddings": arguments.embeddings or arguments.demo,
-    }
-    height, width = tower.grid
-    tags = {
-        "clip": clip,
-        "clip_sha256": parts["clip"],
-        "sae": sae_address,
-        "sae_sha256": parts["sae"],
-        "site": sae.config.site,
-        "methods": ",".join(methods),
-        "norms": ", ".join(f"{method} {norm}" for method, norm in norms.items()),
+    load_word_targets(config, loaded.tower, loaded.sae)  # so that a text tower that cannot be had is told now
+    return config
+
+
+def in_words(config: ExplainConfig, loaded: Loaded) -> list[str]:
+    """What would be computed, for --dry-run."""
+    return [
+        f"with CLIP {config.clip} and SAE {config.sae}, which reads {loaded.sae.config.site}",
+        f"{config.k} latents per image, maps of {', '.join(config.targets.specs())} by {', '.join(config.methods)}",
+    ]
+
+
+def tags(config: ExplainConfig, loaded: Loaded) -> dict[str, str]:
+    """Metadata of every Parquet file of the run."""
+    height, width = loaded.tower.grid
+    return {
+        "clip": config.clip,
+        "clip_sha256": loaded.digests.clip,
+        "sae": config.sae,
+        "sae_sha256": loaded.digests.sae,
+        "site": loaded.digests.site,
+        "methods": ",".join(config.methods),
+        "norms": ", ".join(f"{method} {config.options.norm_of(method)}" for method in config.methods),
         "grid_height": str(height),
         "grid_width": str(width),
     }
-
-    if remark:
-        print(remark)
-    if arguments.dry_run:
-        how = [
-            f"with CLIP {clip} and SAE {sae_address}, which reads {sae.config.site}",
-            f"{k} latents per image, maps of {', '.join(targets.specs())} by {', '.join(methods)}",
-        ]
-        print(report.outline(make_plan(), "explain", arguments.out, how))
-        return None
-    made_by = pipeline.made_by("jobs.explain", argv, config, images, pool) | {
-        "grid": [height, width],
-        "n_latents": sae.config.n_latents,
-        "sae": sae.describe(),
-    }
-    run = pipeline.open_run(arguments, parts, made_by, shards, make_plan)
-    decode = Decode(tower.preprocess, arguments.max_pixels)
-    return pipeline.Job(run, decode, functools.partial(Explain, config), tags, pool)
 
 
 def demo_images(out: str) -> tuple[str, ...]:
@@ -215,7 +269,7 @@ def demo_images(out: str) -> tuple[str, ...]:
         with writing(str(folder)):
             unfinished = Path(tempfile.mkdtemp(prefix=folder.name, dir=_made(folder.parent)))
             try:
-                scenes.write_shards(unfinished, DEMO_SCENES, DEMO_SHARDS)
+                write_shards(unfinished, DEMO_SCENES, DEMO_SHARDS)
                 unfinished.rename(folder)
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)  # still there only if something above failed

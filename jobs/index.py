@@ -6,9 +6,9 @@
     plan -> sort new chunks by latent, copy what showing the first images takes (`saecore.query.indexing`) -> index ->
     statistics
 
-The same command again does nothing, or, for a run that grew, what is new. One machine sorts out of core, and should do for 10^8
-images by the rates in BENCHMARKS.md; `--segments` above 1 sorts parts side by side on Ray: a look-up then reads one place in
-each.
+The same command again does nothing; for a run that grew it indexes what is new. One machine sorts on disk what does not fit
+into memory, and suffices for 10^8 images by the rates in BENCHMARKS.md. With `--segments` above 1, Ray sorts parts side by
+side; a look-up then reads one place in each part.
 """
 
 import dataclasses
@@ -16,18 +16,18 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from saecore.query import by_latent, indexing, results, statistics
 from saecore.query.by_latent import Segment
-from saecore.query.tables import read_record
 from saecore.runs import card, latents
-from saecore.runs import run as runs
+from saecore.runs.files import read_manifest
+from saecore.runs.record import Record, read_complete
 from saecore.storage import join_uri, resolved
 
 from . import cluster, commands, console
+from .hints import after_index
 
 Build = Callable[[np.ndarray, indexing.Budget], Segment]
 
@@ -37,19 +37,19 @@ class Arguments:
     """Sort a finished run by latent, and count what each latent does."""
 
     run: str
-    """Folder of a complete run of jobs.explain, local or s3:// or gs://."""
+    """Folder of a complete run of jobs.explain: a local path, s3:// or gs://."""
     top: int = 100
     """Images per latent whose maps and names are copied beside each other."""
     segments: int = 1
     """Parts in which new chunks are sorted; above 1 on Ray, side by side."""
     memory: float = 2.0
-    """GB that DuckDB may hold for one part; the process takes up to 1 GB more, and the rest goes to --folder."""
+    """GB that DuckDB may hold for one part; the process takes up to 1 GB more, and the rest goes to --scratch."""
     threads: int = 0
     """CPU threads for one part; 0 is all of this machine, or 1 on Ray."""
-    folder: str = ""
-    """Where to put what does not fit into --memory: a fast disk; nothing is a temporary folder."""
+    scratch: str = ""
+    """Folder on a fast disk for what does not fit into --memory; by default a temporary folder of the system."""
     rebuild: bool = False
-    """Index everything again, whatever is there."""
+    """Index everything again, from the beginning."""
 
     def check(self) -> None:
         """See `commands.Checked.check`."""
@@ -67,9 +67,9 @@ def index(argv: list[str]) -> int:
     """Check everything, index what is new, count, say what came of it."""
     with commands.mistakes():
         arguments = commands.parse(Arguments, argv, "jobs.index")
-        record = read_record(arguments.run)
-        before = None if arguments.rebuild else by_latent.read_index(arguments.run, record["fingerprint"])
-        plan = indexing.plan(runs.read_manifest(arguments.run), before, arguments.top, arguments.segments)
+        record = read_complete(arguments.run)
+        before = None if arguments.rebuild else index_before(arguments, record)
+        plan = indexing.plan(read_manifest(arguments.run), before, arguments.top, arguments.segments)
     whole = not plan.groups and before is not None and plan.kept == before.segments
     held = before if whole and before is not None else make(arguments, record, plan)
     started = time.perf_counter()
@@ -83,21 +83,30 @@ def index(argv: list[str]) -> int:
     elif held is before:
         print(f"{arguments.run} is indexed: nothing to do")
     card.write(arguments.run, record)
+    print(after_index(arguments.run))
     return 0
 
 
-def make(arguments: Arguments, record: dict[str, Any], plan: indexing.Plan) -> by_latent.Index:
+def index_before(arguments: Arguments, record: Record) -> by_latent.Index | None:
+    """The index that is there, None if there is none; ValueError for that of another run, or of another version."""
+    try:
+        return by_latent.read_index(arguments.run, record.fingerprint)
+    except ValueError as error:
+        raise ValueError(f"{error} (--rebuild)") from error
+
+
+def make(arguments: Arguments, record: Record, plan: indexing.Plan) -> by_latent.Index:
     """The segments that are not there yet, and the index that names all of them."""
     build = functools.partial(
-        indexing.build_segment, resolved(arguments.run), record["fingerprint"], record["n_latents"], arguments.top
+        indexing.build_segment, resolved(arguments.run), record.fingerprint, record.n_latents, arguments.top
     )
     with commands.mistakes():
         commands.check_writable("--run", arguments.run)
-        if arguments.folder:
-            commands.check_writable("--folder", arguments.folder)
+        if arguments.scratch:
+            commands.check_writable("--scratch", arguments.scratch)
     started, work = time.perf_counter(), on_ray if arguments.segments > 1 else in_process
     made = work(build, plan.groups, arguments)
-    held = by_latent.Index(record["fingerprint"], arguments.top, [*plan.kept, *made])
+    held = by_latent.Index(record.fingerprint, arguments.top, [*plan.kept, *made])
     by_latent.write_index(arguments.run, held)
     print(outline(made, held, time.perf_counter() - started), flush=True)
     return held
@@ -105,7 +114,7 @@ def make(arguments: Arguments, record: dict[str, Any], plan: indexing.Plan) -> b
 
 def in_process(build: Build, groups: list[np.ndarray], arguments: Arguments) -> list[Segment]:
     """One segment after the other."""
-    budget = indexing.Budget(arguments.memory, arguments.threads, arguments.folder)
+    budget = indexing.Budget(arguments.memory, arguments.threads, arguments.scratch)
     return [build(group, budget) for group in groups]
 
 
@@ -117,7 +126,7 @@ def on_ray(build: Build, groups: list[np.ndarray], arguments: Arguments) -> list
         import ray
 
         threads = arguments.threads or 1
-        budget = indexing.Budget(arguments.memory, threads, arguments.folder)
+        budget = indexing.Budget(arguments.memory, threads, arguments.scratch)
         task = ray.remote(num_cpus=threads, memory=needed(arguments))(lambda group: build(group, budget))
         return ray.get([task.remote(group) for group in groups])
 

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from saecore.report import preview as report
-from saecore.sae.sites import check_embedding
 from saecore.spellings import check_same, telling
 from saecore.storage import names_in, resolved
-from saecore.training.embeddings import Embeddings, draw, open_embeddings, unit_length
+from saecore.training.embeddings import Embeddings, open_embeddings
 from saecore.training.recipe import doubled
+from saecore.training.survey import draw, unit_length
 
 from . import commands
+from .summaries import measuring_summary
 
 if TYPE_CHECKING:
     from saecore.sae.model import SAE
@@ -94,8 +94,10 @@ def measure(argv: list[str]) -> int:
 
             words, classes, _ = read_texts(arguments.texts)
         labels = read_labels(arguments.labels, source, words) if arguments.labels else None
-        sae, remark = load(arguments, arguments.sae, arguments.site, source)
-        other = load(arguments, arguments.against, arguments.against_site, source)[0] if arguments.against else None
+        sae, remark = load(arguments, "--sae", arguments.sae, arguments.site, source)
+        other = None
+        if arguments.against:
+            other, _ = load(arguments, "--against", arguments.against, arguments.against_site, source)
         if arguments.texts and classes.shape[1] != source.width:
             raise ValueError(f"--texts {arguments.texts} has width {classes.shape[1]}, the embeddings {source.width}")
         numbers, rows = draw(source, arguments.rows, arguments.seed)
@@ -106,6 +108,7 @@ def measure(argv: list[str]) -> int:
     import torch
 
     from saecore.evaluation import quality
+    from saecore.sae.calibration import calibrate
     from saecore.training.loop import save_sae
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -125,7 +128,7 @@ def measure(argv: list[str]) -> int:
         found["calibrated"] = bool(torch.isnan(sae.threshold).any())
         if found["calibrated"]:
             with commands.mistakes():
-                quality.calibrate(sae, x, sae.config.k)
+                calibrate(sae, x, sae.config.k)
         found["threshold"] = float(sae.threshold)
     figures = quality.quality(sae, x)._asdict()
     found["figures"] = {name: value if math.isfinite(value) else None for name, value in figures.items()}
@@ -142,19 +145,21 @@ def measure(argv: list[str]) -> int:
     if arguments.save:
         save_sae(sae, resolved(arguments.save))
         found["saved"] = arguments.save
-    print(json.dumps(found, indent=2) if arguments.json else report.measured(found))
+    print(json.dumps(found, indent=2) if arguments.json else measuring_summary(found))
     return 0
 
 
-def load(arguments: Arguments, address: str, site: str, source: Embeddings) -> "tuple[SAE, str]":
-    """The SAE at `address`, and what remains unsure of its model; ValueError if there is none, or not for these embeddings."""
-    from saecore.sae.checkpoints import load_sae  # and with it PyTorch: --help does without
+def load(arguments: Arguments, flag: str, address: str, site: str, source: Embeddings) -> "tuple[SAE, str]":
+    """The SAE at `address`, and what remains unsure of its model; ValueError if there is none for these embeddings."""
+    from saecore.sae.checkpoints import load_embedding_sae  # this and PyTorch are not loaded for --help
 
-    sae, embeddings = load_sae(address, site), f"--embeddings {arguments.embeddings}"
-    check_embedding(sae.config.site, sae.config.model, address)
+    with commands.given(flag):
+        sae = load_embedding_sae(address, site)
+    embeddings = f"--embeddings {arguments.embeddings}"
     if sae.config.n_inputs != source.width:
         raise ValueError(
-            f"{address} is for embeddings of width {sae.config.n_inputs}, {embeddings} has {source.width}: not of one CLIP"
+            f"{flag} {address} is for embeddings of width {sae.config.n_inputs}, and {embeddings} is {source.width} wide: they "
+            "are not of one CLIP"
         )
     model = source.model._replace(name=telling(source.model.name))
     clip = f"{source.model.name} of {embeddings}" if source.model.name else embeddings

@@ -23,15 +23,15 @@ import pyarrow as pa
 
 from saecore import spellings
 from saecore.query import results
-from saecore.query.tables import read_record
-from saecore.report import preview as report
 from saecore.runs import card, latents
-from saecore.runs import run as runs
-from saecore.sae.sites import check_embedding
+from saecore.runs.files import parquet_bytes
+from saecore.runs.record import read_complete
 from saecore.storage import write_atomic
-from saecore.training.embeddings import draw, open_embeddings
+from saecore.training.embeddings import open_embeddings
+from saecore.training.survey import draw
 
 from . import commands, console
+from .summaries import naming_summary
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,16 +132,16 @@ def name(argv: list[str]) -> int:
         latents.merge(arguments.run, table.replace_schema_metadata(metadata))
         card.write(arguments.run, job.run.record)
     else:
-        data = runs.parquet_bytes(table.replace_schema_metadata(metadata), latents.ROW_GROUP_ROWS)
+        data = parquet_bytes(table.replace_schema_metadata(metadata), latents.ROW_GROUP_ROWS)
         write_atomic(arguments.out, data)
-    print(report.named(table, job.made_by, arguments.run, arguments.out))
+    print(naming_summary(table, job.made_by, arguments.run, arguments.out))
     return 0
 
 
 def check_place(arguments: Arguments) -> None:
     """ValueError if the names cannot be written where they are to go: before anything is loaded."""
     if arguments.run:
-        read_record(arguments.run)
+        read_complete(arguments.run)
         commands.check_writable("--run", arguments.run)
     else:
         commands.check_file("--out", arguments.out)
@@ -168,13 +168,13 @@ def prepare(arguments: Arguments) -> Job:
     """Load what is needed; ValueError for what the user can mend."""
     run = results.open(arguments.run) if arguments.run else None
     if arguments.by == "data" and not has_embeddings(run):
-        raise ValueError("--by data needs a run of jobs.explain --embeddings; --by decoder needs none")
+        raise ValueError("--by data needs a run of jobs.explain --keep-embeddings; --by decoder needs none")
     from saecore.naming import names as naming
     from saecore.towers import text  # and with them PyTorch: --help does without
 
     sae = load_sae(arguments, run)
     way = arguments.by or ("data" if has_embeddings(run) else "decoder")
-    clip = arguments.clip or (run.record["config"]["clip"] if run else "")
+    clip = arguments.clip or (run.record.clip if run else "")
     tower, texts = None, None
     if arguments.interpreter:
         way = "interpreter"
@@ -210,17 +210,18 @@ def prepare(arguments: Arguments) -> Job:
 
 
 def has_embeddings(run: results.Results | None) -> bool:
-    """Whether the run was made with --embeddings, and of some images."""
-    return run is not None and run.record["parts"]["embeddings"] and run.n_images > 0
+    """Whether the run was made with --keep-embeddings, and of some images."""
+    return run is not None and run.record.keeps_embeddings and run.n_images > 0
 
 
 def load_sae(arguments: Arguments, run: results.Results | None) -> "SAE":
     """The SAE; ValueError if there is none, or it is not the run's."""
-    from saecore.sae import checkpoints
+    from saecore.sae.checkpoints import load_embedding_sae
 
-    address = arguments.sae or (run.record["config"]["sae"] if run else "")
-    sae = checkpoints.load_sae(address, arguments.site or (run.record["config"].get("site", "") if run else ""))
-    check_embedding(sae.config.site, sae.config.model, address)
+    address = arguments.sae or (run.record.sae_address if run else "")
+    site = arguments.site or (run.record.config.get("site", "") if run else "")
+    with commands.given("--sae"):
+        sae = load_embedding_sae(address, site)
     check_same("sae", address, sae.sha256(), run)
     return sae
 
@@ -257,13 +258,13 @@ def words_of(arguments: Arguments, tower: "TextTower", clip: str) -> tuple[list[
             raise ValueError(f"--texts {arguments.texts} was made with another CLIP than {clip}")
         return words, embeddings
     if not arguments.vocabulary and clip != "demo":
-        raise ValueError("give --vocabulary, a file with a word a line (the README says where some are), or --texts")
+        raise ValueError("give --vocabulary, a file with a word a line (docs/names.md says where some are), or --texts")
     return text.read_vocabulary(arguments.vocabulary or "demo", "--vocabulary").words, None
 
 
 def check_same(model: str, address: str, digest: str, run: results.Results | None) -> None:
     """ValueError if a model is not what the run was made with."""
-    if run and not digest.startswith(made_with := run.record["parts"][model]):
+    if run and not digest.startswith(made_with := run.record.parts[model]):
         raise ValueError(
             f"--{model} {address} is not what {run.uri} was made with: its hash begins with {digest[:16]}, not {made_with}"
         )
@@ -299,7 +300,7 @@ def names(job: Job, arguments: Arguments) -> pa.Table:
 
 
 def evidence(run: results.Results, seed: int) -> "tuple[Tensor, Tensor, Tensor]":
-    """What `naming.by_data` takes: the embeddings of all top images, whose they are, and those of random images."""
+    """What `saecore.naming.names.by_data` takes: embeddings of all top images, whose they are, embeddings of random ones."""
     import torch
 
     from saecore.naming.names import TOP_IMAGES

@@ -1,4 +1,4 @@
-"""What a run was made by, besides its models: versions of packages, and the commit of the checkout."""
+"""What made a run, besides its models: versions of packages, and the commit of the checkout."""
 
 import importlib.metadata
 import platform
@@ -7,15 +7,15 @@ from pathlib import Path
 
 
 def versions() -> dict[str, str]:
-    """What results may depend on, beside the models."""
+    """Versions of Python and of the packages on which results may depend."""
     names = ("relevance-map-sae", "torch", "transformers", "ray", "pyarrow", "numpy", "pillow")
-    found = {distribution.name: distribution.version for distribution in importlib.metadata.distributions()}
-    # Ours is not installed where a checkout is shipped as a working_dir: there the commit says it.
-    return {"python": platform.python_version(), **{name: found[name] for name in names if name in found}}
+    installed = {distribution.name: distribution.version for distribution in importlib.metadata.distributions()}
+    # This project is not installed where a checkout is shipped as a working_dir: the commit tells its version there.
+    return {"python": platform.python_version(), **{name: installed[name] for name in names if name in installed}}
 
 
 def git_commit() -> str | None:
-    """The checkout's commit, with a + if it was changed since; None where this is no checkout (a shipped working_dir)."""
+    """The checkout's commit, with a + if files have changed since; None if this is no checkout (a shipped working_dir)."""
     here = Path(__file__).parent
     answers = [
         subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=False)

@@ -1,13 +1,13 @@
 """A finished run to pages to look at: a folder that opens from disk, or an explorer of the whole run on this machine.
 
     python -m jobs.report --run runs/photos                # runs/photos/report/index.html
-    python -m jobs.report --run s3://bucket/run --out report --latents 1000 --images 2000
+    python -m jobs.report --run s3://bucket/run --out report --latent-pages 1000 --image-pages 2000
     python -m jobs.report --run runs/photos --serve        # http://127.0.0.1:8000
 
     run -> what there is to see (`saecore.report.views`) -> pages (`saecore.report.pages`) -> files (`saecore.report.static`)
                                                                              or answers (`saecore.report.explorer`)
 
-Pictures are read from the run's own input; one that is gone since is shown as not found.
+Pictures are read from the input of the run; a page says so where the input of one is gone.
 """
 
 import dataclasses
@@ -15,18 +15,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
-
 from saecore.query import results
 from saecore.query.results import Results
-from saecore.report import preview as report
-from saecore.report.static import DEFAULT_CHOICE, Choice, Report, check_place
+from saecore.report.static import Choice, Report, check_place
 
 from . import commands, console
+from .hints import about, hints
+from .summaries import in_bytes
 
 SLOW_ROWS = 1_000_000
-"""Rows of activations from which on one should know of jobs.index: of 200,000 images a latent's page took 0.03 s with it and
-0.7 s without, which grows with the run."""
+"""Rows of activations above which the user is told of jobs.index. Of 200,000 images a latent's page took 0.03 s with an index
+and 0.7 s without; the second grows with the run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,24 +33,34 @@ class Arguments:
     """Pages of a finished run."""
 
     run: str
-    """Folder of a complete run of jobs.explain, local or s3:// or gs://."""
+    """Folder of a complete run of jobs.explain: a local path, s3:// or gs://."""
     out: str = ""
-    """Local folder of the pages; by default `report` in the run. A report that is there is replaced."""
-    choice: tyro.conf.OmitArgPrefixes[Choice] = DEFAULT_CHOICE
+    """Local folder for the pages; by default `report` in the run. A report that is there is replaced."""
+    latent_pages: int = Choice.latent_pages
+    """Latents with a page of their own: those that fire most often."""
+    image_pages: int = Choice.image_pages
+    """Images with a page of their own, spread evenly over the run."""
+    top: int = Choice.top
+    """Images on a latent's page for which it fires most strongly; some others across its range come after them."""
     serve: bool = False
-    """Write nothing, and answer a browser until Ctrl-C, over the whole run."""
+    """Write nothing; show the whole run to a browser until Ctrl-C."""
     host: str = "127.0.0.1"
-    """Address that --serve listens at: this machine alone. 0.0.0.0 lets in everyone who can reach it."""
+    """Address of --serve; by default only this machine can open the pages. 0.0.0.0 lets in everyone who can reach it."""
     port: int = 8000
-    """Port that --serve listens at; 0 is any that is free."""
+    """Port of --serve; 0 is any free one."""
+
+    @property
+    def choice(self) -> Choice:
+        """How much of the run the pages hold."""
+        return Choice(latent_pages=self.latent_pages, image_pages=self.image_pages, top=self.top)
 
     def check(self) -> None:
         """See `commands.Checked.check`."""
-        self.choice.check()
+        commands.at_least(self, latent_pages=1, image_pages=1, top=1)
         if self.serve and self.out:
-            raise ValueError(f"--serve writes nothing, so leave --out {self.out} away")
+            raise ValueError(f"--serve writes nothing, so omit --out {self.out}")
         if not 0 <= self.port < 1 << 16:
-            raise ValueError(f"--port {self.port}: must be from 0, for any that is free, to 65535")
+            raise ValueError(f"--port {self.port}: must be from 0, for any free one, to 65535")
         if not self.serve and not self.out and "://" in self.run:
             raise ValueError(f"--run {self.run} is at an address: name a local folder for the pages with --out")
 
@@ -66,10 +75,8 @@ def make(argv: list[str]) -> int:
     with commands.mistakes():
         arguments = commands.parse(Arguments, argv, "jobs.report")
         run = results.open(arguments.run)
-    if run.tables.index is None and run.record["rows"]["activations"] > SLOW_ROWS:
-        print(
-            f"this run is large and has no index: python -m jobs.index --run {arguments.run} makes pages of latents far faster"
-        )
+    if run.tables.index is None and run.record.rows["activations"] > SLOW_ROWS:
+        print(f"this run is large and has no index, which makes pages of latents far faster: {about(run.uri, 'index')}")
     return serve(run, arguments) if arguments.serve else write(run, arguments)
 
 
@@ -77,29 +84,39 @@ def write(run: Results, arguments: Arguments) -> int:
     """The pages as files; where they are."""
     out = Path(arguments.out or f"{arguments.run}/report").absolute()
     with commands.mistakes():
-        check_place(out)
-        commands.check_writable("--out", str(out.parent))  # it is written beside its place
+        with commands.given("--out"):
+            check_place(out)
+        commands.check_writable("--out", str(out.parent))  # the report is written there, and moved when it is whole
         if out.is_dir():
             commands.check_writable("--out", str(out))
-    pages = Report(run, arguments.choice)
+    pages = Report(run, arguments.choice, hints(run))
     progress = console.Progress(len(pages), 0, "files")
     for _ in pages.write(out):
         progress.add(1, 0)
     progress.close()
     missing = len(pages.site.missing)
-    print(report.pages_summary(out, len(pages.latents), len(pages.image_ids), len(pages.pictured) - missing, missing))
+    print(summary(out, len(pages.latents), len(pages.image_ids), len(pages.pictured) - missing, missing))
     return 0
+
+
+def summary(folder: Path, latents: int, images: int, pictures: int, missing: int) -> str:
+    """What was written, and where to open it."""
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    lines = [f"pages         {latents:,} latents, {images:,} images, {pictures:,} pictures, {in_bytes(size)}"]
+    if missing:
+        lines.append(f"not found     {missing:,} pictures: their input has changed, is gone, or cannot be reached")
+    return "\n".join([*lines, f"open          {(folder / 'index.html').as_uri()}"])
 
 
 def serve(run: Results, arguments: Arguments) -> int:
     """The pages of the whole run, until Ctrl-C."""
     from saecore.report import explorer
 
-    with commands.mistakes():
+    with commands.mistakes(), commands.given("--host, --port"):
         waiting = explorer.listen(arguments.host, arguments.port)
     host, port = waiting.getsockname()[:2]
     print(f"explorer of {arguments.run}: http://{host}:{port}/index.html   (Ctrl-C ends it)", flush=True)
-    explorer.serve(run, waiting, arguments.choice.top)
+    explorer.serve(run, waiting, arguments.top, hints(run))
     return 0
 
 

@@ -1,7 +1,7 @@
-"""Ctrl-C, SIGTERM, and readers that have gone: what was asked to end ends in good order, and at once when it is asked again.
+"""Ctrl-C, SIGTERM, and readers that have gone: a command that is asked to end ends in good order; asked again, it ends at once.
 
-A handler raises `Stopped` where the process stands; `commands.run_job` turns it into one line and an exit code. Ray and DuckDB
-may turn it into exceptions of their own on the way: `Asked` remembers that it was not they who failed.
+A handler raises `Stopped` where the process stands; `commands.run_job` turns it into one line and an exit code. On the way Ray
+and DuckDB may turn `Stopped` into exceptions of their own: `Asked` remembers that a signal, and no failure, was the cause.
 """
 
 import os
@@ -15,19 +15,23 @@ from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
+AGAIN = "the same command starts again"
+"""What a person is told of a command that has done nothing yet."""
+
 
 class Stopped(KeyboardInterrupt):
-    """The process was asked to end. A KeyboardInterrupt, so that whatever lets go for Ctrl-C lets go for SIGTERM too."""
+    """The process was asked to end. A KeyboardInterrupt, so that code that cleans up after Ctrl-C does so for SIGTERM too."""
 
 
 class Asked:
-    """Which signal asked this process to end; None so far."""
+    """Which signal asked this process to end."""
 
     number: int | None = None
+    """None so far."""
 
     @property
     def exit_code(self) -> int:
-        """As shells have it: 130 for Ctrl-C, also where it came without a signal, 143 for SIGTERM."""
+        """The exit code that shells use: 143 for SIGTERM, 130 for Ctrl-C, also if that came without a signal."""
         return 128 + (self.number or signal.SIGINT)
 
 
@@ -35,7 +39,7 @@ class Asked:
 def listening() -> Iterator[Asked]:
     """Within the block the first signal raises `Stopped`, and the second ends the process at once.
 
-    After the first, what is printed goes to standard error: Ray reports every actor that it ends to standard output.
+    After the first signal, what is printed goes to standard error, since Ray prints a report of every actor that it ends.
     """
     asked, stdout = Asked(), sys.stdout
 
@@ -58,9 +62,9 @@ def listening() -> Iterator[Asked]:
 
 @contextmanager
 def kept() -> Iterator[None]:
-    """Whatever the block does to the handlers is undone after it: Ray takes SIGTERM for itself when it starts.
+    """Put the handlers back after the block: Ray takes SIGTERM for itself when it starts.
 
-    They are the main thread's alone; elsewhere Python sets none, and nothing happens.
+    Python sets handlers only in the main thread; in other threads nothing happens.
     """
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
@@ -68,8 +72,26 @@ def kept() -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():
             for number, handler in before.items():
-                if handler is not None:  # set by a library, not by Python: it cannot be set again from here
+                if handler is not None:  # None: a library set it, and Python cannot set it again
                     signal.signal(number, handler)
+
+
+@contextmanager
+def ending_at_once(line: str) -> Iterator[None]:
+    """Within the block a signal ends the process with one line. For the time before a command has begun: nothing can be lost.
+
+    An exception would not do: modules written in C that are being imported may turn it into one of their own.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        os.write(2, f"{line}\n".encode())
+        end_at_once(number, frame)
+
+    with kept():
+        if threading.current_thread() is threading.main_thread():
+            for each in SIGNALS:
+                signal.signal(each, stop)
+        yield
 
 
 def nobody_reads() -> bool:
@@ -80,11 +102,11 @@ def nobody_reads() -> bool:
 
 
 def unread() -> int:
-    """The exit code of a program whose output nobody reads, as shells have it. What is still in a buffer goes nowhere."""
+    """The exit code that shells use for a program whose output nobody reads. What is still in a buffer is dropped."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return 128 + signal.SIGPIPE
 
 
 def end_at_once(number: int, frame: FrameType | None) -> None:
-    """A handler that waits for nothing. Ray's processes on this machine end when they miss this one."""
+    """A handler that waits for nothing. Ray's processes on this machine end by themselves once this process is gone."""
     os._exit(128 + number)

@@ -14,7 +14,7 @@ from rich.text import Text
 WIDEST = 28
 """Characters of a column: what is longer is cut."""
 
-UNSURE = "names with ? did not pass the thresholds of jobs.name"
+UNSURE = "names with ? did not pass the thresholds of a valid name"
 
 
 def show(answer: pa.Table, columns: Sequence[str]) -> None:

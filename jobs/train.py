@@ -3,7 +3,7 @@
     python -m jobs.train --embeddings runs/cc3m --architecture matryoshka --latents 6144 --out runs/sae
     python -m jobs.train --embeddings s3://bucket/cc3m --latents 24576 --workers 8 --out s3://bucket/sae
 
-In this process, or with --workers on Ray Train: the same loop (`saecore.training.loop.fit`), data parallel, and the same
+In this process, or with --workers on Ray Train: the same loop (`saecore.training.loop.Training`), data parallel, and the same
 result for one worker. The same command again resumes from the last checkpoint. Ctrl-C finishes the step, saves and stops.
 
 Left out: sweeps (run it several times), embeddings made on the fly (`jobs.embed` writes them once).
@@ -22,11 +22,12 @@ from typing import Annotated, Any
 import tyro
 
 from saecore import storage
-from saecore.report import preview as report
 from saecore.storage import exists, join_uri, read_parquet, resolved, write_atomic
+from saecore.training.plot import training_plot
 from saecore.training.recipe import Recipe
 
 from . import cluster, commands, console, origin, signals
+from .summaries import training_header, training_line, training_summary
 
 LINES_EVERY = 10.0
 """Seconds between progress lines where there is nothing new to say."""
@@ -103,8 +104,8 @@ def train(argv: list[str]) -> int:
             print(f"{arguments.out} is complete: nothing to do")
         else:
             record = work(plan, made_by, arguments.workers)
-        write_atomic(join_uri(out, PLOT_FILE), report.training_plot(read_metrics(out)))
-    print(report.training_summary(record, arguments.out))
+        write_atomic(join_uri(out, PLOT_FILE), training_plot(read_metrics(out)))
+    print(training_summary(record, arguments.out))
     return 0
 
 
@@ -131,9 +132,9 @@ class Lines:
         now = time.perf_counter()
         if self._began is None:
             self._began, self._last = (now, done), now
-            print(report.training_header(), flush=True)
+            print(training_header(), flush=True)
         if figures is not None:
-            print(report.training_line(figures), flush=True)
+            print(training_line(figures), flush=True)
             self._last = now
         elif now - self._last >= LINES_EVERY:
             self._last = now
@@ -236,9 +237,9 @@ def print_evaluations(out: str, finished: threading.Event) -> None:
         last = finished.wait(1.0)
         rows = read_metrics(out)
         if rows and not printed:
-            print(report.training_header(), flush=True)
+            print(training_header(), flush=True)
         for row in rows[printed:]:
-            print(report.training_line(row), flush=True)
+            print(training_line(row), flush=True)
         printed = len(rows)
         if last:
             return

@@ -1,19 +1,10 @@
-"""How maps are made, beside the arithmetic: the methods' names, their options, and what is to be explained. No PyTorch.
+"""The methods by which maps are made: one record each, their options, and the request that says what is to be explained.
 
-    method         gives                                 units             cost aimed at for 32 maps, in forwards
-    contrib        exact decomposition                   pre-activation    1.10
-    contrib_grad   attention times its exact gradient    pre-activation    1.30 (1.75 on ViT-B/32)
-    chefer         positive part of the same, one layer  none              1.10
-    legrad         positive part of the gradient         none              several forwards; of CLS: 1.10
-    gradeclip      gradient with key-query weights       none              1.10
-    rollout        gradients rolled through all layers   a share           one plain-attention forward, a backward per target
-    dense          patch tokens read as if they were CLS pre-activation    1.05
-    occlusion      what dropping a patch changes         pre-activation    a forward per patch or block, for all targets
-    attention      CLS attention                         none              1.00
+`RECORDS` is the only place that knows a method's facts: its name, what it gives, its units, what it looks at and what it needs.
+The command line, the pages, the table in docs/maps.md and what a tower must keep of its forward are made of it. The
+formulas are with the functions, in `saecore.relevance`; what each method costs was measured in docs/benchmarks.md.
 
-What bears a published name is computed as published unless an option says otherwise; `RECORDS` says which, and what each
-looks at. What they did cost is in BENCHMARKS.md. Formulas are with the functions, in `saecore.relevance.maps` and
-`saecore.relevance.reruns`.
+A method with a published name is computed as published unless an option says otherwise. No PyTorch here.
 """
 
 import dataclasses
@@ -23,49 +14,127 @@ from typing import NamedTuple, TypeVar
 T = TypeVar("T")
 
 
-class Method(NamedTuple):
-    """What a method is. README's table says the same of each, and a test compares the two."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """What a method is."""
 
+    gives: str
+    """What its maps show, in words for a page."""
     norm: str
     """Its own norm: `frozen` or `exact`, see `Options.norm`; `always exact`, or `none` where there is nothing to hold."""
     layers: int | None
     """How many last layers it looks at unless told otherwise, 0 for all; None if it looks at no layer's attention."""
     target: str
     """What its gradient or read-out begins at: `embedding`, `layer` (each layer's own), `patch` (each patch's) or `none`."""
-    units: str
-    """What its values are in; empty where they are in no units."""
-    published: str
-    """Who published it, where it is computed as published; empty for our own."""
+    units: str = ""
+    """The units of its values; empty if they have none."""
+    published: str = ""
+    """Who published it, if it is computed as published; empty for our own."""
+    decomposes: bool = False
+    """Whether a map and its remainder add up to the pre-activation."""
+    is_cause: bool = True
+    """Whether it says what a target depends on. `dense` shows an activation, `attention` knows nothing of the target."""
+    takes_layers: bool = False
+    """Whether `Options.layers` concerns it."""
+    follows_path: bool = False
+    """Whether it takes the gradient along the CLS path, which needs the keys of every layer below the last."""
+    has_own_forwards: bool = False
+    """Whether it runs the tower itself, and so needs nothing of the forward that all methods share."""
+    needs_float32: bool = False
+    """Whether it takes the difference of two forwards, where what bfloat16 rounds off is as large as what a patch changes: on
+    the embedded models such maps were 6 % off, those of the other methods 1 %."""
 
+
+PRE_ACTIVATION = "pre-activation units"
 
 RECORDS = {
-    "contrib": Method("frozen", 0, "embedding", "pre-activation units", ""),
-    "contrib_grad": Method("frozen", 0, "embedding", "pre-activation units", ""),
-    "chefer": Method("exact", 1, "embedding", "", "Chefer et al. 2021"),
-    "legrad": Method("exact", 2, "layer", "", "Bousselham et al. 2024"),
-    "gradeclip": Method("exact", 1, "embedding", "", "Zhao et al. 2024"),
-    "rollout": Method("exact", 0, "embedding", "", "relevancy_map_SAE 2025"),
-    "dense": Method("frozen", None, "patch", "target at each patch", ""),
-    "occlusion": Method("always exact", None, "embedding", "pre-activation units", ""),
-    "attention": Method("none", 1, "none", "", ""),
+    "contrib": Method(
+        gives="exact contribution of each patch to the CLS token",
+        norm="frozen",
+        layers=0,
+        target="embedding",
+        units=PRE_ACTIVATION,
+        decomposes=True,
+        takes_layers=True,
+    ),
+    "contrib_grad": Method(
+        gives="attention times its exact gradient along the CLS path",
+        norm="frozen",
+        layers=0,
+        target="embedding",
+        units=PRE_ACTIVATION,
+        decomposes=True,
+        takes_layers=True,
+        follows_path=True,
+    ),
+    "chefer": Method(
+        gives="Transformer-MM-Explainability's rule",
+        norm="exact",
+        layers=1,
+        target="embedding",
+        published="Chefer et al. 2021",
+        takes_layers=True,
+        follows_path=True,
+    ),
+    "legrad": Method(
+        gives="gradient of the target by attention",
+        norm="exact",
+        layers=2,
+        target="layer",
+        published="Bousselham et al. 2024",
+        takes_layers=True,
+        follows_path=True,
+    ),
+    "gradeclip": Method(
+        gives="Grad-ECLIP with the model's real heads",
+        norm="exact",
+        layers=1,
+        target="embedding",
+        published="Zhao et al. 2024",
+    ),
+    "rollout": Method(
+        gives="gradient-weighted rollout through all layers",
+        norm="exact",
+        layers=0,
+        target="embedding",
+        published="relevancy_map_SAE 2025",
+        has_own_forwards=True,
+    ),
+    "dense": Method(
+        gives="each patch's own token read by the SAE: an activation, not a cause",
+        norm="frozen",
+        layers=None,
+        target="patch",
+        units="target at each patch",
+        is_cause=False,
+    ),
+    "occlusion": Method(
+        gives="what the target loses when a patch is taken out",
+        norm="always exact",
+        layers=None,
+        target="embedding",
+        units=PRE_ACTIVATION,
+        has_own_forwards=True,
+        needs_float32=True,
+    ),
+    "attention": Method(
+        gives="CLS attention, which knows nothing of the target",
+        norm="none",
+        layers=1,
+        target="none",
+        is_cause=False,
+    ),
 }
 """Every method, by name."""
 
+UNKNOWN = Method(gives="", norm="none", layers=None, target="none", is_cause=False)
+"""What is known of a method of another version, whose runs can still be looked at, and of a run without maps."""
+
 METHODS = tuple(RECORDS)
-"""How maps can be computed."""
+"""The names of the methods."""
 
-DECOMPOSE = ("contrib", "contrib_grad")
-"""Methods whose maps add up to the pre-activation with their remainder."""
-
-UNITS = {name: method.units for name, method in RECORDS.items() if method.units}
-"""What methods are in; the others are in no units."""
-
-CAUSES = tuple(name for name in METHODS if name not in ("dense", "attention"))
-"""Methods that say what a target depends on. `dense` shows an activation, `attention` knows nothing of the target."""
-
-PRECISE = ("occlusion",)
-"""Methods that take the difference of two forwards, where what bfloat16 rounds off is as large as what a patch changes: on the
-embedded models their maps were 6 % off, the other methods' 1 %."""
+DECOMPOSE = tuple(name for name, method in RECORDS.items() if method.decomposes)
+"""The names of the methods whose maps add up to the pre-activation with their remainder."""
 
 CHOICES = {
     "norm": ("auto", "frozen", "exact"),
@@ -109,15 +178,13 @@ class Options:
         """ValueError for what cannot be. Not at construction: tyro would draw a box around the sentence."""
         for field, choices in CHOICES.items():
             if getattr(self, field) not in choices:
-                raise ValueError(
-                    f"--{field.replace('_', '-')} {getattr(self, field)!r} is not one of {', '.join(choices)}"
-                )
+                raise ValueError(f"{field} {getattr(self, field)!r} is not one of {', '.join(choices)}")
         if self.layers < 0:
-            raise ValueError(f"--layers {self.layers}: must be 0, for the method's own number, or more")
+            raise ValueError(f"layers {self.layers}: must be 0, for the method's own number, or more")
         if not 0 <= self.discard < 1:
-            raise ValueError(f"--discard {self.discard}: a share, from 0 to below 1")
+            raise ValueError(f"discard {self.discard}: a share, from 0 to below 1")
         if self.block < 1:
-            raise ValueError(f"--block {self.block}: must be at least 1")
+            raise ValueError(f"block {self.block}: must be at least 1")
 
     def norm_of(self, method: str) -> str:
         """The norm that a method is computed with: `frozen`, `exact`, or what its record says where there is no choice."""
@@ -136,18 +203,20 @@ DEFAULT_OPTIONS = Options()
 
 def dtype_of(device: str, methods: Sequence[str] = ()) -> str:
     """The tower's precision: bfloat16 on CUDA, unless a method needs float32."""
-    return "bfloat16" if device == "cuda" and not set(methods) & set(PRECISE) else "float32"
+    return (
+        "bfloat16" if device == "cuda" and not any(RECORDS[method].needs_float32 for method in methods) else "float32"
+    )
 
 
 def parse_methods(names: str) -> tuple[str, ...]:
     """`contrib,chefer` -> each method once, in that order; ValueError for one that is none."""
     found = tuple(dict.fromkeys(name.strip() for name in names.split(",")))
     if wrong := [name for name in found if name not in METHODS]:
-        raise ValueError(f"--method {wrong[0]}: must be one or several, joined by commas, of {', '.join(METHODS)}")
+        raise ValueError(f"method {wrong[0]}: must be one or several, joined by commas, of {', '.join(METHODS)}")
     return found
 
 
-class Wanted(NamedTuple):
+class TargetRequest(NamedTuple):
     """What is explained of every image."""
 
     kept: bool
@@ -176,10 +245,10 @@ class Wanted(NamedTuple):
         return own + words if own else ["no-kept", *words]
 
 
-KEPT = Wanted(True, (), (), ())
+KEPT = TargetRequest(True, (), (), ())
 
 
-def parse_targets(specs: Sequence[str]) -> Wanted:
+def parse_targets(specs: Sequence[str]) -> TargetRequest:
     """`kept`, `no-kept`, `latents:3,17`, `text:a red square`, `concept:red`, any of them several times -> what is explained.
 
     Texts and concepts add to the kept latents; latents by number stand in for them, unless `kept` is there too; `no-kept`
@@ -196,16 +265,16 @@ def parse_targets(specs: Sequence[str]) -> Wanted:
             (texts if kind == "text" else concepts).append(rest)
         else:
             raise ValueError(
-                f"--targets {spec!r}: must be kept, no-kept, latents:NUMBER[,NUMBER], text:A PHRASE or concept:A WORD"
+                f"targets {spec!r}: must be kept, no-kept, latents:NUMBER[,NUMBER], text:A PHRASE or concept:A WORD"
             )
     if not specs:
-        raise ValueError("--targets: give at least one, kept for example")
+        raise ValueError("targets: give at least one, kept for example")
     if len(alone) > 1:
-        raise ValueError("--targets kept no-kept: one asks for what the other leaves away; give one of them")
+        raise ValueError("targets kept no-kept: one asks for what the other omits; give one of them")
     if "no-kept" in alone and not (latents or texts or concepts):
-        raise ValueError("--targets no-kept leaves nothing to explain; name a text:A PHRASE beside it, for example")
+        raise ValueError("targets no-kept leaves nothing to explain; add a text:A PHRASE, for example")
     kept = "kept" in alone or not (alone or latents)
-    return Wanted(kept, _once(latents), _once(texts), _once(concepts))
+    return TargetRequest(kept, _once(latents), _once(texts), _once(concepts))
 
 
 def _once(items: list[T]) -> tuple[T, ...]:

@@ -34,9 +34,6 @@ import pyarrow as pa
 VERSION = 2
 """Version of these schemas; part of every fingerprint."""
 
-INDEX_BITS = 32
-"""image_id = shard_id << INDEX_BITS | index of the image in its shard."""
-
 # One row per chunk. `offset` and `members` say where its images are, so that a worker reads them without a new scan.
 PLAN = pa.schema(
     [

@@ -26,6 +26,19 @@ N_SCENES = 48
 """Scenes of the shared small run: 3 shards of 16, in 6 chunks of 8."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks follow from what a test asks for: a fixture, or the flag of a job among its parameters."""
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if "ray_session" in fixtures or any(isinstance(value, str) and value == "--ray" for value in parameters):
+            item.add_marker("ray")
+        if "chromium" in fixtures:
+            item.add_marker("browser")
+        if "demo_run" in fixtures:
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A real Ray on this machine, started once: it takes seconds."""
@@ -42,10 +55,10 @@ def ray_session() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tar shards of drawn scenes."""
-    from saecore.demo import scenes
+    from saecore.demo import writing
 
     folder = tmp_path_factory.mktemp("scenes")
-    scenes.write_shards(folder, N_SCENES, 3)
+    writing.write_shards(folder, N_SCENES, 3)
     return folder
 
 
@@ -56,6 +69,16 @@ def local_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     out = tmp_path_factory.mktemp("runs") / "local"
     assert explain.main(command(shards, out, "--local")) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make demo` explains, without Ray: all 512 scenes, with embeddings. Tests may name its latents, and nothing else."""
+    from jobs import explain
+
+    out = tmp_path_factory.mktemp("demo") / "run"
+    assert explain.main(["--demo", "--out", str(out), "--local"]) == 0
     return out
 
 
@@ -76,9 +99,9 @@ def explorer(album_run: Path) -> Iterator[str]:
     with subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         said = process.stdout.readline()
-        found = re.search(r"(http://127\.0\.0\.1:\d+)/index\.html", said)
-        assert found is not None, said
-        yield found[1]
+        address = re.search(r"(http://127\.0\.0\.1:\d+)/index\.html", said)
+        assert address is not None, said
+        yield address[1]
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 0
         assert process.stdout.read() == ""
@@ -109,5 +132,5 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def command(images: Path | str, out: Path | str, *more: str) -> list[str]:
     """The arguments of a small run with the embedded models."""
-    fixed = ["--clip", "demo", "--sae", "demo", "--chunk-size", "8", "--embeddings"]
+    fixed = ["--clip", "demo", "--sae", "demo", "--chunk-size", "8", "--keep-embeddings"]
     return ["--images", str(images), "--out", str(out), *fixed, *more]

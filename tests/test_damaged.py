@@ -18,10 +18,11 @@ from transformers import CLIPConfig, CLIPModel
 
 from jobs import explain, measure, name
 from saecore.images.decode import load_preprocess
-from saecore.pipeline.stages import load_models
+from saecore.pipeline.models import load_models
 from saecore.sae.checkpoints import load_sae
 from saecore.towers.clip import DEMO, load_tower
 from saecore.towers.text import load_text_tower, read_texts
+from tests.helpers.mistakes import mistake
 from tests.helpers.towers import fill, random_sae
 from tests.sae import test_checkpoints as msae
 from tests.sae import test_formats as foreign
@@ -758,13 +759,10 @@ def test_jobs_end_with_one_line_and_exit_code_2(
     at[model] = str(damage(tmp_path / model) or at[model])
     both = ["--sae", at["sae"], "--clip", at["clip"]]
     ways = {
-        "explain": lambda: explain.main([*both, "--images", at["images"], "--out", at["run"], "--local"]),
-        "measure": lambda: measure.main(["--sae", at["sae"], "--embeddings", at["x_5_24.npy"]]),
-        "name": lambda: name.main([*both, "--out", at["names.parquet"], "--vocabulary", "demo"]),
+        "explain": (explain.main, [*both, "--images", at["images"], "--out", at["run"], "--local"]),
+        "measure": (measure.main, ["--sae", at["sae"], "--embeddings", at["x_5_24.npy"]]),
+        "name": (name.main, [*both, "--out", at["names.parquet"], "--vocabulary", "demo"]),
     }
     for job in jobs:
-        assert ways[job]() == 2
-        said = capsys.readouterr()
-        assert said.out == ""
-        assert said.err.startswith(f"error: --{model} {at[model]}: ")
-        assert said.err.count("\n") == 1
+        main, argv = ways[job]
+        assert mistake(main, argv, capsys).startswith((f"--{model} {at[model]}: ", f"--{model} {at[model]}/"))

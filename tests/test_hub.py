@@ -111,6 +111,7 @@ def run(tmp_path: Path, *addresses: str, **environment: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_a_model_is_fetched_once_and_then_found_without_the_hub(tmp_path: Path, served: tuple[str, list[str]]) -> None:
     endpoint, fetched = served
     expected = f"{load_tower('demo').sha256()} {load_text_tower('demo').sha256()}"
@@ -143,6 +144,7 @@ def test_offline_it_is_told_at_once(load: Any, address: str) -> None:
     assert "give the folder of a copy" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_hub_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever hangs: here the connection is accepted, and nothing comes."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)

@@ -1,20 +1,23 @@
 """Train the embedded CLIP on drawn scenes and captions. `python -m benchmarks.demo clip` runs it.
 
 It is an ordinary `transformers.CLIPModel` with its own word-level tokenizer. It learns from two captions of each scene, one of
-all objects and one of the largest object only, by the contrastive loss, and from auxiliary losses that read attributes off the
-image embedding and off the patch tokens through linear heads, which are thrown away. Scenes are endless and never repeat; they
-begin with one plain object in the middle and grow harder as the model passes (`saecore.demo.lessons.at_level`).
+all objects and one of the largest object only, by the contrastive loss. Auxiliary losses read attributes off the image
+embedding and off the patch tokens through linear heads, which are not saved. Scenes never repeat. The first show one plain
+object in the middle, and scenes grow harder as the model passes (`saecore.demo.lessons.at_level`).
 
-Left out: distribution and mixed precision, since it is written for one small machine.
+Left out: several machines and mixed precision, since this is written for one small machine.
 """
 
+import itertools
 import json
 import math
-import threading
 import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Queue
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +25,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
-from saecore.demo import scenes as world
+from saecore.demo import drawing, scenes
 from saecore.demo.figures import embed, text_embeddings, zero_shot
 from saecore.demo.lessons import FACETS, MEAN, PIXELS, STD, WORDS, Batch, make_batch, make_tokenizer, normalise
 
@@ -30,6 +33,7 @@ CLIP_FOLDER, SAE_FOLDER = Path(__file__).parent / "clip", Path(__file__).parent 
 
 
 def make_clip(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
+    """The model before training: images of 8 x 8 patches, five layers, and two layers for text."""
     ends = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -68,7 +72,7 @@ class Heads(nn.Module):
 
 
 def contrast(image: Tensor, text: Tensor, scale: Tensor, same: Tensor) -> Tensor:
-    """CLIP's loss, where `same[i, j]` (text j is true of image i too) takes a pair out of the negatives."""
+    """CLIP's loss without the negatives in which `same[i, j]`: text j is true of image i too."""
     logits = scale * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
     logits = logits.masked_fill(same & ~torch.eye(len(logits), dtype=torch.bool), -math.inf)
     target = torch.arange(len(logits))
@@ -78,10 +82,10 @@ def contrast(image: Tensor, text: Tensor, scale: Tensor, same: Tensor) -> Tensor
 def whiten(model: CLIPModel) -> None:
     """Start the patch embedding as a random rotation of whitened patches.
 
-    Flat colour has 10,000 times the variance of edges here: without this and without levels (`lessons.at_level`), shapes were
-    still at chance after 100,000 scenes.
+    Flat colour has 10,000 times the variance of edges here: without whitening and without levels
+    (`saecore.demo.lessons.at_level`), shapes were still at chance after 100,000 scenes.
     """
-    pixels = normalise(np.stack([world.render(scene, PIXELS) for scene in world.scenes(world.SEED_SAE, 400)]))
+    pixels = normalise(np.stack([drawing.render(scene, PIXELS) for scene in scenes.scenes_of(scenes.SEED_SAE, 400)]))
     weight = model.vision_model.embeddings.patch_embedding.weight
     width, size = len(weight), weight.shape[-1]
     patches = pixels.unfold(2, size, size).unfold(3, size, size).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
@@ -122,82 +126,119 @@ class ClipBuild:
     decay: float = 0.05
     """Weight decay of matrices."""
     pass_mark: float = 0.75
-    """Share of a batch's shapes told right at which the lessons become harder."""
+    """The lessons become harder after a batch in which the model tells this share of the shapes right."""
     lessons: int = 500
-    """Such batches from the easiest level to scenes as they are."""
+    """Number of such batches from the easiest level to scenes as they are."""
     threads: int = 2
     """PyTorch threads."""
     checkpoint: Path = Path("runs/demo-build/clip.pt")
     """Where to save every two minutes, and to resume from if it exists."""
     out: Path = CLIP_FOLDER
-    """Folder for the finished model, tokenizer and image processor."""
+    """Folder for the model, its tokenizer and its image processor."""
+
+
+class ClipTraining:
+    """The model, the heads and the optimiser, and how far they are: what the next step depends on, besides its batch."""
+
+    def __init__(self, config: ClipBuild) -> None:
+        torch.manual_seed(0)
+        self.config = config
+        self.tokenizer = make_tokenizer()
+        self.model = make_clip(self.tokenizer)
+        self.heads = Heads(self.model.config.projection_dim, self.model.config.vision_config.hidden_size)
+        named = [*self.model.named_parameters(), *self.heads.named_parameters()]
+        self.weights = [weight for _, weight in named]
+        decays = {id(weight) for name, weight in named if weight.ndim >= 2 and "embedding" not in name}
+        matrices = [weight for weight in self.weights if id(weight) in decays]
+        others = [weight for weight in self.weights if id(weight) not in decays]
+        self.optimiser = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": config.decay}, {"params": others, "weight_decay": 0.0}],
+            lr=config.rate,
+            betas=(0.9, 0.98),
+        )
+        whiten(self.model)
+        self.scenes = 0
+        """Scenes seen."""
+        self.level = 0.0
+        """How hard the lessons are (`saecore.demo.lessons.at_level`)."""
+
+    def step(self, batch: Batch, progress: float) -> list[float]:
+        """One step at that share of the budget, from 0 to 1; the four losses before it, as `losses` lists them."""
+        warm = (self.scenes + self.config.batch) / 5_000
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.config.rate * min(1.0, warm, max(2 * (1 - progress), 0.01))
+        parts, right = losses(self.model, self.heads, batch)
+        if right >= self.config.pass_mark:
+            self.level = min(1.0, self.level + 1 / self.config.lessons)
+        self.optimiser.zero_grad()
+        torch.stack(parts).sum().backward()
+        nn.utils.clip_grad_norm_(self.weights, 1.0)
+        self.optimiser.step()
+        self.scenes += self.config.batch
+        return [part.item() for part in parts]
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {
+            "model": self.model.state_dict(),
+            "heads": self.heads.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "done": self.scenes,
+            "level": self.level,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up where `state` was left."""
+        self.model.load_state_dict(state["model"])
+        self.heads.load_state_dict(state["heads"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.scenes, self.level = state["done"], state["level"]
 
 
 def train_clip(config: ClipBuild) -> None:
+    """Train until the budget is spent; resume from the checkpoint if there is one; print figures every 150 steps."""
     torch.set_num_threads(config.threads)
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer()
-    model = make_clip(tokenizer)
-    heads = Heads(model.config.projection_dim, model.config.vision_config.hidden_size)
-    weights = [*model.named_parameters(), *heads.named_parameters()]
-    matrices = [p for name, p in weights if p.ndim >= 2 and "embedding" not in name]
-    others = [p for name, p in weights if not (p.ndim >= 2 and "embedding" not in name)]
-    optimiser = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.decay}, {"params": others, "weight_decay": 0.0}],
-        lr=config.rate,
-        betas=(0.9, 0.98),
-    )
-    whiten(model)
-    done, spent, level = 0, 0.0, 0.0
+    training, spent = ClipTraining(config), 0.0
     if config.checkpoint.exists():
         state = torch.load(config.checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        heads.load_state_dict(state["heads"])
-        optimiser.load_state_dict(state["optimiser"])
-        done, spent, level = state["done"], state["spent"], state["level"]
-    sample = list(world.scenes(world.SEED_EVALUATION, 256))
-    queue: Queue[Batch] = Queue(4)
+        training.restore(state)
+        spent = state["spent"]
+    sample = list(scenes.scenes_of(scenes.SEED_EVALUATION, 256))
+    mark, saved, recent = time.monotonic(), spent, list[list[float]]()
+    with ThreadPoolExecutor(1) as pool:
+        batches = _batches(training, pool)
+        while (progress := spent / (60 * config.minutes)) < 1:
+            recent.append(training.step(next(batches), progress))
+            # A pause (a suspended laptop) is no training: a step counts two seconds at most.
+            now = time.monotonic()
+            spent, mark = spent + min(now - mark, 2.0), now
+            if len(recent) == 150:
+                seen = zero_shot(training.model, training.tokenizer, embed(training.model, sample), sample)
+                means = dict(zip(("largest", "all", "attributes", "patches"), np.mean(recent, axis=0), strict=True))
+                figures = ", ".join(f"{name} {value:.3f}" for name, value in (means | seen).items())
+                where = f"{spent / 60:5.1f} min {training.scenes:7d} scenes, level {training.level:.2f}"
+                print(f"{where}: {figures}", flush=True)
+                recent = []
+            if spent - saved > 120 or spent > 60 * config.minutes:
+                saved = spent
+                config.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+                torch.save(training.state() | {"spent": spent}, config.checkpoint.with_suffix(".new"))
+                config.checkpoint.with_suffix(".new").replace(config.checkpoint)
+                save_clip(training.model, training.tokenizer, config.out)
+    print(f"{training.scenes} scenes in {spent / 60:.0f} minutes; written to {config.out}")
 
-    def produce(start: int) -> None:
-        while True:
-            queue.put(make_batch(tokenizer, start, config.batch, level))
-            start += config.batch
 
-    threading.Thread(target=produce, args=(done,), daemon=True).start()
-    mark, saved = time.monotonic(), spent
-    recent: list[list[float]] = []
-    while (progress := spent / (60 * config.minutes)) < 1:
-        pace = min(1.0, (done + config.batch) / 5_000, max(2 * (1 - progress), 0.01))
-        for group in optimiser.param_groups:
-            group["lr"] = config.rate * pace
-        parts, right = losses(model, heads, queue.get())
-        if right >= config.pass_mark:
-            level = min(1.0, level + 1 / config.lessons)
-        optimiser.zero_grad()
-        torch.stack(parts).sum().backward()
-        nn.utils.clip_grad_norm_([p for _, p in weights], 1.0)
-        optimiser.step()
-        # A pause (a suspended laptop) is no training: a step counts two seconds at most.
-        now = time.monotonic()
-        done, spent, mark = done + config.batch, spent + min(now - mark, 2.0), now
-        recent.append([part.item() for part in parts])
-        if len(recent) == 150:
-            seen = zero_shot(model, tokenizer, embed(model, sample), sample)
-            named = dict(zip(("largest", "all", "attributes", "patches"), np.mean(recent, axis=0), strict=True)) | seen
-            figures = ", ".join(f"{name} {value:.3f}" for name, value in named.items())
-            print(f"{spent / 60:5.1f} min {done:7d} scenes, level {level:.2f}: {figures}", flush=True)
-            recent = []
-        if spent - saved > 120 or spent > 60 * config.minutes:
-            saved = spent
-            state = {"model": model.state_dict(), "heads": heads.state_dict(), "optimiser": optimiser.state_dict()}
-            config.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(state | {"done": done, "spent": spent, "level": level}, config.checkpoint.with_suffix(".new"))
-            config.checkpoint.with_suffix(".new").replace(config.checkpoint)
-            save_clip(model, tokenizer, config.out)
-    print(f"{done} scenes in {spent / 60:.0f} minutes; written to {config.out}")
+def _batches(training: ClipTraining, pool: ThreadPoolExecutor, ahead: int = 4) -> Iterator[Batch]:
+    """Batches from where the training is, drawn by another thread while it steps, so at the level of `ahead` steps before."""
+    waiting = deque[Future[Batch]]()
+    for start in itertools.count(training.scenes, training.config.batch):
+        waiting.append(pool.submit(make_batch, training.tokenizer, start, training.config.batch, training.level))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
 
 
 def save_clip(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Model, tokenizer and image processor, as `transformers` 4 and 5 load them."""
     from transformers import CLIPImageProcessor
 
     model.save_pretrained(folder)

@@ -1,6 +1,7 @@
 """How good the embedded default is: zero-shot accuracy of its CLIP, reconstruction and meaning of its SAE's latents.
 
-All on scenes it never saw, brought to it as the job brings images: a JPEG at 192 pixels, resized to 64.
+All figures are of scenes that neither saw in training. Images are what the job makes of them: a JPEG of 192 pixels a side,
+resized to 64.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from saecore.sae.model import SAE
 
 
 def image_embeddings(model: CLIPModel, pixels: Tensor) -> Tensor:
-    """Before any normalisation, as the job stores and the SAE reads them."""
+    """Embeddings before any normalisation, as the job stores them and the SAE reads them."""
     return model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
 
 
@@ -27,7 +28,7 @@ def text_embeddings(model: CLIPModel, tokens: dict[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def embed(model: CLIPModel, sample: list[Scene]) -> Tensor:
-    """Embeddings [scenes, d], as the job sees the scenes."""
+    """Embeddings [scenes, d] of the scenes' photos, 256 at a time."""
     parts = []
     with ThreadPoolExecutor() as pool:
         for at in range(0, len(sample), 256):
@@ -58,9 +59,9 @@ def zero_shot(
 
 
 def followed(activations: Tensor, sample: list[Scene]) -> Tensor:
-    """How well each latent tells scenes that show a word of WORDS from those that do not: area under the ROC curve [n, words].
+    """How well each latent separates scenes that show a word of `WORDS` from the others: area under the ROC curve [n, words].
 
-    0.5 is chance. Scenes in which a latent is off tie: they share their mean rank.
+    0.5 is chance. Scenes in which a latent is off are ties: all of them have the mean of their ranks.
     """
     there = torch.tensor(
         [[any(w in (t.colour, t.shape, t.texture) for t in s.things) for w in WORDS] for s in sample]

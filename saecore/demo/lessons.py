@@ -1,7 +1,7 @@
 """Scenes as lessons for a CLIP: its words and tokenizer, captions from one word up, disturbed pixels, batches.
 
-Each scene comes with two captions: of all its objects, and of the largest one alone by any of its facets, so that prompts
-such as "red", "a star" or "a photo of a striped circle" are nothing new to the model.
+Each scene comes with two captions: one of all its objects, and one of the largest object only, by any of its facets. Prompts
+such as "red", "a star" or "a photo of a striped circle" are therefore nothing new to the model.
 """
 
 import dataclasses
@@ -17,17 +17,17 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from saecore.demo import scenes as world
+from saecore.demo import drawing, outlines, scenes
 from saecore.demo.scenes import Scene
 
 PIXELS, GRID = 64, 8
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI CLIP's
 FACETS: dict[str, tuple[str, ...]] = {
-    "size": tuple(world.SIZES),
-    "colour": tuple(world.COLOURS),
-    "texture": world.TEXTURES,
-    "shape": world.SHAPES,
-    "background": tuple(world.BACKGROUNDS),
+    "size": tuple(scenes.SIZES),
+    "colour": tuple(scenes.COLOURS),
+    "texture": scenes.TEXTURES,
+    "shape": outlines.SHAPES,
+    "background": tuple(scenes.BACKGROUNDS),
 }
 WORDS = tuple(word for facet in ("colour", "shape", "texture") for word in FACETS[facet])
 """What an object can be called whatever its size: the words whose presence in a scene is taught and measured."""
@@ -62,7 +62,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def caption_all(scene: Scene, rng: random.Random) -> str:
-    """All objects, largest first; now and then every object goes without its texture or its size."""
+    """All objects, largest first. Half of the captions may omit the texture or the size of every object."""
     if rng.random() < 0.5:
         return scene.caption
     dropped = {facet for facet in ("size", "texture") if rng.random() < 0.5}
@@ -72,7 +72,7 @@ def caption_all(scene: Scene, rng: random.Random) -> str:
 
 
 def caption_largest(scene: Scene, rng: random.Random) -> tuple[str, dict[str, str]]:
-    """The largest object by some of its facets, from a single word up, and the facets that were told."""
+    """The largest object by some of its facets, from a single word up, and the facets that the caption tells."""
     told = [facet for facet in ("size", "colour", "texture", "shape") if rng.random() < 0.5]
     if not told or rng.random() < 0.3:
         told = [rng.choice(("colour", "shape", "colour", "shape", "texture", "size"))]
@@ -92,14 +92,15 @@ def _phrase(facets: dict[str, str], opening: str = "a ", noun: str = "object") -
 
 
 def photo(scene: Scene, quality: int = 92) -> NDArray[np.uint8]:
-    """The scene as the job sees it: a 192-pixel JPEG, resized as CLIP's image processor does."""
-    return _shrink(world.render(scene, 192), quality)
+    """The scene as the job sees it: a JPEG of 192 pixels a side, resized as CLIP's image processor resizes it."""
+    return _shrink(drawing.render(scene, 192), quality)
 
 
 def _shrink(image: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=quality)
-    return np.asarray(Image.open(buffer).convert("RGB").resize((PIXELS, PIXELS), Image.Resampling.BICUBIC))
+    # A copy: PyTorch warns of arrays that may not be written.
+    return np.array(Image.open(buffer).convert("RGB").resize((PIXELS, PIXELS), Image.Resampling.BICUBIC))
 
 
 def normalise(pixels: NDArray[np.uint8]) -> Tensor:
@@ -109,11 +110,13 @@ def normalise(pixels: NDArray[np.uint8]) -> Tensor:
 
 
 class Batch(NamedTuple):
+    """What one step of training sees, B scenes; and F facets, W words, P patches."""
+
     pixels: Tensor
     """[B, 3, H, W], normalised."""
     largest_text: dict[str, Tensor]
     told_BF: Tensor
-    """For each facet what the caption of the largest object says; -1: it does not say."""
+    """For each facet the class that the caption of the largest object tells; -1 where the caption does not tell it."""
     truth_BF: Tensor
     """For each facet the class of the largest object (and of the background)."""
     all_text: dict[str, Tensor]
@@ -142,16 +145,16 @@ def at_level(scene: Scene, level: float, rng: random.Random) -> Scene:
 
 
 def make_batch(tokenizer: PreTrainedTokenizerFast, start: int, size: int, level: float = 1.0) -> Batch:
-    """Scenes `start` to `start + size` of the training seed, at a level, lightly disturbed."""
+    """Scenes `start` to `start + size` of the training seed, made as easy as the level says, and lightly disturbed."""
     pixels, largest, everything, told, truth, present, patches = [], [], [], [], [], [], []
-    for scene in world.scenes(world.SEED_CLIP, size, start):
+    for scene in scenes.scenes_of(scenes.SEED_CLIP, size, start):
         rng = random.Random(scene.index)
         scene = at_level(scene, level, rng)
         roll = rng.random()
         if roll < 0.6:
-            image = world.render(scene, PIXELS)
+            image = drawing.render(scene, PIXELS)
         else:
-            image = _shrink(world.render(scene, 128 if roll < 0.9 else 192), rng.randint(70, 95))
+            image = _shrink(drawing.render(scene, 128 if roll < 0.9 else 192), rng.randint(70, 95))
         gain, lift = rng.uniform(0.9, 1.1), rng.uniform(-12, 12)
         pixels.append((image.astype(np.float32) * gain + lift).clip(0, 255).astype(np.uint8))
         text, facets = caption_largest(scene, rng)
@@ -172,7 +175,7 @@ def make_batch(tokenizer: PreTrainedTokenizerFast, start: int, size: int, level:
 
 def patch_classes(scene: Scene) -> NDArray[np.int64]:
     """`Batch.patches_BFP` of one scene, [2, patches]."""
-    shares = world.visible(scene, 4 * GRID).reshape(-1, GRID, 4, GRID, 4).mean(axis=(2, 4)).reshape(-1, GRID * GRID)
+    shares = drawing.visible(scene, 4 * GRID).reshape(-1, GRID, 4, GRID, 4).mean(axis=(2, 4)).reshape(-1, GRID * GRID)
     most, shown = shares.argmax(axis=0), shares.max(axis=0) > 1 / 3
     classes = [[1 + FACETS[facet].index(getattr(t, facet)) for t in scene.things] for facet in ("colour", "shape")]
     return np.array(classes)[:, most] * shown

@@ -17,7 +17,6 @@ Shapes: B images, d inputs, n latents, C classes.
 """
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -69,15 +68,22 @@ def quality(sae: SAE, x: Tensor) -> Quality:
             fires = code.activations != 0
             sums["l0"] += float(fires.sum())
             fired[code.latents[fires]] = True
-        some = x[:: math.ceil(len(x) / CKNNA_ROWS)]  # from everywhere: rows may lie in the order of their classes
         return Quality(
             fvu=sums["error"] / sums["spread"],
             **{name: sums[name] / len(x) for name in ("fvu_msae", "nmae", "cosine", "l0")},
             dead=1 - float(fired.double().mean()),
-            cknna=cknna(sae.standardise(some), sae.encode(some)[0]) if len(some) > NEIGHBOURS + 3 else math.nan,
+            cknna=_alignment_of_latents(sae, x),
             orthogonality=orthogonality(sae.atoms),
             images=len(x),
         )
+
+
+def _alignment_of_latents(sae: SAE, x: Tensor) -> float:
+    """Alignment of an SAE's latents with the embeddings; NaN for too few of them."""
+    rows = x[:: math.ceil(len(x) / CKNNA_ROWS)]  # from everywhere: rows may lie in the order of their classes
+    if len(rows) <= NEIGHBOURS + 3:
+        return math.nan
+    return cknna(sae.standardise(rows), sae.encode_sparse(rows).dense(sae.config.n_latents))
 
 
 def cknna(x: Tensor, y: Tensor, neighbours: int = NEIGHBOURS) -> float:
@@ -216,35 +222,3 @@ def linear_probe(sae: SAE, x: Tensor, labels: Tensor, seed: int = 0) -> dict[str
 def _reconstructed(sae: SAE, x: Tensor) -> Tensor:
     with torch.inference_mode():
         return torch.cat([sae.reconstruct(rows) for rows in x.split(BATCH)])
-
-
-# ---- A threshold for BatchTopK.
-
-
-def calibrate(sae: SAE, x: Tensor, k: int) -> float:
-    """Set a batchtopk SAE's threshold so that k latents fire on average over embeddings (B, d); returns it.
-
-    The mean, over batches, of the smallest value that a batch would keep (arXiv:2412.06410, section 3.2).
-    """
-    if sae.threshold is None or sae.config.architecture != "batchtopk":
-        raise ValueError(f"a {sae.config.architecture} SAE has no threshold to calibrate")
-    if k < 1:
-        raise ValueError("this BatchTopK SAE does not say its k, so its threshold cannot be calibrated")
-    smallest = [_smallest_kept(sae, rows, k) for rows in _whole_batches(x)]
-    sae.threshold.fill_(float(np.mean(smallest)))
-    return float(sae.threshold)
-
-
-def _whole_batches(x: Tensor) -> Iterator[Tensor]:
-    """Batches of one size, each from everywhere: a small one, or one of a single class, would weigh as much as others."""
-    count = max(1, len(x) // BATCH)
-    for first in range(count):
-        yield x[first::count]
-
-
-def _smallest_kept(sae: SAE, x: Tensor, k: int) -> float:
-    with torch.inference_mode():
-        p = sae.pre_activations(x)
-        strength = (p.abs() if sae.config.by_magnitude else p).flatten()
-        kept = strength.topk(k * len(x), sorted=False).values
-        return float(kept[kept > 0].min()) if (kept > 0).any() else 0.0

@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from saecore import schema
+from saecore import numbering, schema
 from saecore.images.columns import image_column, key_column
 from saecore.images.listing import EXTENSIONS, Shard, extension, is_hidden
 from saecore.storage import Place
@@ -93,7 +93,7 @@ def plan_chunks(
         for shard_id, cut in enumerate(pool.map(scan, shards) if limit is None else map(scan, shards)):
             shard = shards[shard_id]
             total = cut.images + (cut.damage is not None)
-            assert total < 1 << schema.INDEX_BITS, f"{shard.uri}: {total} images"
+            assert total < numbering.MOST_IMAGES, f"{shard.uri}: {total} images"
             wanted = total if left is None else min(total, left)
             rows: list[dict[str, Any]] = []
             for number, start in enumerate(range(0, wanted, chunk_size)):
@@ -242,7 +242,7 @@ def read_chunk(
             continue
         batch.append(
             {
-                "image_id": chunk["shard_id"] << schema.INDEX_BITS | index,
+                "image_id": numbering.id_of(chunk["shard_id"], index),
                 "uri": chunk["uri"],
                 "key": item.key,
                 "data": item.data,

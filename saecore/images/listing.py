@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import pyarrow.fs
 
+from saecore.numbering import MOST_SHARDS
 from saecore.storage import Place, join_uri, split_settings
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -96,7 +97,7 @@ def list_shards(
         if links:
             first = ", ".join(sorted(links)[:3]) + (", .." if len(links) > 3 else "")
             say(f"passed over {what} ({len(links):,}): {first}")
-    assert len(shards) + len(loose) < 1 << 31, "shard ids take 31 bits"
+    assert len(shards) + len(loose) < MOST_SHARDS, "more shards than numbers"
     by_base: dict[str, list[_Loose]] = {}
     for uri in sorted(loose):
         by_base.setdefault(loose[uri].base, []).append(loose[uri])

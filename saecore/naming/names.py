@@ -14,7 +14,7 @@ MSAE adds the mean to every row, so all rows share a large part that is not thei
 many latents, and scores of centred SAEs compare with nothing else. It is an option here, not the default.
 
 By data, a word has to hold of nearly all top images; a mean, or d', prefers "blue circle" for a latent of all that is blue. On
-the demo, where the truth is known, this names more latents truly than any direction (BENCHMARKS.md), in a unit that means
+the demo, where the truth is known, this names more latents truly than any direction (docs/benchmarks.md), in a unit that means
 the same for every CLIP. It needs the images' embeddings.
 
 A word's margin is by how much it beats the runner-up. All numbers are kept; what is called valid is an option (`Valid`).

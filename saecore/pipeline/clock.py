@@ -8,20 +8,20 @@ T = TypeVar("T")
 
 
 class Clock:
-    """Seconds by step, for one chunk."""
+    """Measures one chunk."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._mark = time.perf_counter()
 
     def lap(self, step: str) -> None:
-        """The time since the last lap was spent on `step`."""
+        """Count the time since the last lap as spent on `step`."""
         now = time.perf_counter()
         self.seconds[step] = self.seconds.get(step, 0.0) + now - self._mark
         self._mark = now
 
     def each(self, waiting: str, working: str, items: Iterable[T]) -> Iterator[T]:
-        """Yield `items`; the time to get one is spent on `waiting`, the time until the next is asked for on `working`."""
+        """Yield `items`. The time to get an item counts as `waiting`, the time until the next is asked for as `working`."""
         for item in items:
             self.lap(waiting)
             yield item

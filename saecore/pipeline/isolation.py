@@ -141,14 +141,16 @@ def survive(
         n_images = table.num_rows - table[column].null_count
         if not n_images:
             raise
-        for row, found in _raising(stage, table, 0):
-            raising[row] = found
+        for row, row_error in _raising(stage, table, 0):
+            raising[row] = row_error
             content = table[column][row].as_py()
             if content is None or len(raising) > MAX_RAISED or len(raising) == n_images > 1:
                 raise error
             if len(raising) == 1:
                 stage(_changed(table.slice(row, 1), {0: {column: blank(content)}}))
-    refused = {row: {column: None, "error": RAISED, "error_detail": _told(found)} for row, found in raising.items()}
+    refused = {
+        row: {column: None, "error": RAISED, "error_detail": _told(row_error)} for row, row_error in raising.items()
+    }
     return stage(_changed(table, refused))
 
 

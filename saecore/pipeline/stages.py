@@ -7,7 +7,6 @@ A refused image passes through with its reason. No stage keeps anything from one
 come in any order, any size, and twice. Decode does not load PyTorch: workers that decode would wait seconds for it.
 """
 
-import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,95 +15,11 @@ import pyarrow.compute as pc
 
 from saecore import schema
 from saecore.images import decode as images
-from saecore.methods import BLANK_TEXT, DEFAULT_OPTIONS, KEPT, Options, Wanted
+from saecore.pipeline.config import EmbedConfig, ExplainConfig
+from saecore.pipeline.models import load_models, load_word_targets
 
 if TYPE_CHECKING:
     from saecore.pipeline.inference import Embedder, Inference
-    from saecore.relevance.targets import Words
-    from saecore.sae.model import SAE
-    from saecore.towers.tower import ImageTower
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EmbedConfig:
-    """Everything `Embed` needs to build itself in another process."""
-
-    clip: str
-    """CLIP or SigLIP: a Hub id, a local directory in transformers format, or `demo`."""
-    batch_size: int = 64
-    """Images per forward. Changes speed and memory, not results."""
-    device: str = "cpu"
-    """`cpu` or `cuda`."""
-    threads: int = 0
-    """CPU threads of the forward; 0 leaves PyTorch's own choice (Ray sets OMP_NUM_THREADS to an actor's num_cpus)."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExplainConfig(EmbedConfig):
-    """Everything `Explain` needs, which begins with the embedding."""
-
-    sae: str
-    """SAE: a folder, a file, a Hub address, or `demo`."""
-    site: str = ""
-    """Where it reads, where its files do not say."""
-    k: int
-    """Latents kept per image."""
-    methods: tuple[str, ...] = ("contrib",)
-    """How maps are computed."""
-    targets: Wanted = KEPT
-    """What they explain."""
-    concept_latents: int = 8
-    """Latents that make up a concept."""
-    concept_positive: bool = False
-    """Whether a concept takes latents with a positive weight only."""
-    options: Options = DEFAULT_OPTIONS
-    """What the methods leave open."""
-    embeddings: bool = False
-    """Whether the CLIP embedding is written too."""
-
-
-def load_models(clip: str, sae: str, site: str = "") -> "tuple[ImageTower, SAE]":
-    """CLIP and SAE on the CPU; ValueError if one cannot be had, they do not fit each other, or it reads what is not had yet."""
-    from saecore.sae.checkpoints import load_sae
-    from saecore.sae.sites import check_embedding
-    from saecore.towers.clip import load_tower
-
-    autoencoder = load_sae(sae, site)
-    check_embedding(autoencoder.config.site, autoencoder.config.model, sae)
-    tower = load_tower(clip)
-    if autoencoder.config.n_inputs != tower.n_outputs:
-        raise ValueError(
-            f"--sae {sae} takes embeddings of width {autoencoder.config.n_inputs}, "
-            f"--clip {clip} makes them {tower.n_outputs} wide: they do not belong together"
-        )
-    return tower, autoencoder
-
-
-def load_words(config: ExplainConfig, tower: "ImageTower", sae: "SAE") -> "Words | None":
-    """What the model's text tower is needed for: targets that are texts or concepts, and the text that says nothing.
-
-    None if it is needed for nothing; ValueError if it is needed and cannot be had.
-    """
-    from saecore.pipeline.inference import needs_blank
-    from saecore.relevance.targets import words_of
-
-    wanted, blank = config.targets, needs_blank(tower, config.methods, config.options)
-    if not (wanted.words or blank):
-        return None
-    from saecore.towers.text import embed_texts, load_text_tower
-
-    try:
-        text = load_text_tower(config.clip)
-    except ValueError as error:
-        if wanted.words:
-            raise
-        need = (
-            "legrad needs the text tower, to find patches that any text lights, unless --no-legrad-correction is given"
-        )
-        raise ValueError(f"{error}; {need}") from error
-    embeddings = embed_texts(text, [*wanted.words, *[BLANK_TEXT] * blank], config.batch_size)
-    n_words, of_concepts = len(wanted.words), (config.concept_latents, config.concept_positive)
-    return words_of(sae, embeddings[:n_words], len(wanted.texts), *of_concepts, embeddings[n_words:])
 
 
 class Decode:
@@ -154,8 +69,8 @@ class Embed:
         self.infer = Embedder(load_tower(config.clip), config.device)
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
-        shown, found = _find(self.infer, decoded, self.config.batch_size)
-        return _table({"embedding": _embeddings(found["embedding"], shown)}, decoded, schema.IMAGES)
+        shown, batch = _in_batches(self.infer, decoded, self.config.batch_size)
+        return _table({"embedding": _embeddings(batch["embedding"], shown)}, decoded, schema.IMAGES)
 
 
 class Explain:
@@ -172,7 +87,7 @@ class Explain:
         _use_threads(config.threads)
         self.config = config
         tower, sae = load_models(config.clip, config.sae, config.site)
-        words = load_words(config, tower, sae)
+        words = load_word_targets(config, tower, sae)
         self.infer = Inference(
             tower, sae, config.k, config.methods, config.device, config.targets, words, config.options
         )
@@ -180,50 +95,48 @@ class Explain:
         self.schema = schema.explained_schema(self.n_patches)
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
-        shown, found = _find(self.infer, decoded, self.config.batch_size)
-        return _table(self._columns(found, shown), decoded, self.schema)
+        shown, batch = _in_batches(self.infer, decoded, self.config.batch_size)
+        return _table(self._columns(batch, shown), decoded, self.schema)
 
-    def _columns(self, found: dict[str, np.ndarray], shown: np.ndarray) -> dict[str, pa.Array]:
-        """Spread the findings of the shown images over all rows; refused rows get null."""
+    def _columns(self, batch: dict[str, np.ndarray], shown: np.ndarray) -> dict[str, pa.Array]:
+        """Spread what was inferred of the shown images over all rows; refused rows get null."""
         k, n_shown = self.config.k, int(shown.sum())
         columns: dict[str, pa.Array] = {}
-        # Row -> its place among the shown, null for the others: what takes values there and leaves null here.
+        # The place of each row among the shown ones; null for the others, so that their columns are null too.
         place = pa.array(np.cumsum(shown) - 1, mask=~shown)
         for name in ("l0", "cosine", "fvu", "completeness"):
-            columns[name] = pa.array(found[name]).take(place)
+            columns[name] = pa.array(batch[name]).take(place)
         kept = {
             "rank": np.tile(np.arange(k, dtype=np.int16), n_shown),
-            **{name: found[name].ravel() for name in ("latent", "activation", "pre_activation")},
+            **{name: batch[name].ravel() for name in ("latent", "activation", "pre_activation")},
         }
         columns["activations"] = self._nested("activations", kept, shown, np.full(n_shown, k))
-        columns["maps"] = self._maps(found, shown)
-        sinks = pa.array(np.nonzero(found["sinks"])[1], pa.int16())
-        columns["sinks"] = _lists(sinks, shown, found["sinks"].sum(1), self.schema.field("sinks").type)
+        columns["maps"] = self._maps(batch, shown)
+        sinks = pa.array(np.nonzero(batch["sinks"])[1], pa.int16())
+        columns["sinks"] = _lists(sinks, shown, batch["sinks"].sum(1), self.schema.field("sinks").type)
         if self.config.embeddings:
-            columns["embedding"] = _embeddings(found["embedding"], shown)
+            columns["embedding"] = _embeddings(batch["embedding"], shown)
         return columns
 
-    def _maps(self, found: dict[str, np.ndarray], shown: np.ndarray) -> pa.Array:
+    def _maps(self, batch: dict[str, np.ndarray], shown: np.ndarray) -> pa.Array:
         """MAPS of each shown image: by method, then by target."""
-        _, n_methods, n_targets, _ = found["map"].shape
-        labels = self.config.targets.labels()
-        latent = np.broadcast_to(found["target"][:, None], found["scale"].shape)
-        label = np.broadcast_to(np.arange(n_targets) - (n_targets - len(labels)), found["scale"].shape)
-        method = np.broadcast_to(np.arange(n_methods)[:, None], found["scale"].shape)
-        wanted = np.broadcast_to(found["wanted"][:, None], found["scale"].shape)
-        pre = np.broadcast_to(found["map_pre_activation"][:, None], found["scale"].shape)[wanted]
-        maps = np.ascontiguousarray(found["map"][wanted])
+        axis, latents = self.infer.axis, batch["target_latent"]
+        written = np.broadcast_to(axis.written(latents)[:, None], batch["scale"].shape)
+        image, method, target = np.nonzero(written)
+        latent, label = axis.columns(latents)
+        of_targets = pa.array(image * axis.n_targets(latents) + target)
+        maps = np.ascontiguousarray(batch["map"][written])
         flat = {
-            "latent": pa.array(latent[wanted], mask=latent[wanted] < 0),
-            "target": pa.array(labels, pa.string()).take(pa.array(label[wanted], mask=latent[wanted] >= 0)),
-            "method": pa.array(self.config.methods, pa.string()).take(pa.array(method[wanted])),
+            "latent": latent.take(of_targets),
+            "target": label.take(of_targets),
+            "method": pa.array(self.config.methods, pa.string()).take(pa.array(method)),
             "map": pa.FixedSizeBinaryArray.from_buffers(
                 pa.binary(self.n_patches), len(maps), [None, pa.py_buffer(maps)]
             ),
-            "pre_activation": pre,
-            **{name: found[name][wanted] for name in ("scale", "remainder", "sink_share")},
+            "pre_activation": batch["map_pre_activation"][image, target],
+            **{name: batch[name][written] for name in ("scale", "remainder", "sink_share")},
         }
-        return self._nested("maps", flat, shown, wanted.sum((1, 2)))
+        return self._nested("maps", flat, shown, written.sum((1, 2)))
 
     def _nested(self, name: str, flat: dict[str, Any], shown: np.ndarray, lengths: np.ndarray) -> pa.Array:
         """Columns of a table that travels nested -> its lists, of these lengths for the shown images."""
@@ -240,18 +153,18 @@ def _use_threads(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-def _find(
+def _in_batches(
     infer: "Embedder | Inference", decoded: pa.Table, batch_size: int
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Which rows are shown, and what is found in those, in batches."""
+    """Which rows hold pixels, and what is inferred of those, joined from batches of `batch_size` images."""
     shown = decoded["error"].is_null().to_numpy()
     pixels = _pixels(decoded, (*infer.tower.preprocess.size, 3))
     batches = [infer(pixels[start : start + batch_size]) for start in range(0, max(1, len(pixels)), batch_size)]
-    return shown, {name: np.concatenate([getattr(found, name) for found in batches]) for name in batches[0]._fields}
+    return shown, {name: np.concatenate([getattr(one, name) for one in batches]) for name in batches[0]._fields}
 
 
 def _table(columns: dict[str, pa.Array], decoded: pa.Table, wanted: pa.Schema) -> pa.Table:
-    """What was found, what the decoder said as it is, null for what is neither."""
+    """A table of the wanted columns: those given, those of the decoder as they are, and null for the others."""
     known = {**{name: decoded[name] for name in decoded.column_names}, **columns}
     arrays = [known[field.name] if field.name in known else pa.nulls(decoded.num_rows, field.type) for field in wanted]
     return pa.Table.from_arrays(arrays, schema=wanted)
@@ -276,5 +189,5 @@ def _lists(values: pa.Array, shown: np.ndarray, lengths: np.ndarray, kind: pa.Da
     return pa.ListArray.from_arrays(pa.array(offsets), values, type=kind, mask=pa.array(~shown))
 
 
-def _embeddings(found: np.ndarray, shown: np.ndarray) -> pa.ListArray:
-    return _lists(pa.array(found.ravel()), shown, np.full(*found.shape), schema.IMAGES.field("embedding").type)
+def _embeddings(rows: np.ndarray, shown: np.ndarray) -> pa.ListArray:
+    return _lists(pa.array(rows.ravel()), shown, np.full(*rows.shape), schema.IMAGES.field("embedding").type)

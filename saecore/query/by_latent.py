@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset
 import pyarrow.parquet as pq
 
-from saecore.runs import run as runs
+from saecore.runs.files import of_chunks
 from saecore.storage import Place, is_file, join_uri, read_json, write_atomic
 
 VERSION = 1
@@ -93,7 +93,7 @@ def read_index(uri: str, fingerprint: str) -> Index | None:
     held: dict[str, Any] = read_json(content)
     if held["fingerprint"] != fingerprint or held["version"] != VERSION:
         raise ValueError(
-            f"{uri}/{ROWS} indexes another run, or is of another version; remove it, or make it again: --rebuild"
+            f"{uri}/{ROWS} is the index of another run, or of another version: remove it, or make it again"
         )
     return Index(**{**held, "segments": [_segment(segment) for segment in held["segments"]]})
 
@@ -116,7 +116,7 @@ def write_index(uri: str, index: Index) -> None:
 
 def digest(manifest: pa.Table, chunk_ids: np.ndarray) -> str:
     """Of the files of these chunks, as the run's manifest names them."""
-    files = runs.of_chunks(manifest, chunk_ids).sort_by("path")
+    files = of_chunks(manifest, chunk_ids).sort_by("path")
     lines = pc.binary_join_element_wise(files["path"], files["sha256"], " ")
     return hashlib.sha256("\n".join(lines.to_pylist()).encode()).hexdigest()
 

@@ -21,7 +21,7 @@ import pyarrow.dataset
 from saecore.query import by_latent
 from saecore.query.by_latent import MAP, File, Index, Segment
 from saecore.query.tables import connect
-from saecore.runs import run as runs
+from saecore.runs.files import of_chunks, open_dataset, parquet_bytes, read_manifest
 from saecore.schema import ACTIVATIONS
 from saecore.storage import join_uri, write_atomic
 
@@ -79,11 +79,11 @@ def build_segment(
     uri: str, fingerprint: str, n_latents: int, top: int, chunk_ids: np.ndarray, budget: Budget
 ) -> Segment:
     """Write the files of one segment of the run at `uri`. Done twice, it writes the same files."""
-    manifest = runs.of_chunks(runs.read_manifest(uri), chunk_ids)
+    manifest = of_chunks(read_manifest(uri), chunk_ids)
     digest = by_latent.digest(manifest, chunk_ids)
     # The name says what is in it: a segment that is made again replaces files by the same files.
     name = hashlib.sha256(f"{fingerprint} {digest} {top} {by_latent.VERSION}".encode()).hexdigest()[:12]
-    held = {table: runs.dataset(uri, table, manifest) for table in manifest["table"].unique().to_pylist()}
+    held = {table: open_dataset(uri, table, manifest) for table in manifest["table"].unique().to_pylist()}
     with _database(budget) as database:
         database.register("activations", held["activations"])
         database.register("images", held["images"])
@@ -197,7 +197,7 @@ class _Files:
 
     def _write(self, table: pa.Table) -> None:
         # DuckDB knows neither columns without null nor binaries of one size.
-        data = runs.parquet_bytes(table.cast(self.schema), ROW_GROUP_ROWS[self.folder])
+        data = parquet_bytes(table.cast(self.schema), ROW_GROUP_ROWS[self.folder])
         path = f"{self.folder}/{self.segment}-{len(self._files):05d}.parquet"
         write_atomic(join_uri(self.uri, path), data)
         first, last = (table["latent"][place].as_py() for place in (0, -1))

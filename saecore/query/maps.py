@@ -35,7 +35,7 @@ def _patch(values: np.ndarray, place: np.intp) -> Patch:
     return Patch(values[row, column].item(), int(row) + 1, int(column) + 1)
 
 
-class Maps(NamedTuple):
+class ImageMaps(NamedTuple):
     """The relevance maps of one image by one method, those of kept latents first, strongest first."""
 
     maps: np.ndarray

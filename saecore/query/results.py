@@ -12,7 +12,7 @@ A latent *fires* for an image where it is kept with an activation other than zer
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Any
 
 import duckdb
@@ -20,12 +20,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from saecore import heatmaps
 from saecore.query import by_latent, histograms, search
 from saecore.query.by_latent import MAP, SHOWN
 from saecore.query.contrast import contrast
-from saecore.query.maps import Maps
-from saecore.query.tables import Tables, read_record
+from saecore.query.maps import ImageMaps
+from saecore.query.tables import Tables
 from saecore.runs.latents import lookup
+from saecore.runs.record import Record, read_complete
 
 NAMES = ("name", "score", "valid")
 """Columns of `latents` that say what a latent is called and how surely, where jobs.name wrote them."""
@@ -47,27 +49,26 @@ def number(text: str) -> int | None:
 
 def open(uri: str) -> "Results":  # noqa: A001 - `results.open` is what it is
     """A complete run of jobs.explain, local or at an address; ValueError if there is none, or an index of another run's."""
-    return Results(uri, read_record(uri))
+    return Results(uri, read_complete(uri))
 
 
 def decode(table: pa.Table, grid: tuple[int, int]) -> np.ndarray:
     """Rows with the columns `map` and `scale` -> float32 (rows, H, W) in pre-activation units; NaN where there is no map."""
     blank = bytes(grid[0] * grid[1])
-    maps = np.frombuffer(b"".join(one or blank for one in table["map"].to_pylist()), np.int8)
-    scales = table["scale"].to_numpy().astype(np.float32)
-    return maps.reshape(table.num_rows, *grid) * scales[:, None, None]
+    stored = b"".join(one or blank for one in table["map"].to_pylist())
+    return heatmaps.decode(stored, table["scale"].to_numpy(), (table.num_rows, *grid))
 
 
 class Results:
     """A finished run."""
 
-    def __init__(self, uri: str, record: Mapping[str, Any]) -> None:
+    def __init__(self, uri: str, record: Record) -> None:
         self.uri = uri
         self.record = record
         """run.json."""
-        self.grid: tuple[int, int] = tuple(record["grid"])
-        self.n_latents: int = record["n_latents"]
-        self.n_images: int = record["images"] - sum(record["refused"].values())
+        self.grid = record.grid
+        self.n_latents = record.n_latents
+        self.n_images = record.images - record.n_refused
         """Images that were not refused."""
         self.tables = Tables(uri, record)
 
@@ -176,13 +177,13 @@ class Results:
     # ---- One text or concept.
 
     def label(self, target: str) -> str:
-        """A text or concept as MAPS has it, from any spelling that --targets takes; ValueError if it is not the run's."""
+        """A text or concept as MAPS has it, from any spelling that jobs.explain takes; ValueError if it is not the run's."""
         labels = {_spelling(label): label for label in reversed(self.targets)}
         if target in self.targets:
             return target
         if _spelling(target) not in labels:
-            known = "; ".join(self.targets) or "none: jobs.explain --targets kept 'text:A PHRASE' makes maps of one"
-            raise ValueError(f"target {target}: this run's, beside latents, are {known}")
+            known = "; ".join(self.targets) or "nothing"
+            raise ValueError(f"target {target}: besides latents, this run explains {known}")
         return labels[_spelling(target)]
 
     def values_of(self, target: str, n: int | None = None) -> pa.Table:
@@ -223,12 +224,32 @@ class Results:
         names = self.tables.schemas["images"].names
         return self.tables.rows("images", [self.image_id(image)], names).to_pylist()[0]
 
+    def crop_box(self, image: int | str) -> tuple[int, int, int, int]:
+        """What CLIP saw of it, and what its maps lie over: left, top, right, bottom in pixels, as `Image.crop` takes it."""
+        row = self._explained(image)
+        return row["crop_left"], row["crop_top"], row["crop_right"], row["crop_bottom"]
+
+    def picture(self, image: int | str) -> bytes:
+        """Its file, as the shard holds it that the run read; ValueError if it is not there any more."""
+        row = self._explained(image)
+        for raw in self.tables.originals([row["image_id"]]):
+            if raw["key"][0].as_py() == row["key"] and raw["error"][0].as_py() is None:
+                return raw["data"][0].as_py()
+        raise ValueError(f"image {image}: its file cannot be read from {row['uri']} any more")
+
+    def _explained(self, image: int | str) -> dict[str, Any]:
+        """Its row of `images`; ValueError for one that was refused."""
+        row = self.image(image)
+        if row["error"] is not None:
+            raise ValueError(f"image {image}: it was refused ({row['error']}), so CLIP saw nothing of it")
+        return row
+
     def latents_of(self, image: int | str) -> pa.Table:
         """Its kept latents, strongest first: rank, latent, activation, pre_activation, names."""
         found = self.tables.rows("activations", [self.image_id(image)], ("rank", "latent", *STRENGTH))
         return self._named(found.drop_columns("image_id").sort_by("rank"))
 
-    def maps(self, image: int | str, method: str | None = None) -> Maps:
+    def maps(self, image: int | str, method: str | None = None) -> ImageMaps:
         """Its relevance maps by one method."""
         by_method = pc.field("method") == self._method(method)
         columns = ("latent", "target", "method", "map", "scale", "remainder")
@@ -238,7 +259,7 @@ class Results:
         ranks = lookup(found.select(["latent"]), kept, "latent")["rank"]
         found = found.take(pc.sort_indices(pc.fill_null(ranks, np.iinfo(np.int16).max)))
         latents, targets, methods = (found[name].to_pylist() for name in ("latent", "target", "method"))
-        return Maps(decode(found, self.grid), latents, targets, methods, found["remainder"].to_numpy())
+        return ImageMaps(decode(found, self.grid), latents, targets, methods, found["remainder"].to_numpy())
 
     # ---- All latents.
 
@@ -250,34 +271,40 @@ class Results:
         places = search.latents(words, self.latents.select(held).to_pylist())
         return self.latents.take(pa.array(places, pa.int64()))
 
-    def compare(self, filter_a: str, filter_b: str = "") -> pa.Table:
-        """Which latents fire more on one set of images than on another: SQL conditions on the columns of `images`.
+    def compare(self, a: str | Collection[int], b: str | Collection[int] = "") -> pa.Table:
+        """Which latents fire more on one set of images than on another; those most typical of the first set come first.
 
-        Without `filter_b`, than on all other images. Columns, test and correction: `saecore.query.contrast.contrast`; those
-        most typical of the first set come first. ValueError for what is no condition, an empty set, or an image in both.
+        A set is an SQL condition on the columns of `images`, or the image_ids of its images; without `b`, it is all images that
+        are not in the first. Columns, test and correction: `saecore.query.contrast.contrast`. ValueError for what is no
+        condition, an empty set, or an image in both.
         """
-        other = filter_b or f"({filter_a}\n) IS NOT TRUE"
+        chosen = {name: _ids(images) for name, images in (("set_a", a), ("set_b", b)) if not isinstance(images, str)}
+        first = a if isinstance(a, str) else "image_id IN (FROM set_a)"
+        second = (b if isinstance(b, str) else "image_id IN (FROM set_b)") or f"({first}\n) IS NOT TRUE"
         # A condition ends its own line: it may end in a comment.
-        sides = f"""SELECT image_id, ({filter_a}\n) IS TRUE AS a, ({other}\n) IS TRUE AS b
+        sides = f"""SELECT image_id, ({first}\n) IS TRUE AS a, ({second}\n) IS TRUE AS b
             FROM images WHERE error IS NULL"""
         sizes = "SELECT count(*) FILTER (a), count(*) FILTER (b), count(*) FILTER (a AND b)"
         try:
-            for condition in (filter_a, other):
+            for condition in (first, second):
                 # One expression, which closes no bracket of ours and begins no statement.
                 duckdb.SQLExpression(condition)
-            n_a, n_b, n_both = self.tables.sql(f"{sizes} FROM ({sides})").to_pylist()[0].values()
+            n_a, n_b, n_both = self.tables.sql(f"{sizes} FROM ({sides})", **chosen).to_pylist()[0].values()
         except duckdb.Error as error:
             raise ValueError(f"no condition on images: {str(error).splitlines()[0]}") from error
         if not n_a or not n_b:
             raise ValueError(
-                f"no image meets the condition {filter_b or f'({filter_a}) IS NOT TRUE' if n_a else filter_a}"
+                f"every image meets the condition {first}, so none is left to compare with"
+                if n_a and not len(b)
+                else f"no image meets the condition {second if n_a else first}"
             )
         if n_both:
-            raise ValueError(f"{n_both:,} images are in both sets, and the test is of two different ones")
-        counts = self.sql(
+            raise ValueError(f"{n_both:,} images are in both sets; the test compares two sets without a common image")
+        counts = self.tables.sql(
             f"""SELECT latent, count(*) FILTER (a) AS images_a, count(*) FILTER (b) AS images_b
             FROM activations JOIN ({sides}) USING (image_id)
-            WHERE activation <> 0 AND (a OR b) GROUP BY latent ORDER BY latent"""
+            WHERE activation <> 0 AND (a OR b) GROUP BY latent ORDER BY latent""",
+            **chosen,
         )
         return self._named(contrast(counts, n_a, n_b))
 
@@ -293,6 +320,10 @@ class Results:
         if method is not None and method not in self.methods:
             raise ValueError(f"method {method}: this run has maps by {', '.join(self.methods)}")
         return method or self.methods[0]
+
+
+def _ids(image_ids: Collection[int]) -> pa.Table:
+    return pa.table({"image_id": pa.array(np.asarray(image_ids, np.int64))})
 
 
 def _count(n: int) -> int:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from saecore.query.by_latent import Index
 from saecore.query.results import Results
 from saecore.runs import latents
-from saecore.runs import run as runs
+from saecore.runs.files import of_chunks
 from saecore.runs.latents import lookup
 from saecore.schema import LATENTS
 
@@ -140,7 +140,7 @@ def _firing(run: Results, chunk_ids: np.ndarray) -> Iterator[Any]:
     """Sparse matrices (images, latents) with a 1 where a latent fires, about `IMAGES_AT_ONCE` images each."""
     from scipy import sparse
 
-    held = runs.of_chunks(run.tables.manifest, chunk_ids)
+    held = of_chunks(run.tables.manifest, chunk_ids)
     images = pc.sum(held["rows"].filter(pc.equal(held["table"], "images"))).as_py()
     for group in np.array_split(chunk_ids, min(len(chunk_ids), -(-images // IMAGES_AT_ONCE))):
         rows = run.tables.files("activations", group).to_table(columns=["image_id", "latent", "activation"])

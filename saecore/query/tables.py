@@ -4,8 +4,9 @@ Image to chunk is arithmetic on the plan, chunk to file the manifest's business,
 the files that hold them and no others.
 """
 
+import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import duckdb
@@ -14,33 +15,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset
 
+from saecore.images.chunks import read_chunk
+from saecore.numbering import Numbering, index_of
 from saecore.query import by_latent
 from saecore.query.by_latent import Reader
 from saecore.runs import latents
-from saecore.runs import run as runs
-from saecore.schema import INDEX_BITS, VERSION
-from saecore.storage import Place, is_file, join_uri
+from saecore.runs.files import of_chunks, open_dataset, read_manifest, read_plan
+from saecore.runs.record import Record
+from saecore.storage import Place
 
-
-def read_record(uri: str) -> dict[str, Any]:
-    """run.json of a complete run of jobs.explain; ValueError if there is none at `uri`."""
-    if not uri:
-        raise ValueError("the run's folder has no name: give that of a run of jobs.explain")
-    try:
-        if not is_file(join_uri(uri, "run.json")):
-            raise ValueError(f"{uri} holds no run: there is no run.json")
-        record = runs.record_at(uri)
-    except OSError as error:
-        raise ValueError(f"{uri} cannot be read: {error}") from error
-    if record["parts"].get("kind", "explain") != "explain":
-        raise ValueError(f"{uri} is a run of another job and holds no latents: jobs.explain makes those")
-    if (version := record["parts"]["schema"]) != VERSION:
-        raise ValueError(
-            f"{uri} has tables of version {version}, and these questions are to version {VERSION}: make it again"
-        )
-    if record["status"] != "complete":
-        raise ValueError(f"{uri} is not complete; the command that began it, given again, ends it: {record['command']}")
-    return record
+ORIGINAL_BYTES = 16 << 20
+"""Encoded images that are held at once."""
 
 
 def connect(**settings: Any) -> duckdb.DuckDBPyConnection:
@@ -58,11 +43,11 @@ def connect(**settings: Any) -> duckdb.DuckDBPyConnection:
 class Tables:
     """The tables of the run at `uri`. Files are opened when they are asked for, footers are kept. For one thread at a time."""
 
-    def __init__(self, uri: str, record: Mapping[str, Any]) -> None:
+    def __init__(self, uri: str, record: Record) -> None:
         self.uri = uri
-        self.n_latents: int = record["n_latents"]
-        self.manifest = runs.read_manifest(uri).drop_columns(["bytes", "sha256"])
-        self.index = by_latent.read_index(uri, record["fingerprint"])
+        self.n_latents = record.n_latents
+        self.manifest = read_manifest(uri).drop_columns(["bytes", "sha256"])
+        self.index = by_latent.read_index(uri, record.fingerprint)
         """None where there is none."""
         self.reader = None if self.index is None else Reader(uri, self.index)
         covered = np.zeros(0, np.int64) if self.index is None else self.index.chunk_ids()
@@ -71,8 +56,8 @@ class Tables:
 
     def files(self, table: str, chunk_ids: np.ndarray | None = None) -> pyarrow.dataset.Dataset:
         """`images`, `activations` or `maps`: of all chunks, or of some."""
-        held = self.manifest if chunk_ids is None else runs.of_chunks(self.manifest, chunk_ids)
-        return runs.dataset(self.uri, table, held)
+        held = self.manifest if chunk_ids is None else of_chunks(self.manifest, chunk_ids)
+        return open_dataset(self.uri, table, held)
 
     @functools.cached_property
     def schemas(self) -> dict[str, pa.Schema]:
@@ -119,30 +104,28 @@ class Tables:
         """DuckDB's answer about `datasets`, `latents`, and `more` by name; ValueError for what is not one SELECT."""
         for name, table in more.items():
             self._database.register(name, table)
-        statements = self._database.extract_statements(query)
-        if [statement.type for statement in statements] != [duckdb.StatementType.SELECT]:
-            kinds = ", ".join(statement.type.name for statement in statements)
-            raise ValueError(
-                "a question is one SELECT (FROM, WITH, VALUES, DESCRIBE, SUMMARIZE and SHOW are some too): "
-                f"this is {len(statements)} statements{kinds and f', {kinds}'}"
-            )
-        found = self._database.sql(statements[0], params=list(parameters)).to_arrow_table()
-        for name in more:
-            self._database.unregister(name)
-        return found
+        try:
+            statements = self._database.extract_statements(query)
+            if [statement.type for statement in statements] != [duckdb.StatementType.SELECT]:
+                kinds = ", ".join(statement.type.name for statement in statements)
+                raise ValueError(
+                    "a question is one SELECT (FROM, WITH, VALUES, DESCRIBE, SUMMARIZE and SHOW are some too): "
+                    f"this is {len(statements)} statements{kinds and f', {kinds}'}"
+                )
+            return self._database.sql(statements[0], params=list(parameters)).to_arrow_table()
+        finally:
+            for name in more:
+                self._database.unregister(name)
 
     @functools.cached_property
-    def _chunk_starts(self) -> tuple[np.ndarray, np.ndarray]:
-        """The plan's chunks in the order of their images: their first image_id, their chunk_id."""
-        plan = runs.read_plan(self.uri)
-        first = plan["shard_id"].to_numpy() << INDEX_BITS | plan["start"].to_numpy()
-        order = np.argsort(first)
-        return first[order], plan["chunk_id"].to_numpy()[order]
+    def plan(self) -> pa.Table:
+        """plan.parquet: the chunks that the run's input was cut into."""
+        return read_plan(self.uri)
 
-    def chunks_of(self, image_ids: Sequence[int] | pa.ChunkedArray | np.ndarray) -> np.ndarray:
-        """The chunk id of each of some images; of the nearest chunk for an image that is not of this run."""
-        first, chunk_ids = self._chunk_starts
-        return chunk_ids[np.maximum(np.searchsorted(first, np.asarray(image_ids, np.int64), "right") - 1, 0)]
+    @functools.cached_property
+    def numbering(self) -> Numbering:
+        """The numbers and places of the run's images."""
+        return Numbering(self.plan)
 
     def rows(
         self,
@@ -155,7 +138,21 @@ class Tables:
         wanted = np.asarray(image_ids, np.int64)
         these = pc.field("image_id").isin(pa.array(wanted))
         # At least one file, for its schema.
-        dataset = self.files(table, np.unique(self.chunks_of(wanted if len(wanted) else [0])))
+        dataset = self.files(table, np.unique(self.numbering.chunks_of(wanted if len(wanted) else [0])))
         return dataset.to_table(
             columns=["image_id", *columns], filter=these if condition is None else these & condition
         )
+
+    def originals(self, image_ids: Sequence[int] | np.ndarray) -> Iterator[pa.Table]:
+        """RAW rows of some images, from the shards that the run read, chunk by chunk, so that a shard is opened once for all.
+
+        Of a chunk whose storage does not answer there is no row. A shard may have changed since: its row then has another key
+        than the run's, or an error.
+        """
+        wanted = np.asarray(image_ids, np.int64)
+        chunk_ids = self.numbering.chunks_of(wanted)
+        for chunk in self.plan.filter(pc.is_in(self.plan["chunk_id"], pa.array(np.unique(chunk_ids)))).to_pylist():
+            places = index_of(wanted[chunk_ids == chunk["chunk_id"]])
+            # The storage does not answer, or the shard is gone.
+            with contextlib.suppress(OSError):
+                yield from read_chunk(chunk, batch_bytes=ORIGINAL_BYTES, indices=set(places.tolist()))

@@ -16,7 +16,7 @@ after TopK, which is flat wherever a latent is off. With A the CLS attention row
 The remainder is defined for the first two, and NaN for the others. Options are documented with `saecore.methods.Options`.
 SigLIP has no CLS token: the learned query of its pooling stands in CLS's place below, on a path of one layer.
 
-Left out: what needs more than the one forward (`saecore.relevance.reruns`).
+Left out: what needs more than the one forward (`saecore.relevance.occlusion`, `saecore.relevance.rollout`).
 
 Shapes as in `saecore.towers.tower`: B images, k targets, N tokens, P patches, H heads, D width.
 """
@@ -209,7 +209,7 @@ def _own_targets(batch: Batch, layers: int) -> Tensor:
 
 
 def corrects_legrad(tower: ImageTower, options: Options) -> bool:
-    """Whether legrad needs `Words.blank`: for SigLIP, which has no token but the patches."""
+    """Whether legrad needs `WordTargets.blank`: for SigLIP, which has no token but the patches."""
     return options.legrad_correction and options.legrad_target == "mean" and tower.n_own == 0
 
 

@@ -12,14 +12,16 @@ Shapes: B images, E embedding width, n targets = k latents of each image, then T
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from saecore.methods import TargetRequest
 from saecore.sae.model import SAE
 
 
-class Words(NamedTuple):
+class WordTargets(NamedTuple):
     """Targets that are the same for every image and are no latent."""
 
     texts: Tensor
@@ -31,33 +33,33 @@ class Words(NamedTuple):
     blank: Tensor
     """float32 (1, E), of length 1: a text that says nothing, for a method that needs one; (0, E) without it. No target."""
 
-    def to(self, device: torch.device) -> "Words":
+    def to(self, device: torch.device) -> "WordTargets":
         """The same on a device."""
-        return Words(*(tensor.to(device) for tensor in self))
+        return WordTargets(*(tensor.to(device) for tensor in self))
 
 
-def no_words(sae: SAE) -> Words:
+def no_word_targets(sae: SAE) -> WordTargets:
     """No such targets."""
     width, device = sae.config.n_inputs, sae.encoder.device
     empty = torch.zeros((0, 1), dtype=torch.int64, device=device)
     texts = torch.zeros((0, width), device=device)
-    return Words(texts, empty, empty.float(), blank=texts)
+    return WordTargets(texts, empty, empty.float(), blank=texts)
 
 
-def words_of(
+def word_targets(
     sae: SAE, embeddings: np.ndarray, n_texts: int, n_latents: int, positive: bool, blank: np.ndarray | None = None
-) -> Words:
+) -> WordTargets:
     """Text embeddings, float32 (T + C, E), the first `n_texts` as texts, the others as concepts -> targets.
 
     A concept is the mean of `n_latents` latents at most, weighted by `concept_weights`, whose sum of |weights| is made 1.
     blank: (1, E), or (0, E) or None where no method needs it.
     """
-    found = torch.from_numpy(embeddings)
+    text_embeddings = torch.from_numpy(embeddings)
     n_latents = min(n_latents, sae.config.n_latents)
-    words = no_words(sae)._replace(texts=normalize(found[:n_texts], dim=-1))
+    words = no_word_targets(sae)._replace(texts=normalize(text_embeddings[:n_texts], dim=-1))
     if blank is not None:
         words = words._replace(blank=normalize(torch.from_numpy(blank), dim=-1))
-    concepts = [concept_weights(sae, one, n_latents, positive) for one in found[n_texts:]]
+    concepts = [concept_weights(sae, one, n_latents, positive) for one in text_embeddings[n_texts:]]
     if not concepts:
         return words
     latents, weights = (torch.stack(column) for column in zip(*concepts, strict=True))
@@ -83,7 +85,7 @@ class Targets(NamedTuple):
     sae: SAE
     latents: Tensor
     """int64 (B, k)."""
-    words: Words
+    words: WordTargets
 
     def values(self, embeddings: Tensor) -> Tensor:
         """z of R embeddings of each image (B, R, E) -> (B, R, n)."""
@@ -121,3 +123,47 @@ def cosine_read_outs(texts: Tensor, embedding: Tensor, exact: bool = False) -> t
     if not exact:
         return texts / length, torch.zeros_like(cosine)
     return (texts - cosine[..., None] * unit) / length, cosine
+
+
+class TargetAxis(NamedTuple):
+    """The axis of n targets that maps of an image have: which latent, text or concept each map explains, and which to write.
+
+    In order: the kept latents of the image, the latents asked for by number, the texts, the concepts.
+    """
+
+    n_kept: int
+    """Kept latents that are explained: all or none."""
+    asked: tuple[int, ...]
+    """Latents asked for by number."""
+    labels: tuple[str, ...]
+    """What the texts and concepts are called in the column `target` of MAPS."""
+
+    @classmethod
+    def of(cls, request: TargetRequest, k: int) -> "TargetAxis":
+        """The axis of a request, where k latents of each image are kept."""
+        return cls(k if request.kept else 0, request.latents, tuple(request.labels()))
+
+    def latents(self, kept: Tensor) -> Tensor:
+        """Kept latents (B, k) -> the targets that are latents, int64 (B, n_kept + asked)."""
+        asked = torch.tensor(self.asked, dtype=torch.int64, device=kept.device)
+        return torch.cat([kept[:, : self.n_kept], asked.expand(len(kept), -1)], 1)
+
+    def n_targets(self, latents: np.ndarray) -> int:
+        """n, from the targets that are latents."""
+        return latents.shape[1] + len(self.labels)
+
+    def written(self, latents: np.ndarray) -> np.ndarray:
+        """bool (B, n): whether a target's map is written; a latent that is both kept and asked for has one map, not two."""
+        kept, asked = latents[:, : self.n_kept], latents[:, self.n_kept :]
+        written = np.ones((len(latents), self.n_targets(latents)), bool)
+        written[:, self.n_kept : latents.shape[1]] = ~(asked[:, :, None] == kept[:, None]).any(-1)
+        return written
+
+    def columns(self, latents: np.ndarray) -> tuple[pa.Array, pa.Array]:
+        """Columns `latent` and `target` of MAPS for all B * n targets, image by image; one of the two is null in each row."""
+        n_images, n_latents = latents.shape
+        padded = np.pad(latents, [(0, 0), (0, len(self.labels))])
+        is_label = np.tile(np.arange(padded.shape[1]) >= n_latents, n_images)
+        label = pa.array([None] * n_latents + list(self.labels), pa.string())
+        of_image = pa.array(np.tile(np.arange(padded.shape[1]), n_images))
+        return pa.array(padded.ravel(), pa.int32(), mask=is_label), label.take(of_image)

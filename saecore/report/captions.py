@@ -6,21 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from saecore.methods import CAUSES, DECOMPOSE, UNITS
+from saecore.methods import PRE_ACTIVATION, RECORDS, UNKNOWN
 from saecore.query.histograms import Bins, alike
+from saecore.query.results import Results
 from saecore.report.views import Map, Tile
-
-METHODS = {
-    "contrib": "exact contribution of each patch to the CLS token",
-    "contrib_grad": "attention times its exact gradient along the CLS path",
-    "chefer": "Transformer-MM-Explainability's rule",
-    "legrad": "gradient of the target by attention",
-    "gradeclip": "Grad-ECLIP with the model's real heads",
-    "rollout": "gradient-weighted rollout through all layers",
-    "dense": "each patch's own token read by the SAE: an activation, not a cause",
-    "occlusion": "what the target loses when a patch is taken out",
-    "attention": "CLS attention, which knows nothing of the target",
-}
+from saecore.runs import durations
+from saecore.runs.record import Record
 
 FIGURES = {
     "l0": ("L0", "latents that fire for an image"),
@@ -57,7 +48,7 @@ def label(tile: Tile, one: Map) -> str:
 def caption(one: Map, method: str) -> str:
     """The map's numbers."""
     places = _places(one, lambda value: f" {signed(value)}")
-    if method not in DECOMPOSE:
+    if not RECORDS.get(method, UNKNOWN).decomposes:
         return places
     return f"patches {signed(one.total)}, remainder {signed(one.remainder)}; {places}"
 
@@ -81,13 +72,15 @@ def meaning(method: str, kind: str) -> str:
         return "orange: attention, whatever the target; no units"
     if not has_signs(method):
         return "orange: the target depends on it; no units"
-    colours = "orange adds, blue takes away" if method in CAUSES else "orange above zero, blue below"
+    colours = (
+        "orange adds, blue takes away" if RECORDS.get(method, UNKNOWN).is_cause else "orange above zero, blue below"
+    )
     return f"{colours}; {units(method, kind)}"
 
 
 def units(method: str, kind: str) -> str:
     """Of a method's values for this kind of target; nothing where they have none."""
-    return UNITS.get(method, "").replace("pre-activation units", "cosine" if kind == "text" else "pre-activation units")
+    return RECORDS.get(method, UNKNOWN).units.replace(PRE_ACTIVATION, "cosine" if kind == "text" else PRE_ACTIVATION)
 
 
 def name_unit(row: Mapping[str, Any], naming: Mapping[str, Any]) -> str:
@@ -118,7 +111,7 @@ def doubt(row: Mapping[str, Any], naming: Mapping[str, Any]) -> str:
             for name, (what, held, unit) in found.items()
             if held < least[name]
         ]
-    return "; ".join(reasons) or "it did not pass the thresholds of jobs.name"
+    return "; ".join(reasons) or "it did not pass the thresholds of a valid name"
 
 
 def _apart(value: float, least: float) -> str:
@@ -133,7 +126,7 @@ def value(kind: str) -> str:
 
 def has_signs(method: str) -> bool:
     """Whether its maps have values below zero: those that have units do."""
-    return method in UNITS
+    return bool(RECORDS.get(method, UNKNOWN).units)
 
 
 class Bar(NamedTuple):
@@ -200,3 +193,47 @@ def chart(
 def counted(n: int, unit: str) -> str:
     """`1 image`, `2,000 images`: a unit is given in its plural."""
     return f"{n:,} {unit.removesuffix('s') if n == 1 else unit}"
+
+
+def cards(run: Results, figures: Mapping[str, Mapping[str, float]], firing: int) -> list[dict[str, str]]:
+    """The first figures that one reads: a value, its unit, and a note. `firing`: latents that fire."""
+    held = [
+        {
+            "value": f"{run.n_images:,}",
+            "unit": "image" if run.n_images == 1 else "images",
+            "note": f"explained; {run.record.n_refused:,} refused",
+        },
+        {
+            "value": f"{firing:,}",
+            "unit": f"of {run.n_latents:,} latents fire",
+            "note": f"{run.n_latents - firing:,} for none",
+        },
+    ]
+    for name, unit, note in (
+        ("l0", "latents", "fire for an image, mean (L0)"),
+        ("cosine", "cosine", "of the reconstruction, mean"),
+        ("fvu", "FVU", "of the reconstruction, mean"),
+    ):
+        if name in figures:
+            held.append({"value": number(figures[name]["mean"]), "unit": unit, "note": note})
+    if (worst := run.record.worst_completeness_error) is not None:
+        held.append({"value": number(worst), "unit": "worst error", "note": "of map + remainder = pre-activation"})
+    return held
+
+
+def made(record: Record) -> dict[str, str]:
+    """How the run was made, as far as its record says."""
+    clip, sae = record.clip, record.sae_address
+    known = {
+        "command": record.command,
+        "CLIP": f"{clip} ({record.parts.get('clip')})" if clip else None,
+        "SAE": f"{sae} ({record.parts.get('sae')})" if sae else None,
+        "site": record.sae.get("site"),
+        "started": record.started,
+        "time": durations.waited(record) if record.session_seconds else None,
+        "work": durations.worked(record) if record.step_seconds else None,
+        "versions": ", ".join(f"{name} {version}" for name, version in record.versions.items()),
+        "commit": record.git_commit,
+        "fingerprint": record.fingerprint,
+    }
+    return {name: value for name, value in known.items() if value}

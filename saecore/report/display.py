@@ -9,7 +9,8 @@ pass through every patch's value at its centre and stay within the values around
 So does bilinear interpolation, but at 1,600 pixels it shows every strong patch as a star with a sharp tip; bicubic
 interpolation overshoots, and puts blue rings around orange.
 
-Left out: plots of figures (matplotlib), and where maps and pictures come from (`saecore.report.preview`).
+Left out: plots of figures (matplotlib), where maps come from (`saecore.report.views`), and where pictures come from
+(`saecore.report.pictures`).
 """
 
 import io

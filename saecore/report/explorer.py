@@ -11,7 +11,7 @@ pages load nothing from elsewhere).
 import contextlib
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import uvicorn
@@ -47,23 +47,25 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port))
     except OSError as error:
         raise ValueError(
-            f"--host {host} --port {port}: {error.strerror or error}; name another port, or 0 for any"
+            f"{host}:{port}: {error.strerror or error}; choose another port, or 0 for any free one"
         ) from error
 
 
-def serve(run: Results, waiting: socket.socket, strongest: int) -> None:
-    """Answer until Ctrl-C."""
+def serve(run: Results, waiting: socket.socket, strongest: int, hints: Mapping[str, str] | None = None) -> None:
+    """Answer until Ctrl-C. `hints`: command lines that the pages name, see `Site.hints`."""
     host = waiting.getsockname()[0]
     # A page of another site may send its visitors' browsers here under a name of its own, and would read the answers.
     hosts = ["*"] if host in ("0.0.0.0", "::") else [host, "localhost"]
-    config = uvicorn.Config(application(run, hosts, strongest), log_level="warning", server_header=False)
+    config = uvicorn.Config(application(run, hosts, strongest, hints), log_level="warning", server_header=False)
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn ends in good order, then passes it on
         uvicorn.Server(config).run(sockets=[waiting])
 
 
-def application(run: Results, hosts: Sequence[str], strongest: int = 12) -> Starlette:
+def application(
+    run: Results, hosts: Sequence[str], strongest: int = 12, hints: Mapping[str, str] | None = None
+) -> Starlette:
     """The explorer, for requests to these hosts."""
-    answers = Answers(Site(Views(run), live=True, strongest=strongest))
+    answers = Answers(Site(Views(run), live=True, strongest=strongest, hints=hints))
     routes = [
         Route("/", lambda request: RedirectResponse("index.html")),
         Route("/favicon.ico", lambda request: RedirectResponse("static/icon.svg")),
@@ -117,10 +119,10 @@ class Answers:
             return _html(self.site.target(place))
 
     def images(self, request: Request) -> Response:
-        total = self.site.run.record["images"]
+        total = self.site.run.record.images
         first = _first(request, total)
         with self._alone:
-            image_ids = self.site.views.image_ids(np.arange(first, min(first + LISTED_IMAGES, total)))
+            image_ids = self.site.run.tables.numbering.image_ids(np.arange(first, min(first + LISTED_IMAGES, total)))
             return _html(self.site.image_list(list(self.site.views.images(image_ids)), first))
 
     def image(self, request: Request) -> Response:

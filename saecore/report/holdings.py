@@ -1,12 +1,10 @@
-"""What a run holds, what it does not, and the commands that would add it: on its first page, and where a map is missing."""
+"""What a run holds and what it lacks, in words: for its first page, and for the places where a map is missing."""
 
 import json
-import shlex
 from typing import Any, NamedTuple
 
-from saecore.methods import KEPT, METHODS, Wanted
+from saecore.methods import KEPT, METHODS, TargetRequest
 from saecore.query.results import Results
-from saecore.storage import split_settings
 
 LISTED = 6
 """Targets, or latents, that are named one by one; more are counted."""
@@ -18,15 +16,15 @@ class Holding(NamedTuple):
     what: str
     held: str
     missing: str
-    """Nothing where it is all there."""
-    command: str
-    """Adds what is missing."""
+    """Empty if nothing is missing."""
+    complete: tuple[str, ...] = ()
+    """What a run would have to be made with to hold what is missing: targets, or methods."""
 
 
-def wanted(run: Results) -> Wanted:
+def wanted(run: Results) -> TargetRequest:
     """What the maps of a run explain: latents as run.json has it, texts and concepts as the maps themselves."""
-    config = run.record.get("config", {})
-    given = Wanted(*config["targets"]) if "targets" in config else KEPT
+    config = run.record.config
+    given = TargetRequest(*config["targets"]) if "targets" in config else KEPT
     by_kind = {
         kind: tuple(target.removeprefix(f"{kind}: ") for target in run.targets if target.startswith(f"{kind}: "))
         for kind in ("text", "concept")
@@ -58,81 +56,55 @@ def maps_in_words(run: Results, named: bool = False) -> str:
 
 def naming(run: Results) -> dict[str, Any]:
     """How jobs.name found the names, with the thresholds of valid ones; empty where nothing says so."""
-    found = (run.latents.schema.metadata or {}).get(b"naming", b"{}")
-    held: dict[str, Any] = json.loads(found)
-    return held
+    made_by: dict[str, Any] = json.loads((run.latents.schema.metadata or {}).get(b"naming", b"{}"))
+    return made_by
 
 
 def holdings(run: Results) -> list[Holding]:
-    """What there is to know of a run beside its images and latents."""
+    """What there is to know of a run besides its images and latents."""
     return [_targets(run), _methods(run), _embeddings(run), _names(run), _index(run)]
 
 
 def _targets(run: Results) -> Holding:
     targets = wanted(run)
-    missing, more = [], targets.specs()
+    missing, complete = [], targets.specs()
     if not targets.kept or not run.methods:
         missing.append("maps of the kept latents")
-        more = ["kept", *(spec for spec in more if spec != "no-kept")]
+        complete = ["kept", *(spec for spec in complete if spec != "no-kept")]
     if not targets.words:
         missing.append("texts and concepts of your own")
-        more = [*more, "text:A PHRASE", "concept:A WORD"]
-    return Holding(
-        "Maps of", maps_in_words(run, named=True), _listed(missing), _again(run, "--targets", *more) if missing else ""
-    )
+        complete = [*complete, "text:A PHRASE", "concept:A WORD"]
+    held = maps_in_words(run, named=True)
+    return Holding("Maps of", held, _listed(missing), tuple(complete) if missing else ())
 
 
 def _methods(run: Results) -> Holding:
     others = [name for name in METHODS if name not in run.methods]
-    command = _again(run, "--method", ",".join([*run.methods, *others[:1]])) if others else ""
-    return Holding("Methods", _listed(run.methods) or "none", ", ".join(others), command)
+    complete = (*run.methods, *others[:1]) if others else ()
+    return Holding("Methods", _listed(run.methods) or "none", ", ".join(others), complete)
 
 
 def _embeddings(run: Results) -> Holding:
-    held = run.record["parts"].get("embeddings", False)
-    missing = "" if held else "CLIP's embeddings of the images, with which jobs.name finds better names"
-    return Holding(
-        "Embeddings", "of every image" if held else "none", missing, "" if held else _again(run, "--embeddings")
-    )
+    if run.record.keeps_embeddings:
+        return Holding("Embeddings", "of every image", "")
+    return Holding("Embeddings", "none", "CLIP's embeddings of the images, which make names of latents better")
 
 
 def _names(run: Results) -> Holding:
-    command = _job(run, "name")
     if "name" not in run.latents.column_names:
-        return Holding("Names", "none", "words for what each latent is", command)
+        return Holding("Names", "none", "words for what each latent is")
     sure = run.latents["valid"].to_pylist().count(True) if "valid" in run.latents.column_names else 0
     named = run.n_latents - run.latents["name"].null_count
     made_by = naming(run)
     by = f", by {made_by['by']}, from the vocabulary {made_by['vocabulary']}" if made_by else ""
-    return Holding("Names", f"for {named:,} of {run.n_latents:,} latents, {sure:,} names valid{by}", "", "")
+    return Holding("Names", f"for {named:,} of {run.n_latents:,} latents, {sure:,} names valid{by}", "")
 
 
 def _index(run: Results) -> Holding:
-    command = _job(run, "index")
     if run.tables.index is None:
-        return Holding("Index", "none", "fast pages and questions; how local each latent's maps are", command)
+        return Holding("Index", "none", "fast pages and questions; how local each latent's maps are")
     left = len(run.tables.not_indexed)
-    return Holding(
-        "Index", "by latent", f"{_count(left, 'chunk')} that came after it" if left else "", command if left else ""
-    )
-
-
-def _again(run: Results, *more: str) -> str:
-    """The run's own command with other values for some options, into another folder."""
-    if "command" not in run.record:
-        return ""
-    replaced, kept, skipped = {"--out", more[0]}, list[str](), False
-    for word in shlex.split(run.record["command"]):
-        if word.startswith("--"):
-            skipped = word.partition("=")[0] in replaced
-        if not skipped:
-            kept.append(word)
-    return f"{shlex.join([*kept, *more])} --out NEW_FOLDER"
-
-
-def _job(run: Results, job: str) -> str:
-    """A command about the run; an address is named without its settings, which may hold what nobody else should read."""
-    return f"python -m jobs.{job} --run {shlex.quote(split_settings(run.uri)[0])}"
+    return Holding("Index", "by latent", f"{_count(left, 'chunk')} that came after it" if left else "")
 
 
 def _count(n: int, unit: str) -> str:

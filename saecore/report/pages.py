@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from saecore.methods import DECOMPOSE
+from saecore.methods import DECOMPOSE, RECORDS
 from saecore.query import search
 from saecore.query.finding import find_images, find_targets, index, numbered, strongest_images
 from saecore.report import captions
@@ -21,8 +21,10 @@ from saecore.report.captions import number, percent
 from saecore.report.holdings import holdings, maps_in_words, naming
 from saecore.report.pictures import Pictures
 from saecore.report.views import ImageView, LatentView, Section, TargetView, Tile, Views
-from saecore.runs import durations
 from saecore.storage import split_settings
+
+EXPLORER = "explorer"
+"""Key of `Site.hints`: the command that shows every latent and every image."""
 
 FOLDER = Path(__file__).parent / "site"
 """Templates, and the files that pages load."""
@@ -72,6 +74,7 @@ class Site:
         strongest: int = 12,
         latents: Collection[int] | None = None,
         images: Sequence[int] | None = None,
+        hints: Mapping[str, str] | None = None,
     ) -> None:
         run = views.run
         self.run = run
@@ -79,11 +82,13 @@ class Site:
         """Whether a server answers, which makes any page and searches the whole run."""
         self.views = views
         self.pictures = Pictures(run, 448 if live else 224)
+        self.hints = hints or {}
+        """Command lines that pages name: by `Holding.what` those that add what is missing, and `EXPLORER`."""
         self.missing: set[int] = set()
         """Images known to have no picture."""
         self.uri = split_settings(run.uri)[0]  # which may hold what nobody else should read
         self.name = self.uri.rstrip("/").rpartition("/")[2]
-        self.day = run.record.get("started", "")[:10]
+        self.day = run.record.started[:10]
         self.grid = run.grid
         self.methods = run.methods
         self.images = f"{run.n_images:,}"
@@ -134,18 +139,18 @@ class Site:
             charts.append(captions.chart(*captions.FIGURES[name], "images", bins))
         return self._html(
             "index",
-            cards=self._cards(),
+            cards=captions.cards(self.run, view.figures, len(self.views.by_rate)),
             groups=[group._replace(row=row) for group, row in zip(groups, rows, strict=True)],
             named=any(row["valid"] for row in rows),
             data=data,
             charts=charts,
             view=view,
             figures=captions.FIGURES,
-            methods=captions.METHODS,
+            methods={name: method.gives for name, method in RECORDS.items()},
             decompose=DECOMPOSE,
-            refused=record["refused"],
+            refused=record.refused,
             holdings=holdings(self.run),
-            made=self._made(),
+            made=captions.made(record),
         )
 
     def latent(self, latent: int, view: LatentView | None = None) -> str:
@@ -203,7 +208,7 @@ class Site:
 
     def image_list(self, views: Sequence[ImageView], first: int = 0) -> str:
         """images.html: some images, in the order of the plan from the `first` on."""
-        total = self.run.record["images"]
+        total = self.run.record.images
         return self._html("images", views=views, total=total, first=first, **self._steps(first, LISTED_IMAGES, total))
 
     def search(self) -> str:
@@ -282,50 +287,6 @@ class Site:
         named = sorted((row for row in rows if row["valid"]), key=lambda row: -row["margin"])
         return ([row["latent"] for row in named if row["images"] >= SHOWCASE_IMAGES] or able)[:SHOWCASE]
 
-    def _cards(self) -> list[dict[str, str]]:
-        record, figures = self.run.record, self.views.overview.figures
-        refused, firing = sum(record["refused"].values()), len(self.views.by_rate)
-        cards = [
-            {
-                "value": self.images,
-                "unit": "image" if self.run.n_images == 1 else "images",
-                "note": f"explained; {refused:,} refused",
-            },
-            {
-                "value": f"{firing:,}",
-                "unit": f"of {self.n_latents} latents fire",
-                "note": f"{self.run.n_latents - firing:,} for none",
-            },
-        ]
-        for name, unit, note in (
-            ("l0", "latents", "fire for an image, mean (L0)"),
-            ("cosine", "cosine", "of the reconstruction, mean"),
-            ("fvu", "FVU", "of the reconstruction, mean"),
-        ):
-            if name in figures:
-                cards.append({"value": number(figures[name]["mean"]), "unit": unit, "note": note})
-        if "worst_completeness_error" in record:
-            worst = number(record["worst_completeness_error"])
-            cards.append({"value": worst, "unit": "worst error", "note": "of map + remainder = pre-activation"})
-        return cards
-
-    def _made(self) -> dict[str, str]:
-        record = self.run.record
-        config, parts = record.get("config", {}), record.get("parts", {})
-        known = {
-            "command": record.get("command"),
-            "CLIP": f"{config['clip']} ({parts.get('clip')})" if "clip" in config else None,
-            "SAE": f"{config['sae']} ({parts.get('sae')})" if "sae" in config else None,
-            "site": record.get("sae", {}).get("site"),
-            "started": record.get("started"),
-            "time": durations.waited(record) if "session_seconds" in record else None,
-            "work": durations.worked(record) if "step_seconds" in record else None,
-            "versions": ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items()),
-            "commit": record.get("git_commit"),
-            "fingerprint": record.get("fingerprint"),
-        }
-        return {name: value for name, value in known.items() if value}
-
     def _neighbours(self, latent: int) -> tuple[int | None, int | None]:
         """The latents with a page before and after this one."""
         if self._latents is None:
@@ -337,7 +298,7 @@ class Site:
 
     def _image_neighbours(self, image_id: int) -> tuple[int | None, int | None]:
         if self._images is None:
-            return self.views.neighbours(image_id)
+            return self.run.tables.numbering.neighbours(image_id)
         place = self._image_places[image_id]
         before = self._images[place - 1] if place else None
         return before, self._images[place + 1] if place + 1 < len(self._images) else None

@@ -13,15 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from saecore.images.chunks import read_chunk
 from saecore.images.decode import ImageError, open_rgb
 from saecore.query.results import Results
-from saecore.runs import run as runs
-from saecore.schema import INDEX_BITS
 
 CROP = ("crop_left", "crop_top", "crop_right", "crop_bottom")
 
@@ -30,9 +26,6 @@ QUALITY = 82
 
 REMEMBERED = 1024
 """Pictures kept in memory by `Pictures.get`."""
-
-READ_BYTES = 16 << 20
-"""Of encoded images at once, which are decoded side by side."""
 
 WORKERS = min(8, os.cpu_count() or 1)
 """Threads that decode. Each may hold half a gigabyte: the largest image that a run takes."""
@@ -45,7 +38,6 @@ class Pictures:
         self.run = run
         self.side = side
         """Pixels along the longer side; fewer where the crop has fewer."""
-        self._plan = runs.read_plan(run.uri)
         self.get = functools.lru_cache(REMEMBERED)(self._get)
         """One picture by its image's number; None if there is none."""
 
@@ -57,32 +49,28 @@ class Pictures:
 
     def read(self, image_ids: np.ndarray) -> Iterator[tuple[int, bytes | None]]:
         """Each image's number and picture, None if there is none; chunk by chunk, so that a shard is opened once for all."""
-        held = self.run.tables.chunks_of(image_ids)
-        of_run = self._plan.filter(pc.is_in(self._plan["chunk_id"], pa.array(np.unique(held))))
-        for chunk in of_run.to_pylist():
-            found: dict[int, bytes | None] = dict.fromkeys(image_ids[held == chunk["chunk_id"]].tolist())
-            found |= self._of_chunk(chunk, list(found))
-            yield from found.items()
+        chunk_ids = self.run.tables.numbering.chunks_of(image_ids)
+        for chunk_id in np.unique(chunk_ids):
+            yield from self._of_chunk(image_ids[chunk_ids == chunk_id].tolist()).items()
 
     def _get(self, image_id: int) -> bytes | None:
         return next(picture for _, picture in self.read(np.array([image_id])))
 
-    def _of_chunk(self, chunk: Mapping[str, Any], image_ids: list[int]) -> dict[int, bytes | None]:
+    def _of_chunk(self, image_ids: list[int]) -> dict[int, bytes | None]:
+        pictures = dict[int, bytes | None].fromkeys(image_ids)
         shown = self.run.tables.rows("images", image_ids, ("key", *CROP), pc.field("error").is_null()).to_pylist()
         images = {row["image_id"]: row for row in shown}
-        wanted = {image_id % (1 << INDEX_BITS) for image_id in images}
-        found = dict[int, bytes | None]()
         with warnings.catch_warnings(), ThreadPoolExecutor(WORKERS) as pool:
             # `open_rgb` does the same, for the whole process: threads that end in any order must all leave it so.
             warnings.simplefilter("ignore")
-            try:
-                for raw in read_chunk(chunk, batch_bytes=READ_BYTES, indices=wanted):
-                    ids, rows = raw["image_id"].to_pylist(), raw.to_pylist()
-                    pictures = pool.map(self._picture, rows, [images[image_id] for image_id in ids])
-                    found |= zip(ids, pictures, strict=True)
-            except OSError:
-                pass  # the storage does not answer
-        return found
+            for raw in self.run.tables.originals(list(images)):
+                ids = raw["image_id"].to_pylist()
+                pictures |= zip(
+                    ids,
+                    pool.map(self._picture, raw.to_pylist(), [images[image_id] for image_id in ids]),
+                    strict=True,
+                )
+        return pictures
 
     def _picture(self, raw: Mapping[str, Any], image: Mapping[str, Any]) -> bytes | None:
         if raw["error"] is not None or raw["key"] != image["key"]:  # the latter: the shard has changed since

@@ -12,7 +12,7 @@ It is written beside its place and moved there when it is whole. What it replace
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -37,44 +37,41 @@ THUMBS = 3
 class Choice:
     """How much of a run a report holds."""
 
-    latents: int = 256
+    latent_pages: int = 256
     """Latents with a page of their own: those that fire most often."""
-    images: int = 512
+    image_pages: int = 512
     """Images with a page of their own, spread evenly over the run."""
     top: int = 12
-    """Images on a latent's page for which it fires most strongly; some others across its range stand beside them."""
+    """Images on a latent's page for which it fires most strongly; some others across its range come after them."""
 
-    def check(self) -> None:
-        """ValueError for what cannot be. Not at construction: tyro would draw a box around the sentence."""
-        for field in ("latents", "images", "top"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"--{field} {getattr(self, field)}: must be at least 1")
-
-
-DEFAULT_CHOICE = Choice()
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 1:
+                raise ValueError(f"{field.name} {getattr(self, field.name)}: must be at least 1")
 
 
 def check_place(out: Path) -> None:
-    """ValueError if there is something at `out` that is no report."""
+    """ValueError if anything other than a report is at `out`."""
     try:
         other = out.exists() and not (out / MARK).is_file() and (not out.is_dir() or any(out.iterdir()))
     except OSError as error:
-        raise ValueError(f"--out {out} cannot be read: {reason(error)}") from error
+        raise ValueError(f"{out} cannot be read: {reason(error)}") from error
     if other:
-        raise ValueError(f"--out {out} holds something other than a report; name a new or empty folder")
+        raise ValueError(f"{out} holds something other than a report; name a new or empty folder")
 
 
 class Report:
     """What is to be written: `len` files, without those that every report has."""
 
-    def __init__(self, run: Results, choice: Choice) -> None:
+    def __init__(self, run: Results, choice: Choice, hints: Mapping[str, str] | None = None) -> None:
+        """`hints`: command lines that the pages name, see `Site.hints`."""
         views = Views(run)
-        latents = views.by_rate[: choice.latents]
-        n_images = run.record["images"]
-        spread = np.unique(np.linspace(0, n_images - 1, min(choice.images, n_images)).astype(int))
+        latents = views.by_rate[: choice.latent_pages]
+        n_images = run.record.images
+        spread = np.unique(np.linspace(0, n_images - 1, min(choice.image_pages, n_images)).astype(int))
         refused = [row["image_id"] for row in views.overview.refused]
-        self.image_ids = np.union1d(views.image_ids(spread), np.array(refused, np.int64))
-        self.site = Site(views, strongest=choice.top, latents=latents, images=self.image_ids.tolist())
+        self.image_ids = np.union1d(run.tables.numbering.image_ids(spread), np.array(refused, np.int64))
+        self.site = Site(views, strongest=choice.top, latents=latents, images=self.image_ids.tolist(), hints=hints)
         self.latents = {latent: views.latent(latent, choice.top, SPREAD) for latent in latents}
         self.targets = [views.target(target, choice.top, SPREAD) for target in self.site.targets]
         sections = [section for view in self.latents.values() for section in view.sections]
@@ -139,7 +136,7 @@ class Report:
         _write(folder / "images.html", site.image_list(listed))
         _write(folder / "search.html", site.search())
         _write(folder / "data" / "search.js", f"window.searchIndex = {self._search_index(listed)};\n")
-        mark = {"run": site.uri, "fingerprint": site.run.record["fingerprint"]}
+        mark = {"run": site.uri, "fingerprint": site.run.record.fingerprint}
         _write(folder / MARK, json.dumps(mark) + "\n")
 
     def _search_index(self, listed: list[ImageView]) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from saecore import heatmaps
 from saecore.query import histograms
 from saecore.query.by_latent import MAP
 from saecore.query.histograms import Bins
@@ -20,9 +21,7 @@ from saecore.query.maps import Patch, peaks
 from saecore.query.results import STRENGTH, Results
 from saecore.report.overview import BINS, Overview, overview
 from saecore.report.pictures import CROP
-from saecore.runs import run as runs
 from saecore.runs.latents import lookup
-from saecore.schema import INDEX_BITS
 
 CO_FIRING = 10
 """Latents that a latent's page names as firing for the same images."""
@@ -235,27 +234,6 @@ class Views:
 
     # ---- Images.
 
-    def image_ids(self, places: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The numbers of the images at some places, from 0, of all images in the order of the plan, refused ones too."""
-        starts, ids = self._chunks
-        chunk = np.searchsorted(starts, places, "right") - 1
-        return ids[chunk] + (np.asarray(places, np.int64) - starts[chunk])
-
-    def neighbours(self, image_id: int) -> tuple[int | None, int | None]:
-        """The images before and after this one of the run, in the order of the plan; None where there is none."""
-        starts, ids = self._chunks
-        chunk = int(np.flatnonzero(ids <= image_id)[np.argmax(ids[ids <= image_id])])
-        place = int(starts[chunk] + image_id - ids[chunk])
-        before = int(self.image_ids([place - 1])[0]) if place else None
-        return before, int(self.image_ids([place + 1])[0]) if place + 1 < self.run.record["images"] else None
-
-    @functools.cached_property
-    def _chunks(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of each chunk of the plan: the place of its first image among all, and that image's number."""
-        plan = runs.read_plan(self.run.uri)
-        start, end = plan["start"].to_numpy(), plan["end"].to_numpy()
-        return np.cumsum(end - start) - (end - start), plan["shard_id"].to_numpy() << INDEX_BITS | start
-
     def images(self, image_ids: np.ndarray) -> Iterator[ImageView]:
         """Some images, in that order; one that is not of the run is passed over."""
         tables = self.run.tables
@@ -321,14 +299,14 @@ class Views:
         return found
 
     def _map(self, row: Mapping[str, Any]) -> Map:
-        steps = np.frombuffer(row["map"], np.int8).astype(int)
-        most_for, against = peaks((steps * row["scale"]).reshape(self.run.grid))
+        relevance = heatmaps.decode(row["map"], row["scale"], self.run.grid)
+        most_for, against = peaks(relevance)
         return Map(
             values=row["map"],
             scale=row["scale"],
             strongest=most_for,
             against=against,
-            total=float(steps.sum()) * row["scale"],
+            total=float(relevance.sum(dtype=np.float64)),
             remainder=row["remainder"],
             sink_share=row["sink_share"],
         )

@@ -2,17 +2,16 @@
 
     datasets.load_dataset("runs/photos", "maps")     # without a name: images
 
-Its front matter names the tables that are there, each by a glob; its text says what made them, and how a map is decoded. It is
-made to be published: models that lie on a disk appear by the last part of their path alone, and the command and the inputs,
-which run.json has, do not appear. Whoever removes the line `MARK` keeps what they wrote: the card is then left alone.
+The card's front matter names the tables of the run, each by a glob; its text says what made them and how a map is decoded. The
+card is made to be published: of a model on a disk it shows only the last part of the path, and it shows neither the command nor
+the inputs, which run.json has. A card without the line `MARK` belongs to whoever removed the line, and is not written again.
 """
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-
+from saecore.runs.record import Record
 from saecore.storage import is_file, join_uri, read_bytes, split_settings, write_atomic
 
 NAME = "README.md"
@@ -20,14 +19,14 @@ NAME = "README.md"
 MARK = "<!-- Relevance Map SAE writes this card again when tables are added. Remove this line to keep it as it is. -->"
 
 TABLES = {
-    "images": ("images/*.parquet", "a row for every image that was found, refused ones too"),
+    "images": ("images/*.parquet", "a row for every image that was found, refused images too"),
     "activations": ("activations/*.parquet", "the latents that were kept of each image, strongest first"),
     "maps": ("maps/*.parquet", "relevance maps: one signed number for each patch of the image"),
     "latents": ("latents.parquet", "a row for every latent: what it does, what it is called"),
     "by_latent": ("by_latent/*.parquet", "`activations`, sorted by latent and by falling activation"),
-    "top_images": ("top_images/*.parquet", "of the strongest images of each latent all that showing them takes"),
+    "top_images": ("top_images/*.parquet", "the strongest images of each latent, with all that is needed to show them"),
 }
-"""The glob of each table below the run, and what it holds. The first that a run has is what `load_dataset` takes by default."""
+"""Glob of each table below the run, and what the table holds. `load_dataset` takes the first that a run has by default."""
 
 PUBLISHING = """## Before it is published
 
@@ -40,30 +39,30 @@ hf upload OWNER/NAME FOLDER . --repo-type dataset
 ```"""
 
 
-def write(uri: str, record: Mapping[str, Any]) -> None:
-    """Write the card of the run at `uri`, as run.json and the files there have it; not over one that is somebody's own."""
+def write(uri: str, record: Record) -> None:
+    """Write the card of the run at `uri` from its record and its files, but not over a card that somebody made their own."""
     before = _read(uri, NAME)
     if before is not None and MARK not in before.decode(errors="replace"):
         return
-    said = text(split_settings(uri)[0].rstrip("/").rpartition("/")[2], record, tables(uri, record)).encode()
-    if said != before:
-        write_atomic(join_uri(uri, NAME), said)
+    content = text(split_settings(uri)[0].rstrip("/").rpartition("/")[2], record, tables(uri, record)).encode()
+    if content != before:
+        write_atomic(join_uri(uri, NAME), content)
 
 
-def tables(uri: str, record: Mapping[str, Any]) -> list[str]:
-    """Those of `TABLES` that have files. A glob without files would make `load_dataset` fail for that table."""
-    found = {name for name, rows in record["rows"].items() if rows}
+def tables(uri: str, record: Record) -> list[str]:
+    """The names in `TABLES` that have files. A glob without files would make `load_dataset` fail for that table."""
+    held = {name for name, rows in record.rows.items() if rows}
     if is_file(join_uri(uri, "latents.parquet")):
-        found.add("latents")
+        held.add("latents")
     index = json.loads(_read(uri, "by_latent/_index.json") or "{}")
     folders = {"rows": "by_latent", "top": "top_images"}
-    found |= {folders[kind] for segment in index.get("segments", []) for kind in folders if segment[kind]}
-    return [name for name in TABLES if name in found]
+    held |= {folders[kind] for segment in index.get("segments", []) for kind in folders if segment[kind]}
+    return [name for name in TABLES if name in held]
 
 
-def text(name: str, record: Mapping[str, Any], held: Sequence[str]) -> str:
+def text(name: str, record: Record, held: Sequence[str]) -> str:
     """The card of a run of that name with these tables."""
-    facts = [f"- {words}: {said}" for words, said in _facts(record).items() if said]
+    facts = [f"- {name}: {fact}" for name, fact in _facts(record).items() if fact]
     listed = [f"- {_code(table)}: {TABLES[table][1]}{_rows(record, table)}" for table in held]
     parts = [
         _front_matter(held),
@@ -85,62 +84,57 @@ def _front_matter(held: Sequence[str]) -> str:
     return "\n".join([*lines, "---"])
 
 
-def _what(record: Mapping[str, Any]) -> str:
-    if record["parts"].get("kind", "explain") == "embed":
+def _what(record: Record) -> str:
+    if record.kind == "embed":
         return "CLIP makes of a collection of images: embeddings"
     return "a CLIP and a sparse autoencoder see in a collection of images, and where"
 
 
-def _facts(record: Mapping[str, Any]) -> dict[str, str]:
-    """What made the run, and how much there is; nothing for what its record does not say."""
-    config, made = record.get("config", {}), record["parts"]
-    refused = sum(record["refused"].values())
-    grid = record.get("grid")
+def _facts(record: Record) -> dict[str, str]:
+    """What made the run and how much it holds; empty strings for what its record does not say."""
+    parts, worst = record.parts, record.worst_completeness_error
+    grid = ["{} x {} patches".format(*record.grid)] if any(record.grid) else []
+    latents = f", {record.n_latents:,} latents" if record.sae_address else ""
     return {
-        "images": f"{record['images']:,}" + (f", of which {refused:,} were refused" if refused else ""),
-        "CLIP": _model(config.get("clip"), made.get("clip")),
-        "SAE": _model(config.get("sae"), made.get("sae"))
-        + (f", {record['n_latents']:,} latents" if "sae" in config else ""),
-        "maps": ", ".join(
-            [*map(_code, config.get("methods", [])), *([f"{grid[0]} x {grid[1]} patches"] if grid else [])]
-        ),
-        "of": ", ".join(map(_code, made.get("targets", []))),
-        "latents kept of each image": f"{made['k']}" if "k" in made else "",
-        "worst error of map + remainder": f"{record['worst_completeness_error']:.1e}"
-        if "worst_completeness_error" in record
-        else "",
-        "made": record.get("started", "")[:10],
-        "versions": ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items()),
+        "images": f"{record.images:,}" + (f", of which {record.n_refused:,} were refused" if record.n_refused else ""),
+        "CLIP": _model(record.clip, parts.get("clip")),
+        "SAE": _model(record.sae_address, parts.get("sae")) + latents,
+        "maps": ", ".join([*map(_code, record.methods), *grid]),
+        "of": ", ".join(map(_code, parts.get("targets", []))),
+        "latents kept of each image": f"{parts['k']}" if "k" in parts else "",
+        "worst error of map + remainder": "" if worst is None else f"{worst:.1e}",
+        "made": record.started[:10],
+        "versions": ", ".join(f"{name} {version}" for name, version in record.versions.items()),
     }
 
 
-def _model(address: str | None, digest: str | None) -> str:
-    """A model by its id on the Hub, or by the last part of its path: where it lies is nobody's business."""
-    if address is None:
+def _model(address: str, digest: str | None) -> str:
+    """A model by its id on the Hub, or by the last part of its path: where the model lies is private."""
+    if not address:
         return ""
     local = address.startswith("/") or ("://" in address and not address.startswith("hf://"))
     shown = split_settings(address)[0].rstrip("/").rpartition("/")[2] if local else address
     return _code(shown) + (f" (its hash begins with {_code(digest)})" if digest else "")
 
 
-def _rows(record: Mapping[str, Any], table: str) -> str:
-    return f"; {record['rows'][table]:,} rows" if table in record["rows"] else ""
+def _rows(record: Record, table: str) -> str:
+    return f"; {record.rows[table]:,} rows" if table in record.rows else ""
 
 
-def _example(record: Mapping[str, Any], held: Sequence[str]) -> str:
-    table = "maps" if "maps" in held and "grid" in record else "images"
+def _example(record: Record, held: Sequence[str]) -> str:
+    table = "maps" if "maps" in held and any(record.grid) else "images"
     load = (
         f'from datasets import load_dataset\n\nrows = load_dataset("FOLDER or OWNER/NAME", "{table}", split="train")\n'
     )
     if table == "images":
         return load
-    height, width = record["grid"]
+    height, width = record.grid
     decode = f'np.frombuffer(row["map"], np.int8).reshape({height}, {width}) * row["scale"]'
     return f"import numpy as np\n{load}row = rows[0]\nrelevance = {decode}  # in the method's units\n"
 
 
 def _code(text: str) -> str:
-    """Any text, on one line, as Markdown that nothing in it can end: a code span longer than its longest run of backticks."""
+    """Any text on one line as a Markdown code span, fenced by more backticks than the text has in a row: nothing can end it."""
     line = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"

@@ -1,17 +1,17 @@
-"""Does an SAE fit the embeddings that it is given? Counted while a run goes on, so that one that does not fit is told at once.
+"""Does an SAE fit the embeddings that it is given? Counted while a run goes on, so that a poor fit is told at once.
 
-An image is poorly reconstructed where its fvu is at least 0.9: what the SAE makes of it explains less than a tenth of what sets
-the image apart from the training mean. Where this holds of half of the images or more, their median is that high, and the SAE
-was almost surely trained on something else: another model, another layer, embeddings that were normalised.
+An image is poorly reconstructed if its fvu is at least 0.9: the reconstruction explains less than a tenth of what sets the
+image apart from the training mean. If half of the images or more are poorly reconstructed, the SAE was almost surely trained on
+something else: another model, another layer, embeddings that were normalised.
 
-fvu is of all latents that fire by the SAE's own rule, however few of them are kept.
+The fvu counts all latents that fire by the SAE's own rule, however few of them are kept.
 
-Left out: an SAE without a training mean (most foreign files) is measured from the origin, where the mean embedding alone
-explains much: a poor fit may then stay below 0.9 and pass.
+Left out: an SAE without a training mean (most foreign files) is measured from the origin. The mean embedding by itself explains
+much from there, so a poor fit may stay below 0.9 and pass.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 POOR = 0.9
 """fvu from which an image counts as poorly reconstructed."""
@@ -20,7 +20,7 @@ ENOUGH = 256
 """Images after which a run may be stopped: the share of poor ones is then known to 3 percentage points (one standard error)."""
 
 FEW = 16
-"""Images below which nothing is concluded: a handful may be odd, and a run of one strange image is a run."""
+"""From fewer images nothing is concluded: a handful may be odd, and one strange image makes a run too."""
 
 
 class Fit(NamedTuple):
@@ -30,30 +30,19 @@ class Fit(NamedTuple):
     poor: int = 0
 
     def plus(self, other: "Fit") -> "Fit":
-        """Of both together."""
+        """The counts of both together."""
         return Fit(self.judged + other.judged, self.poor + other.poor)
 
     def is_poor(self, least: int = FEW) -> bool:
-        """Whether the median fvu is at least `POOR`, of at least so many images."""
+        """Whether the median fvu of at least `least` images is at least `POOR`."""
         return self.judged >= least and 2 * self.poor >= self.judged
 
     def words(self) -> str:
-        """What was counted, for people."""
+        """The counts in a sentence."""
         return f"{self.poor:,} of {self.judged:,} images are reconstructed poorly (fvu at least {POOR:g})"
 
 
 def judged(fvus: Iterable[float | None]) -> Fit:
-    """Of the fvu of some images; refused images have none, and an embedding that is the training mean has NaN."""
+    """Count the fvu of some images, but not None (a refused image) and NaN (an embedding that equals the training mean)."""
     known = [fvu for fvu in fvus if fvu is not None and fvu == fvu]
     return Fit(len(known), sum(fvu >= POOR for fvu in known))
-
-
-def advice(fit: Fit, record: Mapping[str, Any]) -> str:
-    """One sentence of a poor fit in the run of this run.json: what was seen, and what to check."""
-    sae = record["sae"]
-    reads = f"{sae['site']}, {sae['n_inputs']} wide" + (f", of {sae['model']}" if sae["model"] else "")
-    return (
-        f"{fit.words()}: the SAE, taken to read {reads}, does not fit --clip {record['config']['clip']}; "
-        "check that it was trained on this model, on its final embedding, and whether on embeddings of length 1 "
-        "(--site embedding:l2), or let it pass with --allow-poor-fit"
-    )

@@ -1,16 +1,16 @@
-"""latents.parquet: one row per latent, whatever is known of it.
+"""latents.parquet: one row per latent, with everything that is known of it.
 
-    how often and how strongly it fires, where, with whom      jobs.index, through `statistics`
+    how often and how strongly it fires, where, with whom      jobs.index, through `saecore.query.statistics`
     what it is called, how surely                              jobs.name
 
-Both write through `merge`, each its own columns, in any order. Left out: a lock. Two writers at the same moment may lose the
-columns of one of them: run it again.
+Both jobs write through `merge`, each its own columns, in any order. Left out: a lock. If both write at the same moment, the
+columns of one may be lost; running that job again writes them.
 """
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from saecore.runs.run import parquet_bytes
+from saecore.runs.files import parquet_bytes
 from saecore.storage import is_file, join_uri, read_parquet, write_atomic
 
 NAME = "latents.parquet"
@@ -26,8 +26,8 @@ def read(run_uri: str) -> pa.Table | None:
 def merge(run_uri: str, table: pa.Table) -> pa.Table:
     """Add the columns of `table` to RUN/latents.parquet, or replace them there; returns what was written.
 
-    `table` has a column `latent`, each at most once. Latents in one of the two only get null in the columns of the other.
-    Columns that `table` does not name stay as they are, and so does metadata that it does not name.
+    `table` has a column `latent`, in which no latent is twice. A latent that only one of the two tables has gets null in the
+    columns of the other. Columns and metadata that `table` does not name stay as they are.
     """
     latent = table["latent"].cast(pa.int32())
     assert not latent.null_count, "a row without a latent"
@@ -47,9 +47,9 @@ def merge(run_uri: str, table: pa.Table) -> pa.Table:
 
 
 def lookup(table: pa.Table, more: pa.Table, key: str) -> pa.Table:
-    """`table` with the other columns of `more`'s row of the same key: the first of several, null where there is none.
+    """`table` with the other columns of the row of `more` that has the same key: of the first such row, null if there is none.
 
-    By position and not by `Table.join`, which knows no columns of lists.
+    Rows are looked up by position, since `Table.join` does not take columns of lists.
     """
     place = pc.index_in(table[key], more[key])
     for name in more.column_names:

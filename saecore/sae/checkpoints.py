@@ -1,24 +1,22 @@
-"""SAEs by address: the embedded one, our own folders, MSAE files (Zaigrajew et al. 2025, arXiv:2502.20578), and others'.
+"""SAEs by address: the embedded one, our own folders, and other people's files.
 
     demo                                        the embedded SAE
-    FOLDER                                      config.json and sae.safetensors, see `saecore.sae.model`; others' folders
-    FILE.pth, FILE.pt                           an MSAE checkpoint; its name is its configuration; others' single files
-    hf://OWNER/REPOSITORY[/PATH][@REVISION]     either of the last two on the Hugging Face Hub, cached by huggingface_hub
+    FOLDER                                      our config.json and sae.safetensors (`SAE.save` writes them), or another format
+    FILE.pth, FILE.pt                           an MSAE checkpoint, or a single file of another format
+    hf://OWNER/REPOSITORY[/PATH][@REVISION]     a folder or a file on the Hugging Face Hub, cached by huggingface_hub
 
-Others' formats, and how they are converted, are in `saecore.sae.formats` and `saecore.sae.embedding_formats`. Which one it is
-is told by the files that exist and by what they hold; a folder that could be two is refused. Where the SAE reads, its site,
-is told by the files too, or else by whoever loads it, and never guessed. An MSAE file whose name lost its configuration takes
-it from a JSON file beside it, FILE.pth.json, with the fields of `SAEConfig`.
+Other formats, and how they are converted, are in `saecore.sae.formats` and `saecore.sae.embedding_formats`. The files that
+exist, and what they hold, tell the format. A folder that could be of two formats is refused. Where an SAE reads, its site, is
+told by its files or else by whoever loads it, and never guessed.
 
 Nothing is unpickled freely: files of torch are read with `weights_only=True` and an allow-list of NumPy scalars.
 
-Left out: MSAE's list of nested levels and its loss weights, which neither file nor name holds beyond the first level.
+Left out: safetensors files without a folder, which do not say what their tensors are.
 """
 
 import dataclasses
 import re
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,21 +24,11 @@ from torch import Tensor
 from saecore.hub import snapshot
 from saecore.sae import embedding_formats, formats, sites
 from saecore.sae.config import SAEConfig, from_fields
-from saecore.sae.model import CONFIG_FILE, SAE, WEIGHTS_FILE, from_tensors, load_folder
-from saecore.untrusted import about, mapping, number, read_json_file, read_torch
+from saecore.sae.model import CONFIG_FILE, SAE, WEIGHTS_FILE
+from saecore.sae.soundness import check_sae
+from saecore.untrusted import about, read_json_file, read_safetensors, read_torch, shape_of
 
 DEMO = Path(__file__).parent.parent / "demo" / "sae"
-
-# n_d_activation[_k or sparsity weight][_weighting]_tied_normalize_softcap[_data]: fields that the tensors do not hold. A
-# Matryoshka file (weighting UW or RW) is at inference a TopK SAE whose k is the first nesting level.
-_MSAE_NAME = re.compile(
-    r"(?P<n>\d+)_(?P<d>\d+)_"
-    r"((?P<topk>(Batch)?TopK(abs)?(ReLU)?)_(?P<k>\d+)(_(?P<weighting>UW|RW))?|(?P<relu>(Jump)?ReLU)(_\d+)?)"
-    r"_(?P<tied>True|False)_(?P<normalize>True|False)_(?P<soft_cap>\d+(\.\d+)?)(_(?P<data>.*))?"
-)
-
-# dataset_model_split_kind_rows_width of the embeddings that it was trained on: the model as ViT-L~14.
-_MSAE_DATA = re.compile(r".+_(?P<model>[^_]+)_[^_]+_(?:image|text)_\d+_\d+")
 
 _SINGLE = (".pth", ".pt")
 
@@ -51,22 +39,30 @@ FOLDERS = formats.FOLDERS | embedding_formats.FOLDERS
 
 
 def load_sae(address: str, site: str = "") -> SAE:
-    """The SAE at `address` (forms above), in float32 on the CPU; ValueError in one sentence if it cannot be had.
+    """The SAE at `address` (forms above), in float32 on the CPU; ValueError in one sentence if it cannot be loaded.
 
-    `site` says where it reads, in the text form of `saecore.sae.sites`, where its files do not; what they do say it must not
-    deny.
+    `site` says where the SAE reads, in the text form of `saecore.sae.sites`. It is needed where the files do not say it, and
+    must not contradict them where they do.
     """
-    with about(f"--sae {address}"):
+    with about(address):
         try:
             sae = _load(address)
-        except OSError as error:  # of a file that may not be read, or is a folder
+        except OSError as error:  # a file that may not be read, or a folder in its place
             raise ValueError(f"cannot be read: {error}") from error
-    sae.config = dataclasses.replace(sae.config, site=sites.settled(sae.config.site, site, address))
+        sae.config = dataclasses.replace(sae.config, site=sites.settled(sae.config.site, site))
+    return sae
+
+
+def load_embedding_sae(address: str, site: str = "") -> SAE:
+    """The same, of an SAE that reads the image embedding. ValueError for one that reads inside the tower: none can run yet."""
+    sae = load_sae(address, site)
+    with about(address):
+        sites.check_embedding(sae.config.site, sae.config.model)
     return sae
 
 
 def _load(address: str) -> SAE:
-    """The same with an empty site where the files do not say it."""
+    """The SAE at `address`; its site is empty where the files do not say it."""
     if address == "demo":
         return load_folder(DEMO)
     remote = address.startswith("hf://")
@@ -83,18 +79,18 @@ def _load(address: str) -> SAE:
 
 
 def _read_folder(folder: Path) -> SAE:
-    found = [name for name, (files, _) in FOLDERS.items() if all(any(folder.glob(file)) for file in files)]
-    if "dictionary_learning" in found:  # a training that ended leaves its checkpoints beside it
-        found = [name for name in found if name != "dictionary_learning's checkpoints"]
+    names = [name for name, (files, _) in FOLDERS.items() if all(any(folder.glob(file)) for file in files)]
+    if "dictionary_learning" in names:  # its checkpoints stay in the folder when a training ends
+        names = [name for name in names if name != "dictionary_learning's checkpoints"]
     own = (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file()
-    if own + len(found) > 1:
-        raise ValueError(f"{folder}: expected the files of one SAE, found those of {', '.join(found + ['ours'] * own)}")
+    if own + len(names) > 1:
+        raise ValueError(f"{folder}: expected the files of one SAE, found those of {', '.join(names + ['ours'] * own)}")
     if own:
         return load_folder(folder)
-    if not found:
+    if not names:
         others = "; ".join(f"{' and '.join(files)} ({name})" for name, (files, _) in FOLDERS.items())
         raise ValueError(f"no SAE in {folder}: expected {CONFIG_FILE} and {WEIGHTS_FILE} there, or {others}")
-    return from_tensors(*FOLDERS[found[0]][1](folder), str(folder))
+    return from_tensors(*FOLDERS[names[0]][1](folder), str(folder))
 
 
 def _read_file(path: Path) -> SAE:
@@ -113,11 +109,11 @@ def _read_file(path: Path) -> SAE:
         return from_tensors(*embedding_formats.read_sem(path, content), path.name)
     if "tied_bias" in content:
         return from_tensors(*embedding_formats.read_dncbm(path, content), path.name)
-    return read_msae(path, content)
+    return from_tensors(*embedding_formats.read_msae(path, content), path.name)
 
 
 def _download(address: str) -> Path:
-    """A Hub address to the file, or the folder, in the local cache."""
+    """The file, or the folder, of a Hub address in the local cache."""
     location, _, revision = address.removeprefix("hf://").partition("@")
     parts = location.strip("/").split("/")
     if len(parts) < 2:
@@ -130,75 +126,49 @@ def _download(address: str) -> Path:
     else:
         files = {CONFIG_FILE, WEIGHTS_FILE, "activation_scaler.json"}.union(*(f for f, _ in FOLDERS.values()))
         wanted = [f"{inside}/{file}".lstrip("/") for file in sorted(files)]
-    # Not file by file: the listing tells which of them exist, and without a network the cache does.
+    # All at once: the repository's list of files, or the cache where there is no network, tells which of them exist.
     path = snapshot(repository, revision or None, lambda files: wanted) / inside
     if not path.exists():
         raise ValueError(f"no {inside} with an SAE in {repository}")
     return path
 
 
-def read_msae(path: Path, content: dict[str, Any]) -> SAE:
-    """An MSAE checkpoint, already read; ValueError if its name or specification, contents and shapes do not agree."""
-    missing = {"model", "mean_center", "scaling_factor"} - content.keys()
-    if missing:
-        raise ValueError(
-            f"{path.name} lacks {', '.join(sorted(missing))}: not an MSAE checkpoint; "
-            f"if a {CONFIG_FILE} beside it describes it, give its folder"
-        )
-    spec = Path(f"{path}.json")
-    config = _spec(spec) if spec.is_file() else _named(path)
-    model = mapping(content["model"], f"model in {path.name}")
-    tensors = {key: value for key, value in model.items() if key != "latents_activation_frequency"}
-    log_threshold = tensors.pop("activation.log_threshold", None)
-    again = tensors.pop("dead_activations.log_threshold", log_threshold)  # one parameter, registered twice
-    if log_threshold is not None:
-        if not (isinstance(log_threshold, Tensor) and isinstance(again, Tensor)):
-            raise ValueError(f"{path.name}: expected log_threshold to be a tensor")
-        if not torch.equal(log_threshold, again):
-            raise ValueError(f"{path.name}: expected two equal copies of log_threshold, found two that differ")
-        tensors["threshold"] = log_threshold.exp()
-    if config.architecture == "batchtopk":
-        tensors["threshold"] = torch.full((), torch.nan)  # MSAE stores none
-    tensors["mean"] = content["mean_center"]
-    # Stored number, never recomputed: two definitions of it are in circulation, with and without a square root.
-    tensors["scale"] = torch.tensor(number(content["scaling_factor"], f"scaling_factor in {path.name}"))
-    return from_tensors(config, tensors, path.name)
+# ---- From files to an SAE.
 
 
-def _named(path: Path) -> SAEConfig:
-    name = _MSAE_NAME.fullmatch(path.stem)
-    if name is None:
+def load_folder(folder: str | Path) -> SAE:
+    """An SAE that `SAE.save` wrote; ValueError if the folder holds none, or one that contradicts itself."""
+    folder = Path(folder)
+    if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
+        raise ValueError(f"no SAE in {folder}: expected {CONFIG_FILE} and {WEIGHTS_FILE} there")
+    config = read_json_file(folder / CONFIG_FILE)
+    if config.pop("format", None) != "relevance-map-sae" or config.pop("version", None) != 1:
         raise ValueError(
-            f"{path.name} is not named like an MSAE checkpoint (LATENTS_WIDTH_TopKReLU_K_..._...): its name is its "
-            f"configuration, so a renamed file needs one beside it, {path.name}.json with n_inputs, n_latents, k, architecture"
+            f"{folder / CONFIG_FILE} does not describe an SAE of this project (format relevance-map-sae, version 1)"
         )
-    data = _MSAE_DATA.fullmatch(name["data"] or "")
-    activation = name["topk"] or name["relu"]
-    architecture = {"ReLU": "relu", "JumpReLU": "jumprelu"}.get(activation)
-    by_magnitude = "abs" in activation
-    output = "relu" if activation.endswith("ReLU") else "signed"
-    if architecture is None:
-        architecture = "batchtopk" if activation.startswith("Batch") else "topk"
-        if (
-            by_magnitude and architecture == "topk"
-        ):  # |p| is what fires there; BatchTopK selects by it but keeps the sign
-            output = "absolute"
-    return SAEConfig(
-        n_inputs=int(name["d"]),
-        n_latents=int(name["n"]),
-        k=int(name["k"] or 0),
-        architecture=architecture,
-        output=output,
-        by_magnitude=by_magnitude,
-        normalise="layer_norm" if name["normalize"] == "True" else "none",
-        soft_cap=float(name["soft_cap"]),
-        tied=name["tied"] == "True",
-        nesting="levels" if name["weighting"] else "none",
-        nested=(int(name["k"]),) if name["weighting"] else (),
-        source=f"MSAE checkpoint {path.name}",
-        model=data["model"].replace("~", "/") if data else "",
+    known = {field.name for field in dataclasses.fields(SAEConfig)}
+    if set(config) - known:
+        raise ValueError(
+            f"{folder / CONFIG_FILE} has unknown fields {sorted(set(config) - known)}; a newer version wrote it"
+        )
+    return from_tensors(
+        from_fields(config, str(folder / CONFIG_FILE)), read_safetensors(folder / WEIGHTS_FILE), str(folder)
     )
 
 
-def _spec(path: Path) -> SAEConfig:
-    return from_fields({"source": f"MSAE checkpoint {path.stem}", **read_json_file(path)}, path.name)
+def from_tensors(config: SAEConfig, tensors: dict[str, Tensor], where: str) -> SAE:
+    """Fill an SAE from named tensors of the shapes that `config` asks for; ValueError names the first that differs."""
+    # Only the shapes: nothing is allocated because a config claims it, before its file is known to hold it.
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in SAE(config).state_dict().items()}
+    shapes = {name: shape_of(tensor, f"SAE tensor {name!r} in {where}") for name, tensor in tensors.items()}
+    for name in sorted(expected.keys() | shapes.keys(), key=str):
+        if expected.get(name) != shapes.get(name):
+            raise ValueError(
+                f"SAE tensor {name!r} in {where}: expected shape {expected.get(name)}, found {shapes.get(name)}"
+            )
+    sae = SAE(config)
+    sae.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    sae = sae.eval().requires_grad_(False)
+    check_sae(sae, where)
+    return sae

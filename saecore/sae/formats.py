@@ -18,8 +18,7 @@ they do not: saev never, dictionary_learning as sae-for-vlm writes it neither. W
 before its SAE saw them is in none of these files.
 
 Left out, and refused by name: gated, temporal, transcoders, group-max; pickled configs and whole modules (legacy ViT-Prisma,
-patchSAE, overcomplete). MSAE is in `saecore.sae.checkpoints`, others that read the embedding in
-`saecore.sae.embedding_formats`.
+patchSAE, overcomplete). SAEs that read the embedding, such as MSAE, are in `saecore.sae.embedding_formats`.
 """
 
 import itertools
@@ -35,7 +34,7 @@ from saecore.sae.config import SAEConfig
 from saecore.untrusted import mapping, number, read_json, read_safetensors, read_torch, scalar, shape_of, shown, whole
 
 Converted = tuple[SAEConfig, dict[str, Tensor]]
-"""What `saecore.sae.model.from_tensors` takes; the site is empty where the files do not say it."""
+"""What `saecore.sae.checkpoints.from_tensors` takes; the site is empty where the files do not say it."""
 
 # ---- Checking and converting.
 

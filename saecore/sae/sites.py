@@ -23,7 +23,7 @@ FIRST = ("l2", "mean")
 
 GRAMMAR = "embedding[:l2] or layerN[.residual|.mlp][:cls|:patches|:all][:l2|:mean]"
 
-EXAMPLES = "--site embedding, --site embedding:l2, --site layer10.residual:patches"
+EXAMPLES = "embedding, embedding:l2, layer10.residual:patches"
 
 _FORM = re.compile(
     r"(?:embedding|layer(?P<layer>0|[1-9]\d{0,3})(?:\.(?P<part>residual|mlp))?(?::(?P<tokens>cls|patches|all))?)"
@@ -78,34 +78,29 @@ def parse(text: str) -> Site:
 # ---- What is done with them.
 
 
-def settled(said: str, given: str, address: str) -> str:
+def settled(said: str, given: str) -> str:
     """The site of an SAE whose file says `said` and whose user says `given`, either of which may be empty.
 
-    ValueError if neither says it, or the two do not agree.
+    ValueError if neither says it, or if the two contradict each other.
     """
     if not given:
         if said:
             return said
         raise ValueError(
-            f"--sae {address}: its file does not say where the SAE reads, and its width cannot tell; say it by --site, which "
-            f"is {GRAMMAR}: {EXAMPLES}"
+            "its file does not say where the SAE reads, and its width cannot tell; give its site, which is "
+            f"{GRAMMAR}, for example {EXAMPLES}"
         )
-    try:
-        wanted = parse(given)
-    except ValueError as error:
-        raise ValueError(f"--site {error}") from error
+    wanted = parse(given)
     if said and not parse(said).admits(wanted):
-        raise ValueError(
-            f"--site {given}: the file of --sae {address} says that it reads {said}, which is not the same"
-        )
+        raise ValueError(f"its file says that the SAE reads {said}, which is not the same as the given site {given}")
     return str(wanted)
 
 
-def check_embedding(site: str, model: str, address: str) -> None:
+def check_embedding(site: str, model: str) -> None:
     """ValueError for an SAE that reads inside the tower, where none can run yet."""
     if parse(site).layer is not None:
         of = f" of {model}" if model else ""
         raise ValueError(
-            f"--sae {address} reads {site}{of}, inside the tower; only SAEs that read the image embedding (site embedding or "
-            "embedding:l2) run today"
+            f"it reads {site}{of}, inside the tower; only SAEs that read the image embedding (site embedding or embedding:l2) "
+            "run today"
         )

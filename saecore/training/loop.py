@@ -30,8 +30,10 @@ from saecore.sae.model import CONFIG_FILE, SAE
 from saecore.sae.sites import Site
 from saecore.spellings import published
 from saecore.storage import exists, join_uri, names_in, read_bytes, read_json, write_atomic
-from saecore.training.embeddings import Batches, Survey, open_embeddings, survey
+from saecore.training.batches import Batches
+from saecore.training.embeddings import open_embeddings
 from saecore.training.recipe import Recipe, pace
+from saecore.training.survey import Survey, survey
 from saecore.training.trainer import Trainer, Worker
 
 CHECKPOINT_FILE, TRAINING_FILE = "checkpoint.pt", "training.json"

@@ -2,9 +2,9 @@
 
     {name}_{clip}_{split}_{image|text}_{N}_{d}.npy      with "/" of the CLIP's id as "~"
 
-It has no npy header, whatever its name says: `np.load` fails on it. `np.memmap(path, np.float32, "r").reshape(N, d)` reads
-it. Readers take the shape from the last two fields alone, so that the others may hold underscores. A trap of MSAE's own
-reader: a path with "repr" anywhere in it is taken for SAE activations.
+The file has no npy header, whatever its name says, so `np.load` fails and `np.memmap(path, np.float32, "r").reshape(N, d)`
+reads it. Readers take the shape from the last two fields only, so that other fields may hold underscores. MSAE's own reader
+has a trap: it takes a path with "repr" anywhere in it for SAE activations.
 
 Left out: object stores, where nothing can be mapped into memory.
 """
@@ -14,26 +14,26 @@ from pathlib import Path
 
 import numpy as np
 
-from saecore.runs import run as runs
+from saecore.runs.files import scan_table
 from saecore.storage import atomic_file, writing
 
 
 def file_name(name: str, clip: str, split: str, kind: str, shape: tuple[int, int]) -> str:
-    """`kind` is `image` or `text`. A CLIP that is a folder goes by the folder's name."""
+    """The name of the file; `kind` is `image` or `text`. A CLIP that is a folder has the folder's name here."""
     model = Path(clip).resolve().name if Path(clip).exists() else clip.replace("/", "~")
     return "_".join([name, model, split, kind, *map(str, shape)]) + ".npy"
 
 
 def image_rows(uri: str) -> Iterator[np.ndarray]:
-    """The embeddings of a complete run, some rows at a time: images that were not refused, in the order of image_id."""
-    for batch in runs.scan(uri, "images", ["embedding"]):
+    """The embeddings of a complete run in pieces: those of images that were not refused, in the order of image_id."""
+    for batch in scan_table(uri, "images", ["embedding"]):
         rows = batch["embedding"].drop_null()
         if len(rows):
             yield rows.flatten().to_numpy().reshape(len(rows), -1)
 
 
 def write(target: Path, rows: Iterable[np.ndarray], shape: tuple[int, int]) -> None:
-    """Rows, in pieces, to a file of `shape` that appears whole or not at all."""
+    """Write rows, which come in pieces, to a file of `shape`, which appears whole or not at all."""
     written = 0
     with atomic_file(target) as file:
         for piece in rows:

@@ -16,11 +16,11 @@ import torch.distributed
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from saecore.evaluation.quality import calibrate
+from saecore.sae.calibration import calibrate
 from saecore.sae.model import SAE
-from saecore.training.embeddings import Survey, geometric_median
 from saecore.training.objectives import objective
 from saecore.training.recipe import Recipe, pace
+from saecore.training.survey import Survey, geometric_median
 
 MAX_DEAD_AFTER = 1_000_000
 """Embeddings without firing after which a latent is dead at the latest."""

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import __main__ as benchmark
-from benchmarks import maps as timing
-from benchmarks import naive_maps
-from saecore.pipeline.inference import explain
+from benchmarks import maps, naive_maps
+from benchmarks.__main__ import main
+from saecore.methods import METHODS
+from saecore.relevance.explain import explain_latents
+from tests.helpers.mistakes import mistake
 from tests.helpers.towers import SHAPES, random_pixels, random_sae, random_tower
 
 
@@ -22,10 +23,10 @@ def test_naive_ways_give_our_maps(shape: dict[str, Any]) -> None:
     plain = naive_maps.with_plain_attention(model)
     assert model.config._attn_implementation == "sdpa"
     with torch.inference_mode():
-        ours = explain(tower, sae, pixels, latents, ("chefer",))["chefer"].relevance
+        ours = explain_latents(tower, sae, pixels, latents, ("chefer",))["chefer"].relevance
     for way in (naive_maps.once, naive_maps.repeated, naive_maps.each):
-        maps = way(plain, sae, tower.normalise(pixels), latents)
-        assert (maps - ours).abs().max() / ours.abs().max() < 1e-5, way
+        theirs = way(plain, sae, tower.normalise(pixels), latents)
+        assert (theirs - ours).abs().max() / ours.abs().max() < 1e-5, way
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -57,7 +58,7 @@ def test_rows_by_hand() -> None:
     seconds["contrib"][1] *= 3  # something else went on
     seconds["naive each"] = seconds["naive each"][:1]
     bounds = {"contrib": 1.05, "dense": 1.05, "attention": 1.0}
-    rows = {name: timing.row_of(name, seconds, bounds) for name in seconds}
+    rows = {name: maps.row_of(name, seconds, bounds) for name in seconds}
     assert {name: row.seconds for name, row in rows.items()} == once
     assert [row.timed for row in rows.values()] == [3, 3, 3, 3, 3, 1]
     assert rows["contrib"].forwards == pytest.approx(1.1)
@@ -69,9 +70,9 @@ def test_rows_by_hand() -> None:
     ]  # dense by transformers, attention within the noise
     assert [rows[name].cheap for name in bounds] == [True, False, True]
     assert rows["naive each"].bound is rows["forward"].met is None
-    without = timing.row_of("contrib", {"forward": [2.0], "transformers": [2.5], "contrib": [2.2]}, bounds)
+    without = maps.row_of("contrib", {"forward": [2.0], "transformers": [2.5], "contrib": [2.2]}, bounds)
     assert without.cheaper is without.cheap is None
-    printed = timing.table(list(rows.values())).splitlines()
+    printed = maps.table(list(rows.values())).splitlines()
     assert len({len(line) for line in printed}) == 1
     assert [cell.strip() for cell in printed[5].split("|")[4:8]] == [
         "1.040",
@@ -92,7 +93,7 @@ def test_what_is_dear_is_timed_less_often() -> None:
     ways = {
         name: (lambda name=name, cost=cost: takes(name, cost)) for name, cost in (("f", 1), ("two", 2), ("fifty", 50))
     }
-    timed = timing.time_in_turn(ways, 8, lambda: clock[0])
+    timed = maps.time_in_turn(ways, 8, lambda: clock[0])
     assert timed == {"f": [1] * 8, "two": [2] * 8, "fifty": [50]}
     assert order != sorted(order, key=list(ways).index)
 
@@ -100,25 +101,25 @@ def test_what_is_dear_is_timed_less_often() -> None:
 def test_a_table_of_every_way(capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
     asked = ["maps", "--shapes", "demo", "--batch-size", "2", "--rounds", "1", "--threads", "1", "--latents", "300"]
-    assert benchmark.main([*asked, "--k", "4", "--naive-latents", "1", "--json"]) == 0
+    assert main([*asked, "--k", "4", "--naive-latents", "1", "--json"]) == 0
     assert torch.get_num_threads() == threads
-    found = json.loads(capsys.readouterr().out)
-    (table,) = found["tables"]
+    answer = json.loads(capsys.readouterr().out)
+    (table,) = answer["tables"]
     rows = {row["way"]: row for row in table.pop("rows")}
     assert table == {"shape": "demo", "batch_size": 2, "device": "cpu", "threads": 1}
     assert list(rows)[:2] == ["forward", "transformers"]
-    assert {*benchmark.METHODS} - {*rows} == {"occlusion"}
-    assert {*rows} - {*benchmark.METHODS} == {
+    assert {*METHODS} - {*rows} == {"occlusion"}
+    assert {*rows} - {*METHODS} == {
         "forward",
         "transformers",
         "legrad cls, 1 layer",
         "occlusion 8x8",
-        *timing.NAIVE,
+        *maps.NAIVE,
     }
     assert all(row[name] > 0 for row in rows.values() for name in ("seconds", "forwards", "transformers", "cheaper"))
     assert rows["forward"]["forwards"] == rows["transformers"]["transformers"] == rows["naive each"]["cheaper"] == 1
     assert {row["bound"] for row in rows.values()} == {None}  # bounds are on 32 latents of the large shapes
-    assert benchmark.main([*asked, "--method", "chefer", "--naive-latents", "0"]) == 0
+    assert main([*asked, "--method", "chefer", "--naive-latents", "0"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[2] == "demo, 2 images at once, k = 32; cpu, 1 thread, CPU time"
     assert [line.split("|")[1].strip() for line in printed[5:]] == ["forward", "transformers", "chefer"]
@@ -137,5 +138,4 @@ def test_a_table_of_every_way(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_a_mistake_is_one_sentence(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert benchmark.main(["maps", *arguments]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {said}")
+    assert mistake(main, ["maps", *arguments], capsys).startswith(said)

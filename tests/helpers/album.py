@@ -9,7 +9,7 @@ import pyarrow as pa
 from PIL import Image
 
 from jobs import explain
-from saecore.demo import scenes
+from saecore.demo import drawing, scenes
 from saecore.runs import latents
 
 HOSTILE = "<script>alert(1)</script>.jpg"
@@ -27,9 +27,9 @@ N_IMAGES = N_SCENES + 3
 def write(folder: Path) -> Path:
     """The run, with `input.tar` beside it."""
     wide = io.BytesIO()
-    picture = Image.fromarray(scenes.render(scenes.scene_at(7, 1), 200))
+    picture = Image.fromarray(drawing.render(scenes.scene_at(7, 1), 200))
     picture.resize((320, 200)).save(wide, "PNG")
-    members = {f"{index:06d}.jpg": scenes.jpeg(scenes.scene_at(7, index), 192) for index in range(N_SCENES)}
+    members = {f"{index:06d}.jpg": drawing.jpeg(scenes.scene_at(7, index), 192) for index in range(N_SCENES)}
     members |= {HOSTILE: members["000003.jpg"], WIDE: wide.getvalue(), BROKEN: b"no image"}
     with tarfile.open(folder / "input.tar", "w") as tar:
         for name, data in members.items():

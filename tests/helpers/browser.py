@@ -1,6 +1,6 @@
 """A real headless Chromium, and pictures of pages for people to look at.
 
-python -m tests.helpers.browser runs/demo/report      every kind of page, to runs/screenshots, and the README's two to
+python -m tests.helpers.browser runs/demo/report      every kind of page, to runs/screenshots, and those that the pages show to
 docs/
 """
 
@@ -34,7 +34,7 @@ ARGUMENTS = [
 def installed() -> str | None:
     """Where Chromium or Chrome is: $CHROMIUM, or a program of that name."""
     names = ("chromium", "chromium-browser", "google-chrome")
-    return os.environ.get("CHROMIUM") or next((found for name in names if (found := shutil.which(name))), None)
+    return os.environ.get("CHROMIUM") or next((place for name in names if (place := shutil.which(name))), None)
 
 
 @contextmanager
@@ -70,7 +70,7 @@ def photograph(page: Page, name: str, most: int = 6000) -> Path:
 
 
 def main(report: Path) -> None:
-    """Every kind of page of the demo's report, light and wide, dark and narrow; of these the README's two as JPEG."""
+    """Every kind of page of the demo's report, light and wide, dark and narrow; those that docs/ has as JPEG."""
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     kinds = {"overview": "index.html", "latents": "latents.html", "latent": "latents/9.html", "image": "images/0.html"}
     schemes: tuple[Literal["light", "dark"], ...] = ("light", "dark")

@@ -8,5 +8,5 @@ def photographs() -> dict[str, np.ndarray]:
     import skimage.data
     from sklearn.datasets import load_sample_images
 
-    found = {name: getattr(skimage.data, name)() for name in ("astronaut", "chelsea", "coffee", "rocket")}
-    return found | dict(zip(("china", "flower"), load_sample_images().images, strict=True))
+    pictures = {name: getattr(skimage.data, name)() for name in ("astronaut", "chelsea", "coffee", "rocket")}
+    return pictures | dict(zip(("china", "flower"), load_sample_images().images, strict=True))

@@ -6,7 +6,8 @@ from typing import Any
 import pyarrow as pa
 
 from saecore import schema, storage
-from saecore.runs import run as runs
+from saecore.runs.files import parquet_bytes
+from saecore.runs.run import open_run
 
 N_LATENTS = 6
 GRID = (1, 3)
@@ -40,8 +41,8 @@ def write(place: Path | str, chunks: int = 3, methods: tuple[str, ...] = METHODS
     ]
     plan = pa.Table.from_pylist([{**row, **fixed} for row in rows[:chunks]], schema=schema.PLAN)
     made_by = {"command": "python -m planted", "grid": list(GRID), "n_latents": N_LATENTS}
-    run = runs.open_run(uri, {"schema": schema.VERSION, "methods": list(methods)}, made_by, lambda: plan)
-    storage.write_atomic(storage.join_uri(uri, "plan.parquet"), runs.parquet_bytes(plan, 10))
+    run = open_run(uri, {"schema": schema.VERSION, "methods": list(methods)}, made_by, lambda: plan)
+    storage.write_atomic(storage.join_uri(uri, "plan.parquet"), parquet_bytes(plan, 10))
     tags = {"methods": ",".join(methods), "grid_height": "1", "grid_width": "3"}
     for chunk in run.pending()["chunk_id"].to_pylist():
         payload = explained(chunk, methods)

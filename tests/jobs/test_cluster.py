@@ -1,19 +1,20 @@
 """A cluster that does not answer is told at once; a small collection runs in this process, whatever the choice the same run."""
 
-import functools
 import json
 import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jobs import cluster, embed, explain, index, pipeline, train
-from saecore.images.listing import Shard, list_shards
+from saecore.images.listing import list_shards
 from tests.conftest import N_SCENES, command
+from tests.helpers.mistakes import mistake
 from tests.jobs.test_jobs import assert_same_rows
 
 
@@ -41,14 +42,12 @@ def listener(request: pytest.FixtureRequest) -> Iterator[int]:
             connection.close()
 
 
-def refusal(capsys: pytest.CaptureFixture[str], main: object, argv: list[str]) -> str:
+def refusal(capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], int], argv: list[str]) -> str:
     """The one sentence of a mistake, told within 15 s."""
     began = time.monotonic()
-    assert main(argv) == 2  # type: ignore[operator]
-    said = capsys.readouterr().err
+    said = mistake(main, argv, capsys)
     assert time.monotonic() - began < 15
-    assert said.startswith("error: RAY_ADDRESS=")
-    assert said.count("\n") == 1
+    assert said.startswith("RAY_ADDRESS=")
     return said
 
 
@@ -121,50 +120,97 @@ def test_a_living_cluster_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster.check_answers()
 
 
+# ---- How a cluster is divided.
+
+
+@pytest.mark.parametrize(
+    ("told", "cluster_has", "pool"),
+    [
+        # (replicas, GPUs per replica), (CPUs, GPUs), (replicas, device, CPUs each, GPUs each, threads)
+        ((0, -1), (16, 4), (4, "cuda", 1, 1, 0)),
+        ((2, -1), (16, 4), (2, "cuda", 1, 1, 0)),
+        ((0, 0.5), (16, 2), (4, "cuda", 1, 0.5, 0)),
+        ((0, 0.3), (16, 1), (3, "cuda", 1, 0.3, 0)),
+        ((0, 2), (16, 5), (2, "cuda", 1, 2, 0)),
+        ((0, 0.1), (16, 1), (10, "cuda", 1, 0.1, 0)),
+        ((0, 0.6), (16, 2), (2, "cuda", 1, 0.6, 0)),  # not 3: no GPU has room for a second
+        ((4, 0.4), (16, 2), (4, "cuda", 1, 0.4, 0)),
+        ((0, 0), (16, 4), (1, "cpu", 14, 0, 16)),
+        ((0, -1), (16, 0), (1, "cpu", 14, 0, 16)),
+        ((3, -1), (16, 0), (3, "cpu", 4, 0, 5)),
+        ((0, -1), (2, 0), (1, "cpu", 1, 0, 2)),
+    ],
+)
+def test_a_cluster_is_divided(told: tuple[int, float], cluster_has: tuple[int, float], pool: tuple[Any, ...]) -> None:
+    divided = cluster.divided(*told, *cluster_has)
+    assert divided[:5] == pool
+    assert divided.on_ray
+    # Ray could place it: the replicas, and a CPU task beside them.
+    assert divided.replicas * divided.gpus_per_replica <= cluster_has[1] + 1e-9
+    assert divided.replicas * divided.cpus_per_replica + 1 <= cluster_has[0]
+
+
+@pytest.mark.parametrize(
+    ("told", "cluster_has", "sentence"),
+    [
+        ((0, 1), (16, 0), "1 replicas of 1 GPUs need more than the 0 GPUs"),
+        ((3, -1), (16, 2), "3 replicas of 1 GPUs need more than the 2 GPUs"),
+        ((3, 0.6), (16, 2), "3 replicas of 0.6 GPUs need more than the 2 GPUs"),
+        ((0, 2), (16, 1), "1 replicas of 2 GPUs need more than the 1 GPUs"),
+        ((0, -1), (4, 4), "4 replicas of 1 CPUs leave none of the cluster's 4 CPUs"),
+        ((2, -1), (2, 0), "2 replicas of 1 CPUs leave none of the cluster's 2 CPUs"),
+    ],
+)
+def test_what_a_cluster_does_not_carry(told: tuple[int, float], cluster_has: tuple[int, float], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        cluster.divided(*told, *cluster_has)
+
+
 # ---- In this process, or on Ray.
 
 
-def chosen(monkeypatch: pytest.MonkeyPatch, shards: list[Shard], *flags: str) -> cluster.Pool:
+def chosen(monkeypatch: pytest.MonkeyPatch, shards: Path, *flags: str) -> cluster.Pool:
     """The pool of a command, with a Ray that takes no time to start."""
-    found = cluster.Pool(2, "cpu", 1.0, 0.0, 1, on_ray=True)
-    monkeypatch.setattr(cluster, "make_pool", lambda replicas, gpus_per_replica: found)
-    arguments = pipeline.Arguments("run", ("x",), local="--local" in flags, ray="--ray" in flags)
-    if "--replicas" in flags:
-        arguments = pipeline.Arguments("run", ("x",), replicas=2)
-    if "--limit" in flags:
-        arguments = pipeline.Arguments("run", ("x",), limit=20)
-    return pipeline.make_pool(arguments, shards, functools.partial(pipeline.plan, arguments, shards))
+    on_ray = cluster.Pool(2, "cpu", 1.0, 0.0, 1, on_ray=True)
+    monkeypatch.setattr(cluster, "make_pool", lambda replicas, gpus_per_replica: on_ray)
+    arguments = pipeline.Arguments(
+        out=str(shards / "no run"),
+        images=(str(shards),),
+        local="--local" in flags,
+        ray="--ray" in flags,
+        replicas=2 if "--replicas" in flags else 0,
+        limit=20 if "--limit" in flags else 0,
+    )
+    return pipeline.make_pool(arguments, pipeline.Inputs(arguments, arguments.images))
 
 
 def test_few_images_stay_in_this_process_unless_told_otherwise(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    held = list_shards([str(shards)])
-    pool = chosen(monkeypatch, held)
+    pool = chosen(monkeypatch, shards)
     assert not pool.on_ray
     assert pool.why.startswith(f"in this process: {N_SCENES} images")
     assert "--ray" in pool.why
     for flag in ("--ray", "--replicas"):
-        assert chosen(monkeypatch, held, flag).on_ray
-        assert chosen(monkeypatch, held, flag).why == ""
-    assert chosen(monkeypatch, held, "--local").why == ""
+        assert chosen(monkeypatch, shards, flag).on_ray
+        assert chosen(monkeypatch, shards, flag).why == ""
+    assert chosen(monkeypatch, shards, "--local").why == ""
     with monkeypatch.context() as patch:
         patch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
-        assert chosen(monkeypatch, held).on_ray
-        assert not chosen(monkeypatch, held, "--local").on_ray
+        assert chosen(monkeypatch, shards).on_ray
+        assert not chosen(monkeypatch, shards, "--local").on_ray
     monkeypatch.setattr(pipeline, "SMALL_IMAGES", N_SCENES - 1)
-    pool = chosen(monkeypatch, held)
+    pool = chosen(monkeypatch, shards)
     assert pool.on_ray
     assert pool.why.startswith("on Ray: ")
     assert "--local" in pool.why
-    assert not chosen(monkeypatch, held, "--limit").on_ray
+    assert not chosen(monkeypatch, shards, "--limit").on_ray
 
 
 def test_many_bytes_go_on_ray_without_a_plan(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their plan may take long; a limit of few images needs only the first shards'."""
-    held = list_shards([str(shards)])
-    monkeypatch.setattr(pipeline, "SMALL_BYTES", sum(shard.bytes for shard in held) - 1)
-    assert not chosen(monkeypatch, held, "--limit").on_ray
-    monkeypatch.setattr(pipeline, "plan", lambda *given: pytest.fail("the plan was made"))
-    assert chosen(monkeypatch, held).on_ray
+    monkeypatch.setattr(pipeline, "SMALL_BYTES", sum(shard.bytes for shard in list_shards([str(shards)])) - 1)
+    assert not chosen(monkeypatch, shards, "--limit").on_ray
+    monkeypatch.setattr(pipeline, "plan_chunks", lambda *given: pytest.fail("the plan was made"))
+    assert chosen(monkeypatch, shards).on_ray
 
 
 def test_the_choice_is_said_and_changes_no_row(
@@ -196,5 +242,4 @@ def test_flags_that_contradict_each_other(
 
     if torch.cuda.is_available() and "--gpus-per-replica" in flags:
         pytest.skip("there is a GPU here")
-    assert explain.main(command(shards, tmp_path / "run", *flags)) == 2
-    assert flags[1] in capsys.readouterr().err
+    assert flags[1] in mistake(explain.main, command(shards, tmp_path / "run", *flags), capsys)

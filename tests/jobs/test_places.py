@@ -14,6 +14,7 @@ from jobs import embed, explain, index, measure, name, query, report, train
 from saecore.query import results
 from tests.conftest import command
 from tests.helpers import disks
+from tests.helpers.mistakes import mistake
 from tests.jobs.test_jobs import assert_same_rows
 
 Job = Callable[[list[str]], int]
@@ -78,9 +79,8 @@ def test_a_place_that_takes_no_file_is_told_before_work_begins(
     ):
         if why == "Read-only":
             disks.read_only(small_disk)
-        code, said = told(writers(tmp_path / place, shards, album_run, embeddings)[writer], capsys)
-        assert code == 2
-        assert said.startswith("error: ")
+        main, argv = writers(tmp_path / place, shards, album_run, embeddings)[writer]
+        said = mistake(main, argv, capsys)
         assert str(tmp_path / place.split("/")[0]) in said
         assert why in said or why == "file"
         assert sorted(tmp_path.rglob("*")) == held
@@ -92,9 +92,8 @@ def test_a_run_that_may_only_be_read_is_told_before_work_begins(
 ) -> None:
     run = Path(shutil.copytree(local_run, small_disk / "run"))
     disks.read_only(small_disk)
-    code, said = told((job.main, ["--run", str(run)]), capsys)  # type: ignore[attr-defined]
-    assert code == 2
-    assert said == f"error: --run {run} cannot be written: Read-only file system\n"
+    said = mistake(job.main, ["--run", str(run)], capsys)  # type: ignore[attr-defined]
+    assert said == f"--run {run} cannot be written: Read-only file system"
 
 
 def test_what_is_complete_needs_no_writing(
@@ -131,6 +130,7 @@ def test_a_disk_that_fills_midway(
     assert_same_rows(run, local_run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writer", [writer for writer in WRITERS if writer not in ("explain", "query")])
 def test_a_disk_that_fills_midway_in_other_jobs(
     writer: str,
@@ -190,8 +190,7 @@ def test_an_address_that_lacks_a_slash_or_an_empty_one_makes_no_folder(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, said = told((job.main, [word.format(shards=shards) for word in argv]), capsys)  # type: ignore[attr-defined]
-    assert code == 2
+    said = mistake(job.main, [word.format(shards=shards) for word in argv], capsys)  # type: ignore[attr-defined]
     assert "too few slashes" in said or "nothing is named" in said
     assert list(tmp_path.iterdir()) == []
 
@@ -207,11 +206,9 @@ def test_a_refused_folder_is_left_as_it_was(
     (others / "letter.txt").write_text("dear")
     before = sorted(tmp_path.rglob("*")), (run / "run.json").read_bytes()
     for out, more in ((others, ()), (images, ()), (run, ("--k", "4"))):
-        code, said = told((explain.main, command(images, out, "--local", *more)), capsys)
-        assert code == 2
-        assert f"--out {out} holds" in said
-    code, said = told((embed.main, ["--images", str(images), "--clip", "demo", "--out", str(run), "--local"]), capsys)
-    assert "holds an 'explain' run" in said
+        assert f"--out {out} holds" in mistake(explain.main, command(images, out, "--local", *more), capsys)
+    into_a_run = ["--images", str(images), "--clip", "demo", "--out", str(run), "--local"]
+    assert "holds an 'explain' run" in mistake(embed.main, into_a_run, capsys)
     assert (sorted(tmp_path.rglob("*")), (run / "run.json").read_bytes()) == before
 
 

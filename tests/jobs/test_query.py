@@ -1,12 +1,9 @@
-"""The command line, the README's examples word for word, and readers that do not know this package."""
+"""The command line, and readers that do not know this package."""
 
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import duckdb
@@ -20,8 +17,9 @@ from jobs import index, query
 from saecore import schema
 from saecore.query import results
 from saecore.runs import latents
-from saecore.runs import run as runs
+from saecore.runs.files import TABLES
 from tests.helpers import planted
+from tests.helpers.mistakes import mistake
 from tests.helpers.planted import IDS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -70,7 +68,7 @@ def test_every_answer_fits_the_terminal(
     assert max(map(len, said)) <= width
     assert "\x1b" not in "".join(said)
     header = re.split(r"\s+", said[0].strip())
-    assert header[0] in {"latent", "image_id", "rank", "low"}
+    assert header[0] in {"latent", "key", "image_id", "rank", "low"}
     marked = [line for line in said if re.search(r"(allows|sea|a name that.*…) \?( |$)", line)]
     assert not marked or "".join(said).replace("\n", " ").count("did not pass the thresholds") == 1
     if width == 200:
@@ -178,7 +176,7 @@ def test_a_target_is_what_was_typed(run: str, capsys: pytest.CaptureFixture[str]
         assert query.main(["target", run, spelling]) == 0
         said.append(capsys.readouterr().out)
     assert len(set(said)) == 1
-    assert said[0].split()[:2] == ["image_id", "cosine"]
+    assert said[0].split()[:2] == ["key", "cosine"]
     assert "pre_activation" not in said[0]
 
 
@@ -241,10 +239,7 @@ def test_a_damaged_run_is_told_by_the_name_of_its_file(
     shutil.copytree(run, tmp_path / "run")
     place = tmp_path / "run" / file
     place.unlink() if damage == "gone" else place.write_bytes(place.read_bytes()[:40])
-    assert query.main(["maps", str(tmp_path / "run"), "a.jpg"]) == 2
-    said = capsys.readouterr().err
-    assert file in said
-    assert said.count("\n") == 1
+    assert file in mistake(query.main, ["maps", str(tmp_path / "run"), "a.jpg"], capsys)
 
 
 def test_json_of_what_json_does_not_know(run: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -270,13 +265,20 @@ def test_compare_shows_both_ends(run: str, capsys: pytest.CaptureFixture[str]) -
     ("arguments", "complaint"),
     [
         (["query", "top", "{run}", "6"], "latent 6: this run's are 0 to 5"),
+        (["query", "top", "{run}", "-1"], "latent -1: this run's are 0 to 5"),
+        (["query", "top", "{run}", "sea"], "LATENT sea is no number: did you mean latent 3, sea?"),
+        (
+            ["query", "cofiring", "{run}", "NAME that"],
+            "did you mean latent 0, a name that is as long as the vocabulary",
+        ),
+        (["query", "histogram", "{run}", "sky"], "LATENT sky is no number, and no latent of this run has that name"),
         (["query", "top", "/no/such/run", "6"], "/no/such/run holds no run"),
         (["query", "top", "{run}", "0", "--n", "0"], "--n 0: must be at least 1"),
         (["query", "histogram", "{run}", "0", "--bins", "-1"], "--bins -1"),
         (["query", "image", "{run}", "z.jpg"], "image z.jpg"),
         (["query", "image", "{run}", "9" * 23], "image 99999999999999999999999: this run has none of that key"),
         (["query", "image", "{run}", "7"], "image 7: this run has none of that number"),
-        (["query", "target", "{run}", "text:y"], "target text:y: this run's, beside latents, are text: x"),
+        (["query", "target", "{run}", "text:y"], "target text:y: besides latents, this run explains text: x"),
         (["query", "histogram", "{run}", "0", "--bins", "10001"], "--bins 10001: must be at most 10,000"),
         (["query", "find", "{run}", " "], "WORDS is empty"),
         (["query", "compare", "{run}", ""], "CONDITION is empty"),
@@ -300,19 +302,14 @@ def test_a_mistake_is_one_sentence(
     arguments: list[str], complaint: str, run: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job, *given = (argument.format(run=run) for argument in arguments)
-    assert JOBS[job].main(given) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.startswith("error: ")
-    assert said.err.count("\n") == 1
-    assert complaint in said.err
+    assert complaint in mistake(JOBS[job].main, given, capsys)
 
 
 def test_every_table_in_every_reader(local_run: Path, tmp_path: Path) -> None:
     """The same values, and maps as bytes, in DuckDB, pandas and Polars, of a real run."""
     shutil.copytree(local_run, tmp_path / "run")
     assert index.main(["--run", str(tmp_path / "run")]) == 0
-    for name in (*runs.TABLES, "by_latent", "top_images", "latents.parquet"):
+    for name in (*TABLES, "by_latent", "top_images", "latents.parquet"):
         place = str(tmp_path / "run" / name)
         files = place if name.endswith(".parquet") else f"{place}/*.parquet"
         columns = {
@@ -324,25 +321,10 @@ def test_every_table_in_every_reader(local_run: Path, tmp_path: Path) -> None:
         assert len(columns["pandas"]) >= 5
 
 
-def readme(section: str, language: str) -> list[str]:
-    text = (ROOT / "README.md").read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
-    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
-
-
-def test_the_readme_does_what_it_says(
-    local_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Its commands and its Python, word for word, on fewer scenes than `make demo` has."""
-    shutil.copytree(local_run, tmp_path / "runs" / "demo")
-    monkeypatch.chdir(tmp_path)
-    (commands,) = readme("Questions to a run", "bash")
-    asked = [shlex.split(line, comments=True) for line in commands.splitlines() if "runs/photos" not in line]
-    assert len(asked) == 9
-    for python, flag, module, *arguments in asked:
-        assert (python, flag) == (".venv/bin/python", "-m")
-        assert JOBS[module.removeprefix("jobs.")].main(arguments) == 0
-    assert "counted       80 latents" in capsys.readouterr().out
-    blocks = readme("Questions to a run", "python")
-    assert len(blocks) == 2
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-W", "error", "-c", "\n".join(blocks)], check=True, env=environment)
+@pytest.mark.parametrize("name", query.QUESTIONS)
+def test_help_has_an_example_that_is_a_question(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        query.main([name, "--help"])
+    assert ended.value.code == 0
+    (example,) = re.findall(r"Example: python -m jobs\.query (.*)", capsys.readouterr().out)
+    assert type(query.parse(shlex.split(example))) is query.QUESTIONS[name]

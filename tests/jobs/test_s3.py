@@ -1,6 +1,6 @@
 """Shards, a run, its index, its names and its pages on a server that speaks S3 (moto): the same content as on a disk."""
 
-import subprocess
+import shlex
 import tarfile
 import urllib.request
 from collections.abc import Iterator
@@ -16,6 +16,8 @@ from saecore.images.listing import list_shards
 from saecore.query import results
 from saecore.storage import filesystem_of
 from tests.conftest import command
+
+pytestmark = pytest.mark.slow
 
 LOOSE = ("x #1+%20.jpg", "ü & ö.jpg")
 """Names that need escaping."""
@@ -53,21 +55,25 @@ def album(shards: Path, settings: str, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
+def named_next(said: str) -> list[tuple[str, list[str]]]:
+    """The commands that jobs.explain names at its end: each one's job and arguments."""
+    lines = [shlex.split(line, comments=True) for line in said.partition("\nNext:\n")[2].splitlines() if line]
+    assert all(line[:2] == ["python", "-m"] for line in lines)
+    assert [line[2] for line in lines] == ["jobs.index", "jobs.name", "jobs.report"]
+    return [(line[2].removeprefix("jobs."), line[3:]) for line in lines]
+
+
 def test_a_run_from_shards_to_pages(
-    album: Path, settings: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    album: Path, settings: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     there, here = f"s3://bucket/run{settings}", str(tmp_path / "run")
-    answers = []
     for images, out in ((f"s3://bucket/album/{settings}", there), (str(album), here)):
         assert explain.main(command(images, out, "--local")) == 0
-        told = capsys.readouterr().out.partition("Look at ")[2]
-        asked = subprocess.run(["bash", "-c", told.partition("\n\n")[2]], capture_output=True, text=True, check=True)
-        lines = [line.replace("│", "").split() for line in asked.stdout.splitlines() if ".jpg" in line]
-        answers.append([(latent, images) for latent, images, *_ in lines])
-        assert index.main(["--run", out]) == 0
-        assert name.main(["--run", out]) == 0
-    assert len(answers[0]) == 5
-    assert answers[0] == answers[1]
+        for job, given in named_next(capsys.readouterr().out):
+            assert {"index": index, "name": name, "report": report}[job].main(given) == 0
+    assert (tmp_path / "report" / "index.html").exists()
+    assert (tmp_path / "run" / "report" / "index.html").exists()
     assert tables(there) == tables(here)
     shown = results.open(there).sql("SELECT key FROM images WHERE error IS NULL ORDER BY image_id")
     assert shown["key"].to_pylist()[:2] == [f"photos/{called}" for called in LOOSE]
@@ -87,9 +93,9 @@ def tables(uri: str) -> dict[str, pa.Table]:
         "maps": "SELECT * FROM maps ORDER BY image_id, latent",
         "latents": "SELECT * FROM latents ORDER BY latent",
     }
-    found = {table: run.sql(text) for table, text in asked.items()}
-    assert all(table.num_rows for table in found.values())
-    return found | {"top": run.top_images(53, 5, maps=True).drop_columns("uri")}
+    answers = {table: run.sql(text) for table, text in asked.items()}
+    assert all(table.num_rows for table in answers.values())
+    return answers | {"top": run.top_images(53, 5, maps=True).drop_columns("uri")}
 
 
 @pytest.mark.parametrize(

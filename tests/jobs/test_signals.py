@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from jobs import explain
-from saecore.demo import scenes
+from saecore.demo import writing
 from tests.conftest import command
 from tests.jobs.test_jobs import ROOT, descendants
+
+pytestmark = pytest.mark.slow
 
 RESUMES = "stopped: the same command resumes from here\n"
 AGAIN = "stopped: the same command starts again\n"
@@ -53,7 +55,7 @@ def commits(run: Path, n: int = 2) -> Callable[[], bool]:
 @pytest.fixture
 def many(tmp_path: Path) -> Path:
     """Enough images to be stopped among them."""
-    scenes.write_shards(tmp_path / "scenes", 192, 4)
+    writing.write_shards(tmp_path / "scenes", 192, 4)
     return tmp_path / "scenes"
 
 
@@ -80,7 +82,7 @@ def test_stopped_in_the_middle(where: str, number: int, group: bool, code: int, 
     [
         (
             "jobs.explain",
-            "jobs.explain.load_models",
+            "saecore.towers.clip.load_tower",
             ["--images", "{shards}", "--clip", "demo", "--sae", "demo", "--out", "{out}"],
         ),
         ("jobs.embed", "saecore.towers.clip.load_tower", ["--images", "{shards}", "--clip", "demo", "--out", "{out}"]),

@@ -9,15 +9,17 @@ import pytest
 from PIL import Image
 
 from jobs import explain, index, name, query, report
-from saecore.demo import scenes
+from saecore.demo import drawing, scenes
 from saecore.query import results
 from saecore.report.pages import Site
 from saecore.report.views import Views
 from tests.helpers.reading import Page, check_links
 
+pytestmark = pytest.mark.slow
+
 
 def photograph() -> bytes:
-    return scenes.jpeg(scenes.scene_at(7, 3), 192)
+    return drawing.jpeg(scenes.scene_at(7, 3), 192)
 
 
 def plain(side: int, colour: tuple[int, int, int]) -> bytes:
@@ -45,7 +47,16 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     for number, data in enumerate(FOLDERS[request.param]()):
         (folder / "images" / f"{number:02}.jpg").write_bytes(data)
     given = ["--images", str(folder / "images"), "--clip", "demo", "--sae", "demo", "--out", str(folder / "run")]
-    how = ["--batch-size", "16", "--embeddings", "--local", "--targets", "kept", "text:a red square", "concept:red"]
+    how = [
+        "--batch-size",
+        "16",
+        "--keep-embeddings",
+        "--local",
+        "--targets",
+        "kept",
+        "text:a red square",
+        "concept:red",
+    ]
     assert explain.main([*given, *how]) == 0
     return folder / "run"
 
@@ -69,7 +80,7 @@ def test_every_job_reads_it(run: Path) -> None:
         assert query.main([question, str(run), *about]) == 0
     site = Site(Views(results.open(str(run))), live=True)
     assert all(site.latent(latent) for latent in range(80))
-    assert all(site.image(view) for view in site.views.images(site.views.image_ids(range(images))))
+    assert all(site.image(view) for view in site.views.images(site.run.tables.numbering.image_ids(range(images))))
     assert all([site.overview(), site.latent_list(site.views.by_rate, {}), site.image_list([]), site.found("red", 60)])
     if (run / "preview.png").exists():
         assert np.asarray(Image.open(run / "preview.png")).std() > 0

@@ -115,11 +115,11 @@ def zero(_: bytes) -> bytes:
 def test_an_image_for_which_a_stage_raises_is_refused(n: int) -> None:
     stage, given = Stage({n}, lambda: AssertionError("no such\ncolour")), numbers(n, (1,) if n > 2 else ())
     before = given.to_pylist()
-    found = survive(stage, given, "data", zero).to_pylist()
-    assert [row["error"] for row in found] == [*(row["error"] for row in before[:-1]), RAISED]
-    assert found[-1]["data"] is None
-    assert found[-1]["error_detail"].startswith("AssertionError: no such colour (__call__, test_isolation.py:")
-    assert [row["data"] for row in found[1:-1]] == [(2 * i).to_bytes(2, "big") for i in range(2, n)]
+    survivors = survive(stage, given, "data", zero).to_pylist()
+    assert [row["error"] for row in survivors] == [*(row["error"] for row in before[:-1]), RAISED]
+    assert survivors[-1]["data"] is None
+    assert survivors[-1]["error_detail"].startswith("AssertionError: no such colour (__call__, test_isolation.py:")
+    assert [row["data"] for row in survivors[1:-1]] == [(2 * i).to_bytes(2, "big") for i in range(2, n)]
     assert given.to_pylist() == before
     assert stage.calls <= 4 + 2 * n.bit_length()
 

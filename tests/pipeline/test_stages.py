@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from saecore import schema
-from saecore.demo import scenes
+from saecore.demo import drawing, scenes
 from saecore.images import decode as images
-from saecore.pipeline import inference
-from saecore.pipeline.stages import Decode, Explain, ExplainConfig
+from saecore.pipeline.config import ExplainConfig
+from saecore.pipeline.stages import Decode, Explain
+from saecore.relevance.explain import explain_latents
 
 CONFIG = ExplainConfig(clip="demo", sae="demo", k=5, batch_size=4, embeddings=True)
 
@@ -43,7 +44,7 @@ def raw(*data: bytes | None) -> pa.Table:
 
 
 def scene(index: int) -> bytes:
-    return scenes.jpeg(scenes.scene_at(scenes.SEED_EVALUATION, index), 96)
+    return drawing.jpeg(scenes.scene_at(scenes.SEED_EVALUATION, index), 96)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_rows_say_what_the_models_computed(decode: Decode, explain: Explain) -> 
         with torch.inference_mode():
             embedding = explain.infer.tower.embed(pixels)
             code, reconstruction = explain.infer.sae.encode_sparse(embedding), explain.infer.sae.reconstruct(embedding)
-            maps = inference.explain(explain.infer.tower, explain.infer.sae, pixels, code.latents[:, :5])["contrib"]
+            maps = explain_latents(explain.infer.tower, explain.infer.sae, pixels, code.latents[:, :5])["contrib"]
         np.testing.assert_allclose(row["embedding"], embedding[0], rtol=1e-4, atol=1e-4)
         assert row["l0"] == int((code.activations > 0).sum())
         assert row["cosine"] == pytest.approx(float(torch.cosine_similarity(embedding, reconstruction)), abs=1e-5)

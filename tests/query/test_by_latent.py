@@ -12,10 +12,11 @@ import pytest
 from benchmarks import synthetic
 from jobs import index
 from saecore.query import by_latent, indexing, results
-from saecore.query.tables import read_record
 from saecore.runs import latents
-from saecore.runs import run as runs
+from saecore.runs.files import TABLES, open_dataset
+from saecore.runs.record import read_complete
 from saecore.schema import ACTIVATIONS
+from tests.helpers.mistakes import mistake
 
 N_LATENTS = 50
 
@@ -35,7 +36,7 @@ def grown(folder: Path, images: int) -> str:
 
 def indexed(uri: str, *more: str) -> by_latent.Index:
     assert index.main(["--run", uri, "--top", "25", *more]) == 0
-    found = by_latent.read_index(uri, read_record(uri)["fingerprint"])
+    found = by_latent.read_index(uri, read_complete(uri).fingerprint)
     assert found is not None
     return found
 
@@ -50,7 +51,7 @@ def test_it_is_the_activations_in_another_order(tmp_path: Path) -> None:
     (segment,) = held.segments
     files = [pq.ParquetFile(tmp_path / "run" / file.path) for file in segment.rows]
     rows = pa.concat_tables([file.read() for file in files])
-    assert rows.equals(order(runs.dataset(uri, "activations").to_table()))
+    assert rows.equals(order(open_dataset(uri, "activations").to_table()))
     assert [file.metadata.num_rows for file in files] == [400, 400, 400, 400, 200]
     assert {file.schema_arrow.remove_metadata() for file in files} == {ACTIVATIONS}
     assert {file.schema_arrow.metadata[b"fingerprint"].decode() for file in files} == {held.fingerprint}
@@ -73,7 +74,7 @@ def test_a_look_up_opens_the_files_of_its_latent_alone(tmp_path: Path) -> None:
         assert 2 <= len(needed) <= 5
         hidden = [tmp_path / "run" / file.path for file in (*segment.rows, *segment.top) if file.path not in needed]
         # Of the run itself, the first chunk alone: its files say how maps were made, and of what type columns are.
-        hidden += [path for table in runs.TABLES for path in sorted((tmp_path / "run" / table).glob("*"))[1:]]
+        hidden += [path for table in TABLES for path in sorted((tmp_path / "run" / table).glob("*"))[1:]]
         for path in hidden:
             path.rename(path.with_suffix(".hidden"))
         assert results.open(uri).top_images(latent, 25, maps=True).equals(wanted[latent])
@@ -120,7 +121,8 @@ def test_the_same_command_again_does_nothing(tmp_path: Path, capsys: pytest.Capt
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     capsys.readouterr()
     indexed(uri)
-    assert capsys.readouterr().out == f"{uri} is indexed: nothing to do\n"
+    said = f"{uri} is indexed: nothing to do\nnext          python -m jobs.name --run {uri}\n"
+    assert capsys.readouterr().out == said
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     # Nor does it when it was stopped between the index and the statistics, but for these.
     (tmp_path / "run" / "latents.parquet").unlink()
@@ -162,14 +164,9 @@ def test_the_index_of_another_run_is_refused(tmp_path: Path, capsys: pytest.Capt
     uri = grown(tmp_path / "run", 64)
     held = indexed(uri)
     by_latent.write_index(uri, dataclasses.replace(held, fingerprint="another", segments=held.segments))
-    with pytest.raises(ValueError, match="indexes another run"):
+    with pytest.raises(ValueError, match="is the index of another run"):
         results.open(uri)
-    capsys.readouterr()
-    assert index.main(["--run", uri]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
-    assert "--rebuild" in said
+    assert "--rebuild" in mistake(index.main, ["--run", uri], capsys)
     assert indexed(uri, "--rebuild").segments == held.segments
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from saecore.query.maps import Maps, peaks
+from saecore.query.maps import ImageMaps, peaks
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_peaks(
 
 def test_a_table_of_maps() -> None:
     values = np.array([[[0, 2, 0], [-3, 1, 0]], [[4, 2, 0], [-3, 1, 0]]], np.float32)
-    maps = Maps(values, [7, None], [None, "text: x"], ["contrib"] * 2, np.array([0.5, 0.25], np.float32))
+    maps = ImageMaps(values, [7, None], [None, "text: x"], ["contrib"] * 2, np.array([0.5, 0.25], np.float32))
     for_7 = {"latent": 7, "target": None, "row": 1, "column": 2, "strongest": 2.0, "sum": 0.0, "remainder": 0.5}
     for_x = {
         "latent": None,
@@ -43,5 +43,5 @@ def test_a_table_of_maps() -> None:
 
 
 def test_no_map_is_an_empty_table() -> None:
-    none = Maps(np.zeros((0, 2, 3), np.float32), [], [], [], np.zeros(0, np.float32))
+    none = ImageMaps(np.zeros((0, 2, 3), np.float32), [], [], [], np.zeros(0, np.float32))
     assert none.table().num_rows == 0

@@ -65,7 +65,7 @@ def test_top_images_of_a_text(run: Results) -> None:
     for spelling in ("text:x", "text:  x", " text : x ", "text:\tx\n"):
         assert run.top_images_of(spelling, 3, method="chefer", maps=True).equals(found)
     for unknown in ("red", "x", "concept: x", "text: y", "text:", ""):
-        with pytest.raises(ValueError, match=f"target {unknown}: this run's, beside latents, are text: x"):
+        with pytest.raises(ValueError, match=f"target {unknown}: besides latents, this run explains text: x"):
             run.top_images_of(unknown)
     with pytest.raises(ValueError, match="method legrad: this run has maps by contrib, chefer"):
         run.top_images_of("text: x", method="legrad", maps=True)
@@ -127,6 +127,12 @@ def test_compare(run: Results) -> None:
     assert found[3]["p"] == pytest.approx(1 / 10)  # of ten ways to choose two of five images, one is this one
     assert found[0]["odds_ratio"] == pytest.approx(1.5 * 0.5 / (3.5 * 1.5))
     assert run.compare("width > 30", "width < 30")["images_b"].to_pylist() == [0, 2, 2]
+    wide, narrow = [IDS["d.jpg"], IDS["e.jpg"]], np.array([IDS["a.jpg"], IDS["b.jpg"]])
+    assert run.compare(wide).equals(run.compare("width > 30"))
+    assert run.compare(wide, narrow).equals(run.compare("width > 30", "width < 30"))
+    assert run.compare("width > 30", narrow).equals(run.compare(wide, "width < 30"))
+    with pytest.raises(ValueError, match="set_a does not exist"):
+        run.sql("FROM set_a")
 
 
 def test_sql(run: Results) -> None:
@@ -314,7 +320,12 @@ def test_images_beyond_the_copied_ones_are_looked_up(tmp_path: Path, monkeypatch
         (lambda run: run.maps("a.jpg", "tea"), "method tea: this run has maps by contrib, chefer"),
         (lambda run: run.compare("wdith > 3"), "no condition on images: .*wdith"),
         (lambda run: run.compare("width > 99"), r"no image meets the condition width > 99"),
-        (lambda run: run.compare("width > 0"), r"no image meets the condition \(width > 0\) IS NOT TRUE"),
+        (lambda run: run.compare("width > 0"), "every image meets the condition width > 0, so none"),
+        (lambda run: run.compare("width > 0", "width < 0"), "no image meets the condition width < 0"),
+        (lambda run: run.compare([7]), r"no image meets the condition image_id IN \(FROM set_a\)"),
+        (lambda run: run.compare([0, 1], [1, 1 << 32]), "1 images are in both sets"),
+        (lambda run: run.crop_box("bad.jpg"), r"image bad.jpg: it was refused \(truncated\)"),
+        (lambda run: run.picture("a.jpg"), "image a.jpg: its file cannot be read from /shard-0.tar any more"),
         (lambda run: run.compare("width > 10", "width > 30"), "2 images are in both sets"),
     ],
 )

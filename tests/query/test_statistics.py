@@ -9,7 +9,7 @@ import pytest
 from benchmarks import synthetic
 from jobs import index
 from saecore.query import results, statistics
-from saecore.runs import run as runs
+from saecore.runs.files import of_chunks, open_dataset, read_manifest
 from saecore.schema import LATENTS
 from tests.helpers import planted
 from tests.helpers.planted import IDS
@@ -47,13 +47,13 @@ def test_against_numpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = synthetic.write_run(str(tmp_path / "run"), 300, latents=40, k=6, grid=(2, 3), chunk_size=32)
     assert index.main(["--run", run.uri]) == 0
     found = results.open(run.uri).latents.to_pylist()
-    rows = runs.dataset(run.uri, "activations").to_table()
+    rows = open_dataset(run.uri, "activations").to_table()
     latent, activation = rows["latent"].to_numpy(), rows["activation"].to_numpy()
     image_ids, image = np.unique(rows["image_id"].to_numpy(), return_inverse=True)
     fires = np.zeros((300, 40))
     fires[image, latent] = 1
     pairs, alone = fires.T @ fires, fires.sum(0)
-    maps = runs.dataset(run.uri, "maps").to_table()
+    maps = open_dataset(run.uri, "maps").to_table()
     values = np.frombuffer(b"".join(maps["map"].to_pylist()), np.int8).reshape(-1, 6).clip(0).astype(float)
     extent = values.sum(1) ** 2 / (6 * (values**2).sum(1))
     for row in found:
@@ -92,8 +92,8 @@ def test_co_firing_of_a_large_run_is_counted_on_chunks_spread_over_it(
     assert index.main(["--run", run.uri]) == 0
     found = results.open(run.uri).latents.to_pylist()[0]
     assert found["images"] > 160
-    some = runs.of_chunks(runs.read_manifest(run.uri), np.array([0, 4, 9, 14, 19]))
-    rows = runs.dataset(run.uri, "activations", some).to_table()
+    some = of_chunks(read_manifest(run.uri), np.array([0, 4, 9, 14, 19]))
+    rows = open_dataset(run.uri, "activations", some).to_table()
     own = rows["image_id"].filter(pc.equal(rows["latent"], 0))
     other = rows["image_id"].filter(pc.equal(rows["latent"], found["co_latents"][0]))
     assert found["co_share"][0] == pytest.approx(len(set(own.to_pylist()) & set(other.to_pylist())) / len(own))

@@ -2,23 +2,32 @@
 
 import copy
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from saecore.methods import DECOMPOSE, METHODS, PRECISE, Options, dtype_of, parse_methods, parse_targets
-from saecore.pipeline.inference import explain
+from saecore.methods import DECOMPOSE, METHODS, RECORDS, Options, dtype_of, parse_methods, parse_targets
+from saecore.relevance.explain import explain_latents
 from saecore.relevance.maps import completeness_error
-from saecore.relevance.targets import Targets, Words, concept_weights, words_of
+from saecore.relevance.targets import Targets, concept_weights, word_targets
 from saecore.sae.checkpoints import load_sae
 from saecore.sae.model import SAE
 from saecore.towers.clip import ClipTower
-from saecore.towers.tower import ImageTower
+from tests.helpers.derivations import (
+    Layer,
+    assert_close,
+    embed,
+    fused,
+    ours,
+    plain_forward,
+    read,
+    replayed,
+    some_latents,
+)
 from tests.helpers.towers import SHAPES, demo_tower, random_pixels, random_sae, random_tower
-from tests.towers.test_cls_path import replayed
 
 ALL = [*range(len(SHAPES)), "demo"]
 
@@ -30,74 +39,6 @@ def models(which: Any) -> tuple[Any, ClipTower, SAE]:
         return tower.vision, tower, load_sae("demo")
     model, tower = random_tower(**SHAPES[which])
     return model.vision_model, tower, random_sae()
-
-
-def some_latents(sae: SAE, images: int, k: int) -> Tensor:
-    return torch.randint(0, sae.config.n_latents, (images, k), generator=torch.Generator().manual_seed(3))
-
-
-def ours(
-    tower: ImageTower,
-    sae: SAE,
-    pixels: Tensor,
-    latents: Tensor,
-    method: str,
-    words: Words | None = None,
-    **options: Any,
-) -> Tensor:
-    with torch.inference_mode():
-        return explain(tower, sae, pixels, latents, (method,), Options(**options), words)[method].relevance
-
-
-def assert_close(found: Tensor, expected: Any) -> None:
-    expected = np.asarray(expected)
-    assert np.abs(found.numpy() - expected).max() / np.abs(expected).max() < 1e-5
-
-
-class Layer(NamedTuple):
-    """One layer of a plain forward in float64, with autograd's graph: all tokens, the whole attention."""
-
-    entering: Tensor
-    A: Tensor  # (B, H, N, N)
-    leaving: Tensor
-    q: Tensor  # (B, N, D)
-    k: Tensor
-
-
-def plain_forward(tower: ClipTower, pixels: Tensor) -> list[Layer]:
-    """All layers over pixels."""
-    vision = copy.deepcopy(tower.vision).double()
-    return plain_layers(vision, vision.pre_layrnorm(vision.embeddings(tower.normalise(pixels))))
-
-
-def plain_layers(vision: Any, hidden: Tensor) -> list[Layer]:
-    """Attention as written in the paper; every layer's A is a variable that can be differentiated by."""
-    found = []
-    for layer in vision.encoder.layers:
-        attention, normed = layer.self_attn, layer.layer_norm1(hidden)
-        flat = [part(normed) for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
-        q, k, v = (part.unflatten(-1, (vision.config.num_attention_heads, -1)).transpose(1, 2) for part in flat)
-        A = torch.softmax(q @ k.transpose(2, 3) * attention.scale, -1)
-        A = A if A.requires_grad else A.requires_grad_()
-        after = hidden + attention.out_proj((A @ v).transpose(1, 2).flatten(2))
-        leaving = after + layer.mlp(layer.layer_norm2(after))
-        found.append(Layer(hidden, A, leaving, flat[0], flat[1]))
-        hidden = leaving
-    return found
-
-
-def embed(tower: ClipTower, token: Tensor, exact: bool) -> Tensor:
-    """Final LayerNorm and projection, float64; the deviation is a constant to autograd unless `exact`."""
-    norm = tower.vision.post_layernorm
-    deviation = (token.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
-    normed = (token - token.mean(-1, keepdim=True)) / (deviation if exact else deviation.detach())
-    return (normed * norm.weight.double() + norm.bias.double()) @ tower.projection.weight.double().T
-
-
-def read(sae: SAE, embedding: Tensor, latents: Tensor) -> Tensor:
-    """Pre-activations (B, k) of an embedding, float64."""
-    pre = ((embedding - sae.mean) * sae.scale - sae.pre_bias) @ sae.encoder.double() + sae.latent_bias
-    return pre.gather(1, latents)
 
 
 def by_formula(name: str, D: list[np.ndarray], layers: list[Layer]) -> np.ndarray:
@@ -193,14 +134,6 @@ def rolled(attention: list[np.ndarray], gradients: Any, discard: float) -> np.nd
     return np.stack(found)
 
 
-def fused(A: np.ndarray, G: np.ndarray, discard: float) -> np.ndarray:
-    """(H, n, N) each -> what rollout keeps of their product (n, N)."""
-    product = A.mean(0) * G.mean(0)
-    flat = product.ravel().copy()
-    flat[np.argsort(flat)[: int(discard * flat.size)]] = 0
-    return np.maximum(flat, 0).reshape(product.shape)
-
-
 @pytest.mark.parametrize("block", [1, 3])
 @pytest.mark.parametrize("which", ALL)
 def test_occlusion_is_transformers_run_again_without_the_tokens(which: Any, block: int) -> None:
@@ -265,10 +198,10 @@ def test_decompositions_and_their_remainder_add_up(which: Any, layers: int, norm
     for normalise in ("none", "layer_norm", "constant_norm"):
         sae = SAE(dataclasses.replace(plain.config, normalise=normalise)).requires_grad_(False)
         sae.load_state_dict(plain.state_dict())
-        words = words_of(sae, texts, n_texts=2, n_latents=6, positive=False)
+        words = word_targets(sae, texts, n_texts=2, n_latents=6, positive=False)
         pixels, latents = random_pixels(tower, 4), some_latents(sae, 4, 20)
         with torch.inference_mode():
-            found = explain(tower, sae, pixels, latents, DECOMPOSE, Options(layers=layers, norm=norm), words)
+            found = explain_latents(tower, sae, pixels, latents, DECOMPOSE, Options(layers=layers, norm=norm), words)
             embedding = tower.embed(pixels)
             z = Targets(sae, latents, words).values(embedding[:, None])[:, 0]
             pre = sae.pre_activations(embedding).gather(1, latents)
@@ -288,7 +221,7 @@ def test_read_outs_of_texts_and_concepts(normalise: str, exact: bool) -> None:
     generator = torch.Generator().manual_seed(6)
     texts = torch.randn(3, 24, generator=generator).double()
     x = torch.randn(5, 24, generator=generator).double().requires_grad_()
-    words = words_of(sae, texts.numpy(), n_texts=1, n_latents=4, positive=True)
+    words = word_targets(sae, texts.numpy(), n_texts=1, n_latents=4, positive=True)
     targets = Targets(sae, torch.randint(0, 96, (5, 2), generator=generator), words)
     z = targets.values(x[:, None])[:, 0]
     cosine = (x @ texts[0]) / x.norm(dim=-1) / texts[0].norm()
@@ -337,7 +270,7 @@ def test_several_methods_share_one_forward() -> None:
     forwards = []
     tower.register_forward_hook(lambda *_: forwards.append(1))
     with torch.inference_mode():
-        together = explain(tower, sae, pixels, latents, METHODS)
+        together = explain_latents(tower, sae, pixels, latents, METHODS)
     assert len(forwards) == 1
     for name in METHODS:
         torch.testing.assert_close(
@@ -350,8 +283,8 @@ def test_heads_add_up_to_the_map(name: str) -> None:
     _, tower, sae = models(0)
     pixels, latents = random_pixels(tower, 3), some_latents(sae, 3, 5)
     with torch.inference_mode():
-        whole = explain(tower, sae, pixels, latents, (name,))[name]
-        by_head = explain(tower, sae, pixels, latents, (name,), heads=True)[name]
+        whole = explain_latents(tower, sae, pixels, latents, (name,))[name]
+        by_head = explain_latents(tower, sae, pixels, latents, (name,), heads=True)[name]
     assert by_head.relevance.shape[2] == tower.n_heads
     assert by_head.relevance.std(2).mean() > 0
     torch.testing.assert_close(by_head.relevance.sum(2), whole.relevance, rtol=1e-4, atol=1e-5)
@@ -366,8 +299,8 @@ def test_methods_in_bfloat16_are_nearly_the_same() -> None:
         tower, sae = demo_tower(), load_sae("demo")
         tower.run_in(dtype)
         with torch.inference_mode():
-            found.append(explain(tower, sae, pixels, latents, METHODS))
-    for name in set(METHODS) - set(PRECISE):
+            found.append(explain_latents(tower, sae, pixels, latents, METHODS))
+    for name in [name for name in METHODS if not RECORDS[name].needs_float32]:
         exact, rounded = (maps[name].relevance for maps in found)
         assert rounded.dtype == torch.float32
         largest = exact.abs().amax(-1).clamp(min=1e-6)  # gradeclip has maps that are zero everywhere
@@ -407,22 +340,22 @@ def test_what_is_asked_for_is_read_as_written() -> None:
     assert (wanted.kept, wanted.latents, wanted.texts, wanted.concepts) == (True, (3, 17), ("a red: square",), ("red",))
     assert wanted.labels() == ["text: a red: square", "concept: red"]
     for wrong in ("contrib,lrp", "", "contrib,,chefer"):
-        with pytest.raises(ValueError, match=r"--method .*: must be"):
+        with pytest.raises(ValueError, match=r"method .*: must be"):
             parse_methods(wrong)
     for targets in (["latents:"], ["latents:3,x"], ["text:"], ["words:red"], ["kept:3"], ["no-kept:3"], [""]):
-        with pytest.raises(ValueError, match=r"--targets '.*': must be"):
+        with pytest.raises(ValueError, match=r"targets '.*': must be"):
             parse_targets(targets)
     with pytest.raises(ValueError, match="at least one"):
         parse_targets([])
-    with pytest.raises(ValueError, match="--targets kept no-kept: one asks for what the other leaves away"):
+    with pytest.raises(ValueError, match="targets kept no-kept: one asks for what the other omits"):
         parse_targets(["no-kept", "text:x", "kept"])
-    with pytest.raises(ValueError, match="--targets no-kept leaves nothing to explain"):
+    with pytest.raises(ValueError, match="targets no-kept leaves nothing to explain"):
         parse_targets(["no-kept"])
     for options, said in (
-        ({"norm": "loose"}, "--norm 'loose' is not one of auto, frozen, exact"),
-        ({"layers": -1}, "--layers -1"),
-        ({"discard": 1.0}, "--discard 1.0"),
-        ({"block": 0}, "--block 0"),
+        ({"norm": "loose"}, "norm 'loose' is not one of auto, frozen, exact"),
+        ({"layers": -1}, "layers -1"),
+        ({"discard": 1.0}, "discard 1.0"),
+        ({"block": 0}, "block 0"),
     ):
         with pytest.raises(ValueError, match=said):
             Options(**options).check()

@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, linear
 
 from saecore.methods import DEFAULT_OPTIONS, METHODS, RECORDS, Options
-from saecore.pipeline import inference
-from saecore.pipeline.inference import explain
-from saecore.relevance.targets import Targets, Words, words_of
+from saecore.relevance.explain import FUNCTIONS, explain_latents
+from saecore.relevance.targets import Targets, WordTargets, word_targets
 from saecore.sae.model import SAE, SAEConfig
 from saecore.towers.clip import ClipTower
 from saecore.towers.tower import ImageTower
@@ -153,7 +152,7 @@ class Case(NamedTuple):
     sae: SAE
     pixels: Tensor
     latents: Tensor
-    words: Words
+    words: WordTargets
     scores: list[Score]  # of both latents, two texts and a concept
     blank: Score
     vision: Any  # transformers' model, float64
@@ -161,7 +160,9 @@ class Case(NamedTuple):
 
     def maps(self, method: str, **options: Any) -> Tensor:
         with torch.inference_mode():
-            found = explain(self.tower, self.sae, self.pixels, self.latents, (method,), Options(**options), self.words)
+            found = explain_latents(
+                self.tower, self.sae, self.pixels, self.latents, (method,), Options(**options), self.words
+            )
         return found[method].relevance
 
     def embed(self, token: Tensor) -> Tensor:
@@ -181,7 +182,7 @@ def case_of(model: Any, tower: ImageTower, normalise: str) -> Case:
     sae = SAE(SAEConfig(tower.n_outputs, 96, k=8, normalise=normalise)).requires_grad_(False)
     sae.load_state_dict(plain.state_dict())
     texts = np.random.default_rng(6).standard_normal((4, tower.n_outputs)).astype(np.float32)
-    words = words_of(sae, texts[:3], n_texts=2, n_latents=4, positive=False, blank=texts[3:])
+    words = word_targets(sae, texts[:3], n_texts=2, n_latents=4, positive=False, blank=texts[3:])
     pixels, latents = random_pixels(tower, 3), torch.tensor([[3, 41]] * 3)
     scores = [pre_activation(sae, latent) for latent in (3, 41)]
     scores += [cosine(torch.from_numpy(text).double()) for text in texts[:2]]
@@ -255,8 +256,8 @@ def test_frozen_norms_give_another_map(clip: Case, method: str) -> None:
 LAYERS = {0: "all", 1: "last", 2: "last 2", None: "none"}
 
 
-def test_the_table_of_methods_in_readme_says_what_the_code_does() -> None:
-    lines = (Path(__file__).parent.parent.parent / "README.md").read_text().splitlines()
+def test_the_table_of_methods_in_the_docs_says_what_the_records_say() -> None:
+    lines = (Path(__file__).parent.parent.parent / "docs" / "maps.md").read_text().splitlines()
     start = next(at for at, line in enumerate(lines) if line.startswith("| `--method` |"))
     assert [cell.strip() for cell in lines[start].split("|")[3:8]] == [
         "norm",
@@ -272,7 +273,7 @@ def test_the_table_of_methods_in_readme_says_what_the_code_does() -> None:
         name, _, *cells = (cell.strip() for cell in line.split("|")[1:-1])
         table[re.findall(r"`(\w+)`", name)[0]] = cells
     assert list(table) == list(METHODS)
-    assert list(RECORDS) == list(inference.METHODS)
+    assert list(RECORDS) == list(FUNCTIONS)
     for name, (norm, layers, target, units, published) in table.items():
         record = RECORDS[name]
         assert (norm, layers, target) == (record.norm, LAYERS[record.layers], record.target), name
@@ -305,11 +306,11 @@ def test_methods_of_one_run_have_each_its_norm_and_read_outs_are_computed_once_f
 
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
         patch.setattr(Targets, "read_outs", counted)
-        together = explain(tower, sae, pixels, latents, asked)
+        together = explain_latents(tower, sae, pixels, latents, asked)
     assert sorted(computed) == [False, True]
     for name in asked:
         with torch.inference_mode():
-            alone = explain(tower, sae, pixels, latents, (name,))[name]
+            alone = explain_latents(tower, sae, pixels, latents, (name,))[name]
         torch.testing.assert_close(together[name].relevance, alone.relevance)
 
 
@@ -317,5 +318,5 @@ def test_legrad_of_siglip_says_what_it_lacks() -> None:
     _, tower = random_siglip(**SIGLIP)
     sae, pixels = random_sae(n_inputs=64), random_pixels(tower, 1)
     with pytest.raises(ValueError, match="legrad_correction=False"):
-        explain(tower, sae, pixels, torch.tensor([[3]]), ("legrad",))
-    explain(tower, sae, pixels, torch.tensor([[3]]), ("legrad",), Options(legrad_target="cls"))
+        explain_latents(tower, sae, pixels, torch.tensor([[3]]), ("legrad",))
+    explain_latents(tower, sae, pixels, torch.tensor([[3]]), ("legrad",), Options(legrad_target="cls"))

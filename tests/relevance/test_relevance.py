@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from saecore.pipeline.inference import explain
 from saecore.relevance import maps as relevance
+from saecore.relevance.explain import explain_latents
 from saecore.sae.checkpoints import load_sae
 from saecore.sae.model import SAE
 from saecore.towers.clip import ClipTower
@@ -17,7 +17,7 @@ from tests.helpers.towers import SHAPES, demo_tower, random_pixels, random_sae, 
 def maps_of(tower: ClipTower, sae: SAE, pixels: Tensor, latents: Tensor) -> tuple[relevance.Maps, Tensor]:
     """Maps of the given latents (B, k), and their pre-activations as the SAE computes them."""
     with torch.inference_mode():
-        maps = explain(tower, sae, pixels, latents)["contrib"]
+        maps = explain_latents(tower, sae, pixels, latents)["contrib"]
         return maps, sae.pre_activations(tower.embed(pixels)).gather(1, latents)
 
 

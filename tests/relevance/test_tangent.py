@@ -8,21 +8,22 @@ import torch
 from torch import Tensor
 
 from saecore.methods import Options
-from saecore.pipeline.inference import Inference, explain
+from saecore.pipeline.inference import Inference
 from saecore.relevance import tangent
+from saecore.relevance.explain import explain_latents
 from saecore.relevance.maps import completeness_error
 from saecore.sae.model import SAE
 from saecore.towers import cls_path
 from saecore.towers.tower import ImageTower
+from tests.helpers.derivations import replayed
 from tests.helpers.towers import SHAPES, SIGLIP_SHAPES, random_pixels, random_sae, random_siglip, random_tower
-from tests.towers.test_cls_path import replayed
 
 
 def errors(tower: ImageTower, sae: SAE, **options: Any) -> tuple[float, float]:
     """The worst error of the sum alone, and of the check of the gradient."""
     pixels, latents = random_pixels(tower, 3), torch.arange(20).expand(3, -1)
     with torch.inference_mode():
-        maps = explain(tower, sae, pixels, latents, ("contrib_grad",), Options(**options))["contrib_grad"]
+        maps = explain_latents(tower, sae, pixels, latents, ("contrib_grad",), Options(**options))["contrib_grad"]
         pre = sae.pre_activations(tower.embed(pixels)).gather(1, latents)
     assert maps.gradient_error is not None
     of_sum = completeness_error(maps._replace(gradient_error=None), pre).max()

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from jobs import report
-from saecore.report import explorer as server
+from saecore.report.explorer import listen
 from tests.helpers import album
+from tests.helpers.mistakes import mistake
 
 
 def get(url: str, host: str = "") -> tuple[int, Message, bytes]:
@@ -153,9 +154,7 @@ def test_other_sites_do_not_read_along(explorer: str) -> None:
 
 
 def test_a_port_that_is_taken(album_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with server.listen("127.0.0.1", 0) as taken:
+    with listen("127.0.0.1", 0) as taken:
         port = str(taken.getsockname()[1])
-        assert report.main(["--run", str(album_run), "--serve", "--port", port]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: --host 127.0.0.1 --port {port}: Address already in use")
-    assert said.count("\n") == 1
+        said = mistake(report.main, ["--run", str(album_run), "--serve", "--port", port], capsys)
+    assert said.startswith(f"--host, --port 127.0.0.1:{port}: Address already in use")

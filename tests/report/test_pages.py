@@ -15,11 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import report
+from saecore.query import results
 from saecore.query.histograms import Bins
 from saecore.query.maps import Patch
 from saecore.report import captions
 from saecore.report.views import Map, Tile
 from tests.helpers import album, planted
+from tests.helpers.mistakes import mistake
 from tests.helpers.reading import Page, check_links, pages
 
 
@@ -44,6 +46,18 @@ def test_there_is_a_page_for_each(album_run: Path, written: Path) -> None:
     assert {path.stem for path in (written / "images").iterdir()} == ids
     assert len(ids) == album.N_IMAGES
     assert len(list((written / "pictures").iterdir())) == album.N_IMAGES - 1  # the broken one has none
+
+
+def test_a_picture_out_of_its_shard_and_the_part_of_it_that_clip_saw(album_run: Path) -> None:
+    run = results.open(str(album_run))
+    with tarfile.open(album_run.parent / "input.tar") as tar:
+        for key in ("000004.jpg", album.WIDE):
+            member = tar.extractfile(key)
+            assert member is not None
+            assert run.picture(key) == member.read()
+    assert run.crop_box(album.WIDE) == (60, 0, 260, 200)  # the square in the middle of 320 x 200
+    with pytest.raises(ValueError, match="it was refused"):
+        run.picture(album.BROKEN)
 
 
 def test_a_text_has_a_page(album_run: Path, written: Path) -> None:
@@ -169,11 +183,15 @@ def test_read_aloud(written: Path) -> None:
         assert len(ids) == len(set(ids))
 
 
+@pytest.mark.slow
 def test_a_smaller_report_replaces_it(album_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "report"
     assert report.main(["--run", str(album_run), "--out", str(out)]) == 0
     assert (
-        report.main(["--run", str(album_run), "--out", str(out), "--latents", "3", "--images", "4", "--top", "1"]) == 0
+        report.main(
+            ["--run", str(album_run), "--out", str(out), "--latent-pages", "3", "--image-pages", "4", "--top", "1"]
+        )
+        == 0
     )
     assert len(list((out / "latents").iterdir())) == 3
     assert len(list((out / "images").iterdir())) == 4  # first and last image among them, which is the refused one
@@ -227,7 +245,7 @@ def test_inputs_that_are_gone(album_run: Path, tmp_path: Path, capsys: pytest.Ca
     plan = pq.read_table(tmp_path / "run" / "plan.parquet")
     moved = plan.set_column(plan.schema.names.index("uri"), "uri", pa.array([str(place)] * plan.num_rows))
     pq.write_table(moved, tmp_path / "run" / "plan.parquet")
-    assert report.main(["--run", str(tmp_path / "run"), "--latents", "5"]) == 0
+    assert report.main(["--run", str(tmp_path / "run"), "--latent-pages", "5"]) == 0
     missing = re.search(r"not found +(\d+) pictures", capsys.readouterr().out)
     assert missing is not None
     if change == "cut":
@@ -243,8 +261,8 @@ def test_inputs_that_are_gone(album_run: Path, tmp_path: Path, capsys: pytest.Ca
         (["--run", "{empty}"], "holds no run"),
         (["--run", "{unfinished}"], "is not complete"),
         (["--run", "{run}", "--out", "{other}"], "holds something other than a report"),
-        (["--run", "{run}", "--latents", "0"], "--latents 0: must be at least 1"),
-        (["--run", "{run}", "--serve", "--out", "x"], "leave --out x away"),
+        (["--run", "{run}", "--latent-pages", "0"], "--latent-pages 0: must be at least 1"),
+        (["--run", "{run}", "--serve", "--out", "x"], "omit --out x"),
         (["--run", "{run}", "--serve", "--port", "70000"], "--port 70000"),
         (["--run", "s3://bucket/run"], "name a local folder"),
     ],
@@ -258,11 +276,7 @@ def test_mistakes(
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("years")
     places = {name: str(tmp_path / name) for name in ("empty", "unfinished", "other")} | {"run": str(album_run)}
-    assert report.main([word.format(**places) for word in more]) == 2
-    said = capsys.readouterr().err
-    assert sentence in said
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
+    assert sentence in mistake(report.main, [word.format(**places) for word in more], capsys)
     assert (tmp_path / "other" / "thesis.tex").exists()
 
 
@@ -321,11 +335,11 @@ def test_names_that_are_not_certain_are_marked_in_words(album_run: Path, written
             continue
         page = Page(path)
         assert (f"{name} ? (not certain)" in page.text) is not sure
-        assert ("did not pass the thresholds of jobs.name" in page.text.replace("names with ? did", "")) is not sure
-        assert "names with ? did not pass the thresholds of jobs.name" in page.text
+        assert ("did not pass the thresholds of a valid name" in page.text.replace("names with ? did", "")) is not sure
+        assert "names with ? did not pass the thresholds of a valid name" in page.text
         assert not [span for span in page.elements["span"] if "title" in span]
     for listed in ("latents.html", "images/0.html", "index.html", "search.html"):
-        assert "names with ? did not pass the thresholds of jobs.name" in Page(written / listed).text
+        assert "names with ? did not pass the thresholds of a valid name" in Page(written / listed).text
 
 
 @pytest.mark.parametrize(

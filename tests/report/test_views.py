@@ -4,8 +4,6 @@ import math
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from jobs import index
@@ -115,12 +113,7 @@ def test_images(views: Views) -> None:
 
 
 def test_order_of_images(views: Views) -> None:
-    every = list(IDS.values())
-    assert views.image_ids(range(6)).tolist() == every
-    for place in range(1, 5):
-        assert views.neighbours(every[place]) == (every[place - 1], every[place + 1])
-    assert views.neighbours(every[0]) == (None, every[1])
-    assert views.neighbours(every[5]) == (every[4], None)
+    assert views.run.tables.numbering.image_ids(range(6)).tolist() == list(IDS.values())
 
 
 def test_overview(views: Views) -> None:
@@ -136,15 +129,6 @@ def test_overview(views: Views) -> None:
     assert (view.histograms["cosine"].counts[0], view.histograms["cosine"].counts[-1]) == (2, 1)
     assert sum(view.histograms["cosine"].counts) == 5
     assert [(row["key"], row["error"]) for row in view.refused] == [("bad.jpg", "truncated")]
-    assert view.faithfulness == []
-
-
-def test_faithfulness_where_it_was_measured(tmp_path: Path) -> None:
-    uri = planted.write(tmp_path / "run")
-    measured = {"image_id": [1, 2, 1], "method": ["contrib", "contrib", "chefer"], "drop": [0.25, 0.75, 1.0]}
-    pq.write_table(pa.table(measured), f"{uri}/faithfulness.parquet")
-    found = Views(results.open(uri)).overview.faithfulness
-    assert found == [{"method": "contrib", "drop": 0.5}, {"method": "chefer", "drop": 1.0}]
 
 
 def test_whole_numbers_have_bins_of_whole_width(views: Views) -> None:

@@ -12,10 +12,12 @@ import pytest
 from huggingface_hub import DatasetCard
 
 from jobs import embed, index
-from saecore.runs import card, latents, run as runs
 from saecore.query import results
-from tests.helpers import album, planted
+from saecore.runs import card, latents
+from saecore.runs.files import read_manifest
+from saecore.runs.record import Record, from_document
 from tests.conftest import command
+from tests.helpers import album, planted
 
 
 def configs(run: Path | str) -> dict[str, dict[str, Any]]:
@@ -34,7 +36,7 @@ def matched(run: Path | str) -> dict[str, set[str]]:
 
 def written(run: Path | str) -> dict[str, set[str]]:
     """The files of each table that the run itself wrote, by its manifest."""
-    rows = runs.read_manifest(str(run)).to_pylist()
+    rows = read_manifest(str(run)).to_pylist()
     return {table: {row["path"] for row in rows if row["table"] == table} for table in {row["table"] for row in rows}}
 
 
@@ -43,10 +45,10 @@ def test_every_glob_matches_the_manifests_files(tmp_path: Path) -> None:
     assert matched(uri) == written(uri)
     assert index.main(["--run", uri]) == 0
     for _ in range(2):  # indexed; then grown, which writes the card again, and indexed in two segments
-        found = results.open(uri).tables.index
-        assert found is not None
-        rows = {file.path for segment in found.segments for file in segment.rows}
-        top = {file.path for segment in found.segments for file in segment.top}
+        held = results.open(uri).tables.index
+        assert held is not None
+        rows = {file.path for segment in held.segments for file in segment.rows}
+        top = {file.path for segment in held.segments for file in segment.top}
         assert matched(uri) == {**written(uri), "latents": {"latents.parquet"}, "by_latent": rows, "top_images": top}
         planted.write(uri)
         assert set(matched(uri)) == {"images", "activations", "maps", "latents", "by_latent", "top_images"}
@@ -94,7 +96,7 @@ def test_embeddings_have_a_card_too(shards: Path, tmp_path: Path) -> None:
     given = [
         word
         for word in command(shards, out, "--local", "--limit", "8", "--no-npy")
-        if word not in ("--sae", "--embeddings")
+        if word not in ("--sae", "--keep-embeddings")
     ]
     given.remove("demo")  # the SAE's
     assert embed.main(given) == 0
@@ -104,7 +106,8 @@ def test_embeddings_have_a_card_too(shards: Path, tmp_path: Path) -> None:
 
 def test_nothing_in_a_run_ends_what_the_card_says(tmp_path: Path) -> None:
     hostile = "x\n---\n# `` <script>alert(1)</script> ``` \x1b[31m | a"
-    record = {
+    document = {
+        "status": "complete",
         "images": 3,
         "refused": {},
         "rows": {"images": 3},
@@ -115,7 +118,7 @@ def test_nothing_in_a_run_ends_what_the_card_says(tmp_path: Path) -> None:
         },
         "n_latents": 4,
     }
-    said = card.text(hostile, record, ["images"])
+    said = card.text(hostile, from_document(document), ["images"])
     assert DatasetCard(said).data.to_dict()["configs"] == [
         {"config_name": "images", "data_files": "images/*.parquet", "default": True}
     ]
@@ -149,8 +152,8 @@ def test_a_card_that_somebody_made_their_own_is_left_alone(tmp_path: Path) -> No
 def test_the_card_comes_before_the_run_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever finds a complete run finds its card."""
 
-    def refuse(uri: str, record: dict[str, Any]) -> None:
-        raise OSError(f"no card for {record['images']} images")
+    def refuse(uri: str, record: Record) -> None:
+        raise OSError(f"no card for {record.images} images")
 
     monkeypatch.setattr(card, "write", refuse)
     with pytest.raises(OSError, match="no card for 6 images"):

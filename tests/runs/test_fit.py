@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from jobs import explain, report
-from saecore.runs import run as runs
-from saecore.demo import scenes
+from saecore.demo import writing
+from saecore.runs.files import open_dataset
 from saecore.runs.fit import ENOUGH, FEW, Fit, judged
+from saecore.runs.run import Commit, Run, fit_of
 from saecore.sae.model import SAE, SAEConfig
 from tests.conftest import command
 
@@ -22,7 +23,7 @@ N = 320
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("many")
-    scenes.write_shards(folder, N, 1)
+    writing.write_shards(folder, N, 1)
     return folder
 
 
@@ -46,9 +47,9 @@ def given(images: Path, sae: Path, out: Path, *more: str) -> list[str]:
 
 
 def test_counts_by_hand() -> None:
-    found = judged([0.1, 0.9, 1.5, None, math.nan, math.inf, 0.899])
-    assert found == (5, 3)
-    assert found.plus(Fit(3, 0)) == (8, 3)
+    counted = judged([0.1, 0.9, 1.5, None, math.nan, math.inf, 0.899])
+    assert counted == (5, 3)
+    assert counted.plus(Fit(3, 0)) == (8, 3)
     assert not Fit(ENOUGH - 1, ENOUGH - 1).is_poor(ENOUGH)
     assert Fit(ENOUGH, ENOUGH // 2).is_poor(ENOUGH)
     assert not Fit(ENOUGH, ENOUGH // 2 - 1).is_poor(ENOUGH)
@@ -56,6 +57,7 @@ def test_counts_by_hand() -> None:
     assert not Fit().is_poor(0 + 1)
 
 
+@pytest.mark.slow
 def test_an_sae_that_does_not_fit_stops_its_run(
     many: Path, random: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,13 +125,11 @@ def test_an_sae_that_fits_is_not_remarked_on(local_run: Path, shards: Path, caps
 
 def test_fvu_is_of_all_that_fires_whatever_is_kept(local_run: Path, shards: Path, tmp_path: Path) -> None:
     assert explain.main(command(shards, tmp_path / "out", "--local", "--k", "2")) == 0
-    few, all_ = (runs.dataset(str(run), "images").to_table(columns=["fvu"]) for run in (tmp_path / "out", local_run))
+    few, all_ = (open_dataset(str(run), "images").to_table(columns=["fvu"]) for run in (tmp_path / "out", local_run))
     torch.testing.assert_close(torch.tensor(few["fvu"].to_pylist()), torch.tensor(all_["fvu"].to_pylist()))
 
 
 def test_records_from_before_fits_were_counted_are_valid(local_run: Path) -> None:
-    (commit, *_) = runs.Run(
-        str(local_run), {}, json.loads((local_run / "run.json").read_text())["fingerprint"]
-    ).commits()
+    (commit, *_) = Run(str(local_run), {}, json.loads((local_run / "run.json").read_text())["fingerprint"]).commits()
     old = {key: value for key, value in dataclasses.asdict(commit).items() if key != "fit"}
-    assert runs.fit_of([runs.Commit(**old)]) == Fit()
+    assert fit_of([Commit(**old)]) == Fit()

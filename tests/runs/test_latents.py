@@ -18,22 +18,22 @@ def test_columns_are_added_and_replaced_and_the_other_writers_stay(tmp_path: Pat
     named = pa.table({"latent": column(2, 1, 9), "name": ["sea", "sky", "moss"], "score": [0.5, 0.25, 1.0]})
     latents.merge(str(tmp_path), counted.replace_schema_metadata({"indexed": "a"}))
     latents.merge(str(tmp_path), named.replace_schema_metadata({"vocabulary": "words"}))
-    found = pq.read_table(tmp_path / "latents.parquet")
-    assert found.to_pydict() == {
+    table = pq.read_table(tmp_path / "latents.parquet")
+    assert table.to_pydict() == {
         "latent": [0, 1, 2, 9],
         "images": [5, 0, 7, None],
         "co_latents": [[1, 2], None, [], None],
         "name": [None, "sky", "sea", "moss"],
         "score": [None, 0.25, 0.5, 1.0],
     }
-    assert found.schema.metadata == {b"indexed": b"a", b"vocabulary": b"words"}
+    assert table.schema.metadata == {b"indexed": b"a", b"vocabulary": b"words"}
 
     # Written again: its columns are replaced, also where a latent is no longer in them.
     written = latents.merge(str(tmp_path), pa.table({"latent": column(1, 0), "name": ["haze", "fog"]}))
     assert written["name"].to_pylist() == ["fog", "haze", None, None]
     assert written["score"].to_pylist() == [None, 0.25, 0.5, 1.0]
     assert written.drop_columns("name").equals(
-        found.drop_columns("name").select(["latent", "images", "co_latents", "score"])
+        table.drop_columns("name").select(["latent", "images", "co_latents", "score"])
     )
     assert latents.read(str(tmp_path)) == written
 

@@ -7,8 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from saecore.runs import run as runs
 from saecore import schema
+from saecore.runs.files import MANIFEST, open_dataset
+from saecore.runs.run import Commit, Run, open_run
 
 PARTS = {"clip": "aaaa", "k": 2}
 
@@ -47,11 +48,11 @@ def explained(chunk_id: int) -> pa.Table:
     return pa.Table.from_pylist([{**base, **good}, {**base, **bad}], schema=schema.explained_schema(2))
 
 
-def started(folder: Path, parts: dict[str, object] = PARTS) -> runs.Run:
-    return runs.open_run(str(folder), dict(parts), {"command": "test"}, plan)
+def started(folder: Path, parts: dict[str, object] = PARTS) -> Run:
+    return open_run(str(folder), dict(parts), {"command": "test"}, plan)
 
 
-def write(run: runs.Run, chunk_id: int) -> runs.Commit:
+def write(run: Run, chunk_id: int) -> Commit:
     return run.write_chunk(chunk_id, explained(chunk_id), {"read": 1.0}, {"grid_height": "1", "grid_width": "2"})
 
 
@@ -65,18 +66,18 @@ def test_a_run_from_start_to_end(tmp_path: Path) -> None:
         run.finish(6, 1.0)
     write(run, 1)
     record = run.finish(6, 2.0)
-    assert record["status"] == "complete"
-    assert record["images"] == 6
-    assert record["refused"] == {"truncated": 3}
-    assert record["rows"] == {"images": 6, "activations": 6, "maps": 6}
-    assert record["worst_completeness_error"] == pytest.approx(2e-7)
-    assert record["step_seconds"]["read"] == 3.0
+    assert record.status == "complete"
+    assert record.images == 6
+    assert record.refused == {"truncated": 3}
+    assert record.rows == {"images": 6, "activations": 6, "maps": 6}
+    assert record.worst_completeness_error == pytest.approx(2e-7)
+    assert record.step_seconds["read"] == 3.0
     manifest = pq.read_table(tmp_path / "run" / "manifest.parquet")
-    assert manifest.schema.remove_metadata() == runs.MANIFEST
+    assert manifest.schema.remove_metadata() == MANIFEST
     assert sum(manifest["bytes"].to_pylist()) == sum(
         path.stat().st_size for path in (tmp_path / "run").glob("*/*.parquet")
     )
-    assert runs.dataset(run.uri, "images").to_table().sort_by("image_id")["image_id"].to_pylist() == list(range(6))
+    assert open_dataset(run.uri, "images").to_table().sort_by("image_id")["image_id"].to_pylist() == list(range(6))
     assert not [path for path in (tmp_path / "run").rglob("*") if "tmp" in path.name]
 
 
@@ -122,7 +123,7 @@ def test_a_chunk_with_anything_amiss_is_done_again(tmp_path: Path, damage: str) 
         record.unlink()
     assert started(tmp_path).pending()["chunk_id"].to_pylist() == [1]
     write(run, 1)
-    assert run.finish(0, 0.0)["images"] == 6
+    assert run.finish(0, 0.0).images == 6
 
 
 def test_another_configuration_is_refused_by_what_differs(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from jobs import embed, explain, measure, name, train
-from saecore.sae.checkpoints import load_sae
-from saecore.sae.model import from_tensors
+from saecore.sae.checkpoints import from_tensors, load_sae
 from tests.conftest import command
+from tests.helpers.mistakes import mistake
 from tests.jobs.test_jobs import rows
 from tests.sae.test_formats import DATACOMP, write_prisma
 
@@ -49,13 +49,9 @@ def test_an_sae_of_an_inner_layer_is_refused_by_name(
         (measure.main, [*sae, "--embeddings", str(local_run)]),
         (name.main, [*sae, "--clip", "demo", "--out", str(tmp_path / "out")]),
     ]:
-        capsys.readouterr()
-        assert job(argv) == 2
-        said = capsys.readouterr().err
+        said = mistake(job, argv, capsys)
         assert f"reads layer3.residual:patches of {DATACOMP}, inside the tower; only" in said
-        assert said.count("\n") == 1
-        assert job([*argv, "--site", "embedding"]) == 2
-        assert "--site embedding: the file of" in capsys.readouterr().err
+        assert "not the same as the given site embedding" in mistake(job, [*argv, "--site", "embedding"], capsys)
     assert not (tmp_path / "out").exists()
 
 
@@ -68,9 +64,7 @@ def test_an_sae_of_another_model_is_refused_unless_any_will_do(
         (measure.main, [*sae, "--embeddings", str(local_run)]),
         (name.main, [*sae, "--clip", "demo", "--out", str(tmp_path / "names.parquet")]),
     ]:
-        capsys.readouterr()
-        assert job(argv) == 2
-        said = capsys.readouterr().err
+        said = mistake(job, argv, capsys)
         assert f"was trained on {DATACOMP}, and " in said
         assert "is another model; --any-clip runs it all the same" in said
         assert job([*argv, "--any-clip"]) == 0

@@ -75,7 +75,7 @@ def check(path: Path, expected: tuple[np.ndarray, np.ndarray], threshold: float 
     if threshold is not None:
         assert sae.threshold is not None
         sae.threshold.fill_(threshold)
-    found = sae.encode(embeddings())[0].numpy()
+    found = sae.encode_sparse(embeddings()).dense(sae.config.n_latents).numpy()
     np.testing.assert_array_equal(np.count_nonzero(found, axis=-1), np.count_nonzero(expected[0], axis=-1))  # L0
     np.testing.assert_allclose(found, expected[0], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(sae.reconstruct(embeddings()).numpy(), expected[1], rtol=1e-5, atol=1e-5)
@@ -133,7 +133,7 @@ def test_batchtopk_needs_a_threshold_and_then_computes_what_msae_computes(tmp_pa
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
-        ("renamed.pth", r"a renamed file needs one beside it, renamed\.pth\.json"),
+        ("renamed.pth", r"a renamed file needs renamed\.pth\.json"),
         (NAME.replace("_8_RW", "_RW"), "is not named like an MSAE checkpoint"),
         (NAME.replace("TopKReLU_8_RW", ""), "is not named like an MSAE checkpoint"),
         (NAME.replace("TopKReLU", "GroupMax"), "is not named like an MSAE checkpoint"),

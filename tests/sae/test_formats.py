@@ -310,7 +310,7 @@ def test_computes_what_its_own_code_computes(tmp_path: Path, case: str) -> None:
     path, (activations, reconstruction) = CASES[case](tmp_path)
     sae = load(path)
     x = torch.tensor(embeddings()[:, : sae.config.n_inputs], dtype=torch.float32)
-    found = sae.encode(x)[0].numpy()
+    found = sae.encode_sparse(x).dense(sae.config.n_latents).numpy()
     np.testing.assert_array_equal(np.count_nonzero(found, axis=-1), np.count_nonzero(activations, axis=-1))  # L0
     np.testing.assert_allclose(found, activations, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(sae.reconstruct(x).numpy(), reconstruction, rtol=1e-5, atol=1e-5)
@@ -418,7 +418,7 @@ def made(folder: Path) -> Path:
     return folder
 
 
-# What each format's files say of the site and the model: README's table.
+# What each format's files say of the site and the model: the table in docs/saes.md.
 SAID: dict[str, tuple[Callable[[Path], Written], str, str]] = {
     "saev": (write_saev, "", ""),
     "prisma on patches": (write_prisma, "layer3.residual:patches", DATACOMP),
@@ -485,10 +485,14 @@ def test_the_site_is_what_the_files_say_and_never_guessed(tmp_path: Path, case: 
         config = load_sae(address).config
         assert (config.site, config.model) == (site, model)
         assert load_sae(address, site).config == config
-        with pytest.raises(ValueError, match=rf"--site layer0\.mlp:cls: .* says that it reads {site}, which is not"):
+        with pytest.raises(
+            ValueError, match=rf"the SAE reads {site}, which is not the same as the given site layer0\.mlp"
+        ):
             load_sae(address, "layer0.mlp:cls")
     else:
-        with pytest.raises(ValueError, match=r"does not say where .* --site layer10\.residual:patches") as caught:
+        with pytest.raises(
+            ValueError, match=r"does not say where .* for example embedding, .*, layer10\.residual:patches"
+        ) as caught:
             load_sae(address)
         assert "\n" not in str(caught.value)
         for given in ("embedding:l2", "layer10.residual:patches"):
@@ -499,12 +503,12 @@ def test_what_a_file_leaves_open_may_be_said_but_not_denied(tmp_path: Path) -> N
     address = str(write_saelens(tmp_path)[0])  # layer3.residual, on tokens that it does not say
     assert load_sae(address, "layer3.residual:patches:l2").config.site == "layer3.residual:patches:l2"
     for given in ("layer3.mlp", "layer4.residual:patches", "embedding"):
-        with pytest.raises(ValueError, match=r"says that it reads layer3\.residual, which is not the same"):
+        with pytest.raises(ValueError, match=r"says that the SAE reads layer3\.residual, which is not the same"):
             load_sae(address, given)
-    with pytest.raises(ValueError, match=r"--site 'layer 3' is no site; a site is embedding\[:l2\] or layerN"):
+    with pytest.raises(ValueError, match=r"'layer 3' is no site; a site is embedding\[:l2\] or layerN"):
         load_sae(address, "layer 3")
     embedding = str(write_sem(tmp_path)[0])
-    with pytest.raises(ValueError, match="says that it reads embedding, which is not the same"):
+    with pytest.raises(ValueError, match="says that the SAE reads embedding, which is not the same"):
         load_sae(embedding, "embedding:l2")
 
 
@@ -516,7 +520,9 @@ def test_checkpoints_of_a_training_are_found(tmp_path: Path) -> None:
     x = torch.tensor(embeddings(), dtype=torch.float32)
     for address in (folder, file):
         sae = load_sae(str(address), "embedding")
-        np.testing.assert_allclose(sae.encode(x)[0].numpy(), activations, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            sae.encode_sparse(x).dense(sae.config.n_latents).numpy(), activations, rtol=1e-5, atol=1e-5
+        )
         assert sae.config.source == "dictionary_learning trainer_0"
     torch.save(torch.load(file, weights_only=True), folder / "checkpoints" / "ae_200000.pt")
     assert load_sae(str(file), "embedding").config.k == K

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from saecore.sae.model import LAYER_NORM_EPS, SAE, SAEConfig, load_folder
+from saecore.sae.checkpoints import load_folder
+from saecore.sae.model import LAYER_NORM_EPS, SAE, SAEConfig
 from tests.helpers.towers import random_sae
 
 VARIANTS: list[dict[str, Any]] = [
@@ -44,7 +45,7 @@ def embeddings(rows: int = 9) -> np.ndarray:
 
 
 def derived(sae: SAE, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pre-activations, dense activations and reconstruction, one image after the other, as the head of sae.py has them."""
+    """Pre-activations, dense activations and reconstruction, image by image, as the head of sae/model.py has them."""
     c = sae.config
     w = {name: tensor.numpy().astype(np.float64) for name, tensor in sae.state_dict().items()}
     atoms = w["encoder"].T if c.tied else w["decoder"]
@@ -101,12 +102,9 @@ def test_every_variant_equals_a_derivation_in_numpy(choices: dict[str, Any]) -> 
     pre, dense, reconstruction = derived(sae, x)
     assert 0 < (dense != 0).sum() < dense.size
     code = sae.encode_sparse(torch.from_numpy(x))
-    listed = torch.zeros(9, 40).scatter(1, code.latents, code.activations)
     np.testing.assert_allclose(sae.pre_activations(torch.from_numpy(x)), pre, atol=2e-5)
-    np.testing.assert_allclose(listed, dense, atol=2e-5)
-    np.testing.assert_allclose(sae.encode(torch.from_numpy(x))[0], dense, atol=2e-5)
+    np.testing.assert_allclose(code.dense(40), dense, atol=2e-5)
     np.testing.assert_allclose(sae.reconstruct(torch.from_numpy(x)), reconstruction, atol=5e-5)
-    np.testing.assert_allclose(sae.decode(listed, torch.from_numpy(x)), reconstruction, atol=5e-5)
 
 
 @pytest.mark.parametrize("choices", VARIANTS, ids=str)
@@ -143,25 +141,7 @@ def test_read_outs_add_up_and_are_the_gradient(choices: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match="read-outs need the embeddings"):
             sae.read_outs(latents)
         with pytest.raises(ValueError, match="decode needs the embeddings"):
-            sae.decode(torch.zeros(5, 40))
-
-
-@pytest.mark.parametrize("site", ["embedding", "embedding:l2"])
-def test_msaes_interface(site: str) -> None:
-    """`encode` gives the sparse latents and the full ones, `topk` cuts the full ones only, `forward` decodes the full ones."""
-    sae, x = variant({"architecture": "topk", "k": 6, "site": site}), torch.from_numpy(embeddings())
-    pre, dense, _ = derived(sae, embeddings())
-    latents, full = sae.encode(x)
-    np.testing.assert_allclose(latents, dense, atol=2e-5)
-    np.testing.assert_allclose(full, np.maximum(pre, 0), atol=2e-5)
-    cut_latents, cut = sae.encode(x, topk=3)
-    assert torch.equal(cut_latents, latents)
-    assert ((cut != 0).sum(1) <= 3).all()
-    torch.testing.assert_close(cut.sum(1), full.topk(3, dim=1).values.sum(1))
-    reconstruction, standardised, again = sae(x)
-    assert torch.equal(again, full)
-    torch.testing.assert_close(reconstruction, sae.decode(full, x))
-    torch.testing.assert_close(standardised, full @ sae.atoms + sae.pre_bias, rtol=1e-4, atol=1e-5)
+            sae.decode_sparse(latents, torch.zeros(5, 3))
 
 
 def test_a_latent_that_is_not_positive_does_not_fire() -> None:

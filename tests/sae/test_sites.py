@@ -81,7 +81,7 @@ def test_places_without_a_name_here_are_refused(name: str) -> None:
 
 
 def test_only_the_embedding_is_read_today() -> None:
-    sites.check_embedding("embedding", "", "x")
-    sites.check_embedding("embedding:l2", "", "x")
-    with pytest.raises(ValueError, match=r"--sae x reads layer3\.mlp:cls of some/model, inside the tower; only"):
-        sites.check_embedding("layer3.mlp:cls", "some/model", "x")
+    sites.check_embedding("embedding", "")
+    sites.check_embedding("embedding:l2", "")
+    with pytest.raises(ValueError, match=r"it reads layer3\.mlp:cls of some/model, inside the tower; only"):
+        sites.check_embedding("layer3.mlp:cls", "some/model")

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from saecore.images import decode as images
-from saecore.pipeline.inference import explain
+from saecore.relevance.explain import explain_latents
 from saecore.towers.clip import DEMO, load_tower
 from tests.helpers.photographs import photographs
 from tests.helpers.towers import SHAPES, random_pixels, random_sae, random_tower
@@ -77,7 +77,7 @@ def test_layers_in_bfloat16_give_nearly_the_same() -> None:
     embedding = tower.embed(pixels)
     assert embedding.dtype == torch.float32
     assert torch.cosine_similarity(embedding, exact).min() > 0.999
-    maps = explain(tower, sae, pixels, latents)["contrib"]
+    maps = explain_latents(tower, sae, pixels, latents)["contrib"]
     assert maps.relevance.dtype == torch.float32
     error = (maps.relevance.sum(-1) + maps.remainder - sae.pre_activations(embedding).gather(1, latents)).abs()
     terms = maps.relevance.abs().sum(-1) + maps.remainder.abs()

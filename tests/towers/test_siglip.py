@@ -26,18 +26,19 @@ from transformers import (
 )
 
 from jobs import embed, explain
-from saecore.demo import scenes
+from saecore.demo import drawing, scenes
 from saecore.methods import DECOMPOSE, METHODS, Options
-from saecore.pipeline import inference
+from saecore.relevance.explain import check_fits, explain_latents
 from saecore.relevance.maps import completeness_error
-from saecore.relevance.targets import Targets, Words, words_of
-from saecore.runs import run as runs
+from saecore.relevance.targets import Targets, WordTargets, word_targets
+from saecore.runs.files import open_dataset
 from saecore.sae.model import SAE
 from saecore.towers.clip import load_tower
 from saecore.towers.siglip import SiglipTower
 from saecore.towers.text import TextTower, embed_texts, load_text_tower
+from tests.helpers.derivations import Layer, assert_close, fused, ours, plain_layers, read, some_latents
+from tests.helpers.mistakes import mistake
 from tests.helpers.towers import SIGLIP_SHAPES, fill, random_pixels, random_sae, random_siglip
-from tests.relevance.test_methods import Layer, assert_close, fused, ours, plain_layers, read, some_latents
 
 
 class Pooled(NamedTuple):
@@ -84,10 +85,10 @@ class Case(NamedTuple):
         return ours(self.tower, self.sae, self.pixels, self.latents, method, blank(self.sae), **options)
 
 
-def blank(sae: SAE) -> Words:
+def blank(sae: SAE) -> WordTargets:
     """A text that says nothing, and no target; random, since so are the weights."""
     texts = np.random.default_rng(4).standard_normal((1, sae.config.n_inputs)).astype(np.float32)
-    return words_of(sae, texts[:0], 0, 0, False, texts)
+    return word_targets(sae, texts[:0], 0, 0, False, texts)
 
 
 @pytest.fixture(params=SIGLIP_SHAPES, ids=lambda shape: f"{shape['layers']} layers", scope="module")
@@ -191,9 +192,9 @@ def test_decompositions_and_their_remainder_add_up(case: Case, norm: str) -> Non
     for normalise in ("none", "layer_norm", "constant_norm"):
         sae = SAE(dataclasses.replace(case.sae.config, normalise=normalise)).requires_grad_(False)
         sae.load_state_dict(case.sae.state_dict())
-        words = words_of(sae, texts, n_texts=2, n_latents=6, positive=False)
+        words = word_targets(sae, texts, n_texts=2, n_latents=6, positive=False)
         with torch.inference_mode():
-            found = inference.explain(case.tower, sae, case.pixels, case.latents, DECOMPOSE, Options(norm=norm), words)
+            found = explain_latents(case.tower, sae, case.pixels, case.latents, DECOMPOSE, Options(norm=norm), words)
             z = Targets(sae, case.latents, words).values(case.tower.embed(case.pixels)[:, None])[:, 0]
         for maps in found.values():
             assert completeness_error(maps, z).max() < 1e-5
@@ -222,7 +223,7 @@ def test_layers_in_bfloat16_give_nearly_the_same() -> None:
         embedding = tower.embed(pixels)
         assert embedding.dtype == torch.float32
         assert torch.cosine_similarity(embedding, exact).min() > 0.999
-        found = inference.explain(tower, sae, pixels, latents, METHODS, words=blank(sae))
+        found = explain_latents(tower, sae, pixels, latents, METHODS, words=blank(sae))
         pre = sae.pre_activations(embedding).gather(1, latents)
     assert {maps.relevance.dtype for maps in found.values()} == {torch.float32}
     for maps in (found[name] for name in DECOMPOSE):
@@ -241,13 +242,13 @@ def test_a_patch_with_an_outlying_norm_is_flagged_as_sink() -> None:
 
 def test_what_this_tower_has_not_is_refused() -> None:
     _, tower = random_siglip(**SIGLIP_SHAPES[0])
-    inference.check_fits(tower, ("occlusion",), Options(block=3))
-    with pytest.raises(ValueError, match="--block 4: this model has 4 patches a side"):
-        inference.check_fits(tower, ("occlusion",), Options(block=4))
+    check_fits(tower, ("occlusion",), Options(block=3))
+    with pytest.raises(ValueError, match="block 4: this model has 4 patches a side"):
+        check_fits(tower, ("occlusion",), Options(block=4))
     for name, most, target in (("contrib", 1, "mean"), ("legrad", 1, "cls"), ("legrad", 3, "mean")):
-        inference.check_fits(tower, (name, "dense"), Options(layers=most, legrad_target=target))
-        with pytest.raises(ValueError, match=f"--layers {most + 1}: {name} has {most} to look at"):
-            inference.check_fits(tower, (name, "dense"), Options(layers=most + 1, legrad_target=target))
+        check_fits(tower, (name, "dense"), Options(layers=most, legrad_target=target))
+        with pytest.raises(ValueError, match=f"layers {most + 1}: {name} has {most} to look at"):
+            check_fits(tower, (name, "dense"), Options(layers=most + 1, legrad_target=target))
 
 
 # ---- Files, as transformers writes them.
@@ -255,7 +256,7 @@ def test_what_this_tower_has_not_is_refused() -> None:
 
 def spiece(folder: Path) -> SiglipTokenizer:
     """SigLIP's own tokenizer, over a vocabulary learned from scene captions. It lower-cases, and drops punctuation."""
-    captions = (scene.caption for scene in scenes.scenes(scenes.SEED_DEMO, 300))
+    captions = (scene.caption for scene in scenes.scenes_of(scenes.SEED_DEMO, 300))
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=captions, model_prefix=str(folder / "spiece"), vocab_size=60, minloglevel=2
     )
@@ -307,7 +308,7 @@ def test_explain_on_a_saved_model(
         str(tmp_path / "run"),
     ]
     given += ["--method", ",".join(METHODS), "--targets", "kept", "text:a Red circle", "concept:blue"]
-    assert explain.main([*given, "--embeddings", "--limit", "6", "--local"]) == 0
+    assert explain.main([*given, "--keep-embeddings", "--limit", "6", "--local"]) == 0
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (
         f"{record['worst_completeness_error']:.1e} worst error of map + remainder, in float32"
@@ -318,21 +319,21 @@ def test_explain_on_a_saved_model(
     assert record["grid"] == [4, 4]
     norms = record["parts"]["norms"]
     assert (norms["contrib"], norms["chefer"], norms["legrad"]) == ("frozen", "exact", "exact")
-    said = runs.dataset(str(tmp_path / "run"), "maps").schema.metadata[b"norms"].decode()
+    said = open_dataset(str(tmp_path / "run"), "maps").schema.metadata[b"norms"].decode()
     assert said.startswith("contrib frozen, contrib_grad frozen, chefer exact, ")
-    rows = runs.dataset(str(tmp_path / "run"), "images").to_table().sort_by("image_id").to_pylist()
-    maps = runs.dataset(str(tmp_path / "run"), "maps").to_table().to_pylist()
+    rows = open_dataset(str(tmp_path / "run"), "images").to_table().sort_by("image_id").to_pylist()
+    maps = open_dataset(str(tmp_path / "run"), "maps").to_table().to_pylist()
     assert len(rows) == 6
     assert len(maps) == 6 * len(METHODS) * (8 + 2)
     assert {row["target"] for row in maps} == {None, "text: a Red circle", "concept: blue"}
 
-    assert explain.main([*given, "--norm", "frozen", "--embeddings", "--limit", "6", "--local"]) == 2
-    assert "norms was {" in capsys.readouterr().err
+    again = [*given, "--norm", "frozen", "--keep-embeddings", "--limit", "6", "--local"]
+    assert "norms was {" in mistake(explain.main, again, capsys)
 
     model, processor = SiglipModel.from_pretrained(folder).eval(), SiglipImageProcessorPil.from_pretrained(folder)
     for row in rows:
         scene = scenes.scene_at(scenes.SEED_DEMO, int(Path(row["key"]).stem))
-        picture = Image.open(io.BytesIO(scenes.jpeg(scene, 192))).convert("RGB")
+        picture = Image.open(io.BytesIO(drawing.jpeg(scene, 192))).convert("RGB")
         with torch.inference_mode():
             expected = model.vision_model(**processor(picture, return_tensors="pt")).pooler_output[0]
         np.testing.assert_allclose(row["embedding"], expected, rtol=1e-4, atol=1e-4)
@@ -387,9 +388,6 @@ def test_a_tower_that_is_not_supported_is_refused_by_name(
         (["--clip", str(tmp_path / "naflex")], "'siglip2' model"),
         (["--clip", str(tmp_path / "headless")], "without its pooling head"),
         (["--clip", str(folder), "--layers", "2"], "--layers 2: contrib has 1"),
-        (["--clip", str(blind), "--method", "legrad"], "unless --no-legrad-correction"),
+        (["--clip", str(blind), "--method", "legrad"], "unless its option legrad_correction is off"),
     ):
-        assert explain.main([*given, *more]) == 2
-        said = capsys.readouterr().err
-        assert complaint in said
-        assert said.count("\n") == 1
+        assert complaint in mistake(explain.main, [*given, *more], capsys)

@@ -1,10 +1,10 @@
 "use strict";
-// Relevance maps over the pictures they explain, as saecore/display.py draws them: orange adds, blue takes away, no colour is zero.
+// Relevance maps over the pictures they explain, as saecore/report/display.py draws them: orange adds, blue takes away, no colour is zero.
 
 const POSITIVE = [226, 88, 12];
 const NEGATIVE = [24, 90, 219];
 const MOST_OPAQUE = 0.8;
-const GROUND = 228; // what the pale picture lies on, as in style.css
+const GROUND = 228; // grey under the pale picture, as in style.css
 
 const page = JSON.parse(document.getElementById("maps").textContent);
 const [ROWS, COLUMNS] = page.grid;
@@ -19,7 +19,7 @@ function decode([text, scale]) {
   return Float32Array.from(atob(text), (letter) => ((letter.charCodeAt(0) << 24) >> 24) * scale);
 }
 
-// Sinks with the value of the nearest other patch, so that interpolation carries nothing of theirs to others.
+// Gives each sink the value of the nearest other patch, so that interpolation does not spread the sink's own value.
 function without(values, sinks) {
   const masked = new Set(sinks);
   if (masked.size === values.length) return new Float32Array(values.length);
@@ -65,7 +65,7 @@ function patchAt(y, x, height, width) {
 
 // ---- Colours.
 
-// Values at every pixel -> colour and opacity; `hatched` says of a pixel whether it is of a masked patch.
+// Values at every pixel -> colour and opacity; `hatched` says whether a pixel belongs to a masked patch.
 function paint(canvas, spread, limit, hatched = () => false) {
   const { width, height } = canvas;
   const image = new ImageData(width, height);
@@ -98,7 +98,7 @@ function drawMap(canvas, one) {
   paint(canvas, spread, limitOf(one.section), masked.size ? (pixel) => masked.has(patch(pixel)) : undefined);
 }
 
-// As saecore/captions.py writes them.
+// Writes numbers as saecore/report/captions.py does.
 function format(value) {
   const size = Math.abs(value);
   const decimals = size >= 100 || !size ? 0 : size >= 10 ? 1 : size >= 1 ? 2 : 3;
@@ -116,7 +116,7 @@ function drawLegend(legend) {
     return signed ? 2 * share - 1 : share;
   });
   paint(canvas, ramp, 1);
-  const beyond = choice.scale < 100; // has full colour too
+  const beyond = choice.scale < 100; // values beyond the limit have full colour too
   legend.querySelector(".low").textContent = signed ? `${beyond ? "≤ " : ""}${format(-limit)}` : "0";
   legend.querySelector(".zero").textContent = signed ? "0" : "";
   legend.querySelector(".high").textContent = `${beyond ? "≥ " : ""}${format(limit)}`;
@@ -167,7 +167,7 @@ function controls(form) {
   form.querySelector("output").textContent = `${choice.scale} %`;
 }
 
-// ---- One map, large, and what each of its patches says.
+// ---- One map, large, with the value of each patch.
 
 function enlarge(button) {
   const one = page.maps[button.dataset.map];
@@ -188,7 +188,7 @@ function enlarge(button) {
   const marker = Object.assign(document.createElement("canvas"), { width: 384, height: 384 });
   large.append(picture.cloneNode(), canvas, marker);
   dialog.querySelector(".pair").append(picture.cloneNode(), large);
-  // The strongest patch, that of the largest value, as saecore/maps.py has it; where none is for the target, the strongest against.
+  // Begins at the strongest patch, as in saecore/query/maps.py; if no patch adds to the target, at the strongest against it.
   const most = Math.max(...values);
   let place = values.indexOf(most > 0 ? most : Math.min(...values));
   const read = () => {

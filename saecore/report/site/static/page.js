@@ -1,7 +1,7 @@
 "use strict";
-// On every page: the theme, the keys, tables that sort. Runs before anything is drawn, so that the theme does not flash.
+// For every page: the theme, the keys, tables that sort. Runs before the page is drawn, so that the theme does not flash.
 
-// What a person chose is kept by the browser; where it keeps nothing, the choice holds for the page.
+// The browser keeps what a person chose. Where it keeps nothing, a choice holds for one page.
 function recall(name) {
   try {
     return JSON.parse(localStorage.getItem(`saecore-${name}`));
@@ -14,7 +14,7 @@ function remember(name, value) {
   try {
     localStorage.setItem(`saecore-${name}`, JSON.stringify(value));
   } catch {
-    // private windows
+    // A private window keeps nothing.
   }
 }
 
@@ -52,7 +52,7 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
-// Each heading becomes a button: numbers by falling size first, words by the alphabet, empty cells last either way.
+// Each heading becomes a button. It sorts numbers with the largest first, and words by the alphabet; empty cells come last.
 function sortable(table) {
   const body = table.tBodies[0];
   [...table.tHead.rows[0].cells].forEach((heading, column) => {

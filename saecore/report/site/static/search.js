@@ -1,16 +1,16 @@
 "use strict";
-// Latents by word or number, texts and concepts by word, images by file name: in the report's own list, or asked of the explorer.
+// Finds latents by word or number, texts and concepts by word, images by file name: in the report's list, or with the explorer.
 
-const MOST = 60; // of each are shown, and answered by the explorer
-const PAUSE = 120; // ms without a key, after which the explorer is asked
+const MOST = 60; // of each kind are shown; saecore/report/explorer.py answers with as many
+const PAUSE = 120; // ms after the last key until the explorer is asked
 const box = document.getElementById("search");
 const NOTHING = document.getElementById("found").textContent;
 const live = "live" in document.documentElement.dataset;
 const EMPTY = { latents: [], images: [], targets: [] };
 
-// ---- The rule, as in saecore/search.py and saecore/finding.py.
+// ---- The rule, as in saecore/query/search.py and saecore/query/finding.py.
 
-const INSIDE = 4; // the rank of what occurs within a word only
+const INSIDE = 4; // the rank of a word that occurs only inside another
 
 const split = (text) => text.toLowerCase().split(/\s+/).filter(Boolean);
 const wordsOf = (text) => [...split(text), ...(text.toLowerCase().match(/[\p{L}\p{N}_]+/gu) ?? [])];
@@ -23,10 +23,10 @@ function rankOfWord(word, name, others) {
   return occurs.includes(true) ? occurs.indexOf(true) : Infinity;
 }
 
-// The worst of the ranks of a query's words; infinite where one does not occur.
+// The worst rank of a query's words; infinite if one of them does not occur.
 const rank = (words, name, others) => Math.max(...words.map((word) => rankOfWord(word, name, others)));
 
-// What has a rank, the best first; what is only found within words, where nothing else is found.
+// The items with a rank, the best first. Items with the rank INSIDE count only if no item has a better one.
 function matching(items, rankOf, order = () => 0) {
   const ranked = items.map((item) => [rankOf(item), item]).filter(([rank]) => rank < Infinity);
   const outside = ranked.some(([rank]) => rank < INSIDE);
@@ -34,7 +34,7 @@ function matching(items, rankOf, order = () => 0) {
   return kept.sort(([a, one], [b, other]) => a - b || order(one, other)).map(([, item]) => item);
 }
 
-// Of a file's name all but letters and digits parts words, and what occurs within one counts too: here are both tests of a word.
+// In a file's name everything but letters and digits separates words. Two tests: the word is whole, or a word begins with it.
 function fileWord(word) {
   const literal = word.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&");
   return ["$|[^\\p{L}\\p{N}]", ""].map((end) => new RegExp(`(^|[^\\p{L}\\p{N}])${literal}(${end})`, "u"));
@@ -48,7 +48,7 @@ function rankOfFile(words, [number, name], text) {
 }
 
 // {latents: [[number, name, other words, images, valid, score, strongest image]], images: [[number, name]], targets: [[place, words]],
-// missing: in a written report, images without a picture}, the best first.
+// missing: images without a picture, in a written report}, the best first.
 async function find(text) {
   if (live) return (await fetch(`search.json?q=${encodeURIComponent(text)}`)).json();
   const { latents, images, targets, missing } = window.searchIndex;
@@ -84,7 +84,7 @@ function thumbnail(number, missing) {
   return Object.assign(new Image(48, 48), { loading: "lazy", alt: "", src: address });
 }
 
-// A link with a picture before it, where there is one, and more words behind it.
+// A link, with a picture before it if there is one, and with more words after it.
 function item(address, picture, words, more) {
   const link = Object.assign(element("a", "", ...words), { href: address });
   const text = element("span", "", link, " ", element("span", "quiet", more));
@@ -96,7 +96,7 @@ function latentItem([number, name, others, images, valid, , strongest], words, m
   sign.setAttribute("aria-hidden", "true");
   const unsure = [sign, element("span", "hidden", " (not certain)")];
   const called = name ? [", ", element("span", valid ? "" : "unsure", name, ...(valid ? [] : unsure))] : [];
-  const least = rank(words, name, others) < INSIDE ? INSIDE : Infinity; // “checkered” says nothing where “red” is found itself
+  const least = rank(words, name, others) < INSIDE ? INSIDE : Infinity; // “checkered” is no reason to show if “red” itself fits
   const also = rank(words, name, []) < least ? [] : others.filter((other) => words.some((word) => rankOfWord(word, other, []) < least));
   const more = `${images.toLocaleString("en")} image${images === 1 ? "" : "s"}${also.length ? `; also ${also.join(", ")}` : ""}`;
   return item(`latents/${number}.html`, strongest === null ? null : thumbnail(strongest, missing), [`latent ${number}`, ...called], more);
@@ -116,7 +116,7 @@ async function show() {
   address.searchParams.set("q", text);
   history.replaceState(null, "", address);
   const found = text ? await find(text) : EMPTY;
-  if (turn !== asked) return; // an answer to what was typed before
+  if (turn !== asked) return; // the answer to an earlier text
   const [words, missing] = [split(text), found.missing ?? []];
   const latents = found.latents.slice(0, MOST).map((one) => latentItem(one, words, missing));
   const targets = found.targets.slice(0, MOST).map(([place, name]) => item(`targets/${place}.html`, null, [name], ""));
@@ -133,7 +133,7 @@ function showSoon() {
   waiting = setTimeout(show, live ? PAUSE : 0);
 }
 
-// The arrows go from the box through the results and back.
+// Arrow keys go from the box through the results and back.
 function step(event) {
   const by = { ArrowDown: 1, ArrowUp: -1 }[event.key];
   const stops = [box, ...document.querySelectorAll("#results a")];

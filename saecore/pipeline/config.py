@@ -1,0 +1,137 @@
+"""What the stages are told, and which part of it changes results.
+
+A run's fingerprint (`saecore.runs.run.fingerprint`) is a hash of parts. Every field of a configuration says in its metadata
+which parts it is, or why it is none; `parts_of` makes the parts from the fields. So a new field cannot be forgotten in the
+fingerprint, and a run cannot be resumed with other settings that change its results:
+
+    k: int = dataclasses.field(metadata=changes_results(Part("k")))
+    threads: int = dataclasses.field(default=0, metadata=keeps_results("CPU threads change speed"))
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from saecore.methods import DEFAULT_OPTIONS, KEPT, Options, TargetRequest, dtype_of
+
+_SAYS = "fingerprint"
+
+
+class Models(NamedTuple):
+    """What the fingerprint holds of loaded models: their addresses may name other files tomorrow."""
+
+    clip: str
+    """The first 16 digits of the SHA-256 of CLIP, as `sae` is of the SAE."""
+    sae: str = ""
+    site: str = ""
+    """Where the SAE reads, by its files or as it was told."""
+
+
+NO_MODELS = Models("")
+
+
+class Part(NamedTuple):
+    """One part of a fingerprint."""
+
+    name: str
+    value: Callable[[Any, Models], Any] | None = None
+    """Computes the part from the configuration and the loaded models. None: the field's own value."""
+
+
+def changes_results(*parts: Part) -> dict[str, tuple[Part, ...]]:
+    """Metadata of a field that is, or goes into, these parts of the fingerprint."""
+    assert parts
+    return {_SAYS: parts}
+
+
+def keeps_results(reason: str) -> dict[str, tuple[Part, ...]]:
+    """Metadata of a field that changes no result, or whose effect another part holds; the reason is for readers."""
+    assert reason
+    return {_SAYS: ()}
+
+
+def parts_of(settings: Any, models: Models = NO_MODELS, of: type | None = None) -> dict[str, Any]:
+    """The parts that the fields of a dataclass are; with `of`, a class that it extends, only the fields of that class.
+
+    TypeError for a field that does not say whether it changes results.
+    """
+    parts: dict[str, Any] = {}
+    for field in dataclasses.fields(of or settings):
+        for part in said_of(field.name, field.metadata):
+            parts[part.name] = part.value(settings, models) if part.value else getattr(settings, field.name)
+    return parts
+
+
+def said_of(name: str, metadata: Mapping[Any, Any]) -> tuple[Part, ...]:
+    """The parts that a field is; TypeError if it does not say."""
+    if _SAYS not in metadata:
+        raise TypeError(f"the field {name} does not say whether it changes results")
+    parts: tuple[Part, ...] = metadata[_SAYS]
+    return parts
+
+
+def _dtype(config: "EmbedConfig", _: Models) -> str:
+    return dtype_of(config.device, config.methods if isinstance(config, ExplainConfig) else ())
+
+
+def _concepts(config: "ExplainConfig", _: Models) -> list[Any]:
+    return [config.concept_latents, config.concept_positive] if config.targets.concepts else []
+
+
+def _norms(config: "ExplainConfig", _: Models) -> dict[str, str]:
+    return {method: config.options.norm_of(method) for method in config.methods}
+
+
+def _options(config: "ExplainConfig", _: Models) -> dict[str, Any]:
+    """All but `norm`: `norms` has what it comes to for each method."""
+    return {name: value for name, value in dataclasses.asdict(config.options).items() if name != "norm"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmbedConfig:
+    """Everything `saecore.pipeline.stages.Embed` needs to build itself in another process."""
+
+    clip: str = dataclasses.field(metadata=changes_results(Part("clip", lambda _, models: models.clip)))
+    """CLIP or SigLIP: a Hub id, a local directory in transformers format, or `demo`."""
+    batch_size: int = dataclasses.field(default=64, metadata=keeps_results("a batch changes speed and memory"))
+    """Images per forward."""
+    device: str = dataclasses.field(default="cpu", metadata=changes_results(Part("dtype", _dtype)))
+    """`cpu` or `cuda`: with it comes the precision of the forward."""
+    threads: int = dataclasses.field(default=0, metadata=keeps_results("CPU threads change speed"))
+    """CPU threads of the forward; 0 leaves PyTorch's own choice (Ray sets OMP_NUM_THREADS to an actor's num_cpus)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExplainConfig(EmbedConfig):
+    """Everything `saecore.pipeline.stages.Explain` needs, which begins with the embedding."""
+
+    sae: str = dataclasses.field(metadata=changes_results(Part("sae", lambda _, models: models.sae)))
+    """SAE: a folder, a file, a Hub address, or `demo`."""
+    site: str = dataclasses.field(default="", metadata=changes_results(Part("site", lambda _, models: models.site)))
+    """Where the SAE reads, if its files do not say."""
+    k: int = dataclasses.field(metadata=changes_results(Part("k")))
+    """Latents kept per image."""
+    methods: tuple[str, ...] = dataclasses.field(
+        default=("contrib",),
+        metadata=changes_results(
+            Part("method", lambda config, _: ",".join(config.methods)), Part("norms", _norms), Part("dtype", _dtype)
+        ),
+    )
+    """How maps are computed."""
+    targets: TargetRequest = dataclasses.field(
+        default=KEPT,
+        metadata=changes_results(
+            Part("targets", lambda config, _: config.targets.specs()), Part("concepts", _concepts)
+        ),
+    )
+    """What they explain."""
+    concept_latents: int = dataclasses.field(default=8, metadata=changes_results(Part("concepts", _concepts)))
+    """Latents that make up a concept."""
+    concept_positive: bool = dataclasses.field(default=False, metadata=changes_results(Part("concepts", _concepts)))
+    """Whether a concept takes latents with a positive weight only."""
+    options: Options = dataclasses.field(
+        default=DEFAULT_OPTIONS, metadata=changes_results(Part("norms", _norms), Part("options", _options))
+    )
+    """What the methods leave open."""
+    embeddings: bool = dataclasses.field(default=False, metadata=changes_results(Part("embeddings")))
+    """Whether the CLIP embedding is written too."""

@@ -1,0 +1,61 @@
+"""Models that fit each other: a CLIP and an SAE for its embeddings, and what the text tower makes of the words of a request.
+
+    addresses -> tower, SAE -> checked against each other -> text embeddings of texts and concepts, where some are asked for
+
+PyTorch is loaded when models are: who only decodes imports this module too, and does not wait for it.
+"""
+
+from typing import TYPE_CHECKING
+
+from saecore.methods import BLANK_TEXT
+from saecore.pipeline.config import ExplainConfig
+
+if TYPE_CHECKING:
+    from saecore.relevance.targets import WordTargets
+    from saecore.sae.model import SAE
+    from saecore.towers.tower import ImageTower
+
+
+def load_models(clip: str, sae_address: str, site: str = "") -> "tuple[ImageTower, SAE]":
+    """CLIP and SAE on the CPU; ValueError if one cannot be loaded, or if they do not fit each other."""
+    from saecore.sae.checkpoints import load_embedding_sae
+    from saecore.towers.clip import load_tower
+
+    sae, tower = load_embedding_sae(sae_address, site), load_tower(clip)
+    check_widths(sae_address, sae, clip, tower)
+    return tower, sae
+
+
+def check_widths(sae_address: str, sae: "SAE", clip: str, tower: "ImageTower") -> None:
+    """ValueError if an SAE does not take embeddings as wide as a tower makes them."""
+    if sae.config.n_inputs != tower.n_outputs:
+        raise ValueError(
+            f"{sae_address} takes embeddings of width {sae.config.n_inputs}, and the model {clip} makes them "
+            f"{tower.n_outputs} wide: they do not belong together"
+        )
+
+
+def load_word_targets(config: ExplainConfig, tower: "ImageTower", sae: "SAE") -> "WordTargets | None":
+    """What the model's text tower is needed for: targets that are texts or concepts, and the text that says nothing.
+
+    None if no text tower is needed; ValueError if it is needed and cannot be had.
+    """
+    from saecore.relevance.explain import needs_blank
+    from saecore.relevance.targets import word_targets
+
+    request, blank = config.targets, needs_blank(tower, config.methods, config.options)
+    if not (request.words or blank):
+        return None
+    from saecore.towers.text import embed_texts, load_text_tower
+
+    try:
+        text_tower = load_text_tower(config.clip)
+    except ValueError as error:
+        if request.words:
+            raise
+        need = "legrad needs the text tower, to find patches that any text lights, unless its option legrad_correction is off"
+        raise ValueError(f"{error}; {need}") from error
+    embeddings = embed_texts(text_tower, [*request.words, *[BLANK_TEXT] * blank], config.batch_size)
+    of_words, of_blank = embeddings[: len(request.words)], embeddings[len(request.words) :]
+    how = (config.concept_latents, config.concept_positive)
+    return word_targets(sae, of_words, len(request.texts), *how, of_blank)

@@ -1,0 +1,89 @@
+"""The three steps of one chunk: decode, compute, write. Arrow tables of one row in and out; no Ray.
+
+    PLAN row -> decode_chunk -> (chunk_id, DECODED, seconds) -> Replica -> (chunk_id, payload, seconds) -> write_chunk -> counts
+
+Between the steps a chunk's table travels packed into one value of a row, so that nothing can tear it apart. Each step tells a
+`Witness` what it is about to touch, so that an image that ends its worker is refused and the others go on
+(`saecore.pipeline.isolation`).
+
+Left out: where the steps run, side by side on Ray or one after the other in one process (`jobs.pipeline`), and what a stage
+computes (`saecore.pipeline.stages`).
+"""
+
+import json
+from collections.abc import Callable
+from typing import Protocol
+
+import pyarrow as pa
+
+from saecore import schema
+from saecore.images.chunks import read_chunk
+from saecore.images.decode import blank
+from saecore.pipeline.clock import Clock
+from saecore.pipeline.isolation import Witness, pieces, refuse, survive
+from saecore.pipeline.stages import Decode
+from saecore.runs.run import Run
+
+
+class Stage(Protocol):
+    """DECODED -> a payload that `Run.write_chunk` takes."""
+
+    step: str
+    """Its name in `step_seconds` of run.json."""
+
+    def __call__(self, decoded: pa.Table) -> pa.Table: ...
+
+
+def decode_chunk(row: pa.Table, decode: Decode, witness: Witness) -> pa.Table:
+    """PLAN row -> chunk_id, DECODED, seconds. Encoded images are read as a stream and dropped once they are decoded."""
+    chunk = row.to_pylist()[0]
+    chunk_id, clock = chunk["chunk_id"], Clock()
+    work = witness.begin("decode", chunk_id, chunk["end"] - chunk["start"])
+    decoded, place = [], 0
+    for raw in clock.each("read", "decode", read_chunk(chunk)):
+        for start, end in pieces(witness, "decode", chunk_id, work, place, place + raw.num_rows):
+            piece = refuse(raw.slice(start - place, end - start), start, work.refused, "data")
+            decoded.append(survive(decode, piece, "data", lambda _: blank()))
+        place += raw.num_rows
+    witness.done("decode", chunk_id)
+    return _pack(chunk_id, pa.concat_tables(decoded), clock.seconds)
+
+
+class Replica:
+    """chunk_id, DECODED, seconds -> chunk_id, the stage's payload, seconds. The stage's models stay on their device."""
+
+    def __init__(self, make_stage: Callable[[], Stage], witness: Witness) -> None:
+        self.stage = make_stage()
+        self.witness = witness
+
+    def __call__(self, row: pa.Table) -> pa.Table:
+        chunk_id, decoded, seconds = _unpack(row)
+        step, clock = self.stage.step, Clock()
+        work = self.witness.begin(step, chunk_id, decoded.num_rows)
+        payloads = []
+        for start, end in pieces(self.witness, step, chunk_id, work, 0, decoded.num_rows):
+            piece = refuse(decoded.slice(start, end - start), start, work.refused, "pixels")
+            payloads.append(survive(self.stage, piece, "pixels", _black))
+        self.witness.done(step, chunk_id)
+        clock.lap(step)
+        return _pack(chunk_id, pa.concat_tables(payloads), seconds | clock.seconds)
+
+
+def _black(pixels: bytes) -> bytes:
+    """As many pixels, all black."""
+    return bytes(len(pixels))
+
+
+def write_chunk(row: pa.Table, run: Run, tags: dict[str, str]) -> pa.Table:
+    """chunk_id, payload, seconds -> images, refused, fit: a small row for the driver. The chunk is committed."""
+    chunk_id, payload, seconds = _unpack(row)
+    commit = run.write_chunk(chunk_id, payload, seconds, tags)
+    return pa.table({"images": [commit.images], "refused": [sum(commit.refused.values())], "fit": [list(commit.fit)]})
+
+
+def _pack(chunk_id: int, table: pa.Table, seconds: dict[str, float]) -> pa.Table:
+    return pa.table({"chunk_id": [chunk_id], "payload": schema.pack(table), "seconds": [json.dumps(seconds)]})
+
+
+def _unpack(row: pa.Table) -> tuple[int, pa.Table, dict[str, float]]:
+    return row["chunk_id"][0].as_py(), schema.unpack(row["payload"]), json.loads(row["seconds"][0].as_py())

@@ -1,0 +1,98 @@
+"""The tables of a run, as files: which files hold what, through the manifest, and how they are written.
+
+    RUN/images/chunk-00000017.parquet, activations/.., maps/..      one file per chunk and table
+    RUN/plan.parquet        the chunks (schema.PLAN)
+    RUN/manifest.parquet    every file of a complete run (`MANIFEST`)
+
+Left out: the table `latents`, which is one file and has writers of its own (`saecore.runs.latents`).
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset
+import pyarrow.parquet as pq
+
+from saecore.storage import Place, join_uri, read_parquet
+
+TABLES = ("images", "activations", "maps")
+"""The tables that a run may have. Which it has follows from the payload that is written."""
+
+# The rows of one image should be one small read, the scan of a table few large reads.
+ROW_GROUP_ROWS = {"images": 4096, "activations": 131_072, "maps": 2048}
+
+MANIFEST = pa.schema(
+    [
+        pa.field("chunk_id", pa.int64(), nullable=False),
+        pa.field("table", pa.string(), nullable=False),
+        pa.field("path", pa.string(), nullable=False),  # below the run
+        pa.field("rows", pa.int64(), nullable=False),
+        pa.field("bytes", pa.int64(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),
+    ]
+)
+
+
+def read_plan(uri: str) -> pa.Table:
+    """All chunks of a run (schema.PLAN)."""
+    return read_file(uri, "plan.parquet")
+
+
+def read_manifest(uri: str) -> pa.Table:
+    """Every file of a complete run (MANIFEST)."""
+    return read_file(uri, "manifest.parquet")
+
+
+def of_chunks(manifest: pa.Table, chunk_ids: np.ndarray) -> pa.Table:
+    """The rows of a manifest that belong to some chunks."""
+    return manifest.filter(pc.is_in(manifest["chunk_id"], pa.array(chunk_ids, pa.int64())))
+
+
+def open_dataset(uri: str, table: str, manifest: pa.Table | None = None) -> pyarrow.dataset.Dataset:
+    """One table of a complete run (`images`, `activations` or `maps`), or the part in some rows of its manifest."""
+    files = read_manifest(uri) if manifest is None else manifest
+    place = Place(uri)
+    names = files.filter(pc.equal(files["table"], table))["path"].to_pylist()
+    return place.dataset([f"{place.path}/{name}" for name in names])
+
+
+def scan_table(uri: str, table: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Some columns of a table of a complete run, in the order of the chunks and of their images, a row group at a time."""
+    manifest = read_manifest(uri)
+    for name in manifest.filter(pc.equal(manifest["table"], table))["path"].to_pylist():
+        with Place(join_uri(uri, name)).open_parquet() as file:
+            yield from file.iter_batches(ROW_GROUP_ROWS[table], columns=columns)
+
+
+def chunk_file(table: str, chunk_id: int) -> str:
+    """Where the run keeps a chunk's rows of a table, below its own folder."""
+    return f"{table}/chunk-{chunk_id:08d}.parquet"
+
+
+def parquet_bytes(table: pa.Table, row_group_rows: int) -> pa.Buffer:
+    """A Parquet file in memory (a chunk's file is a few MB), so that it is hashed and written in one piece.
+
+    Floats are byte-stream-split and ids are stored as differences: the demo's activations are 37 % smaller than by default, its
+    maps 9 %.
+    """
+    encodings = {pa.float32(): "BYTE_STREAM_SPLIT", pa.int64(): "DELTA_BINARY_PACKED"}
+    encoded = {field.name: encodings[field.type] for field in table.schema if field.type in encodings}
+    repeating = [field.name for field in table.schema if field.type in (pa.string(), pa.int16(), pa.int32())]
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table,
+        sink,
+        row_group_size=row_group_rows,
+        compression="zstd",
+        use_dictionary=repeating,
+        column_encoding=encoded,
+        write_page_checksum=True,
+    )
+    return sink.getvalue()
+
+
+def read_file(uri: str, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """One Parquet file below the run: all of it, or some columns."""
+    return read_parquet(join_uri(uri, name), columns)
