@@ -14,7 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from saecore import schema
-from saecore.images import decode as images
+from saecore.images.decode import ImageError, decode_image
+from saecore.images.effort import MAX_PIXELS
+from saecore.images.preprocess import Preprocess
 from saecore.pipeline.config import EmbedConfig, ExplainConfig
 from saecore.pipeline.models import load_models, load_word_targets
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 class Decode:
     """RAW -> DECODED: encoded bytes to the uint8 pixels that the tower takes."""
 
-    def __init__(self, preprocess: images.Preprocess, max_pixels: int = images.MAX_PIXELS) -> None:
+    def __init__(self, preprocess: Preprocess, max_pixels: int = MAX_PIXELS) -> None:
         self.preprocess = preprocess
         self.max_pixels = max_pixels
 
@@ -38,8 +40,8 @@ class Decode:
         if row["error"] is not None:
             return row
         try:
-            decoded = images.decode(data, self.preprocess, self.max_pixels)
-        except images.ImageError as error:
+            decoded = decode_image(data, self.preprocess, self.max_pixels)
+        except ImageError as error:
             return {**row, "error": error.reason, "error_detail": error.detail}
         left, top, right, bottom = decoded.crop
         return {
