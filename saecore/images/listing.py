@@ -90,9 +90,7 @@ def list_shards(
         found.add(path)
     for path in paths:
         if path not in found and not may_lack and not (found and path in folders.passed):
-            raise ValueError(
-                f"--images {path}: no such file, or no images in it; looked for {', '.join((*KINDS, *EXTENSIONS))}"
-            )
+            raise ValueError(f"{path}: no such file, or no images in it; looked for {', '.join((*KINDS, *EXTENSIONS))}")
     for links, what in ((folders.again, "links to folders that are listed already"), (folders.nowhere, "dead links")):
         if links:
             first = ", ".join(sorted(links)[:3]) + (", .." if len(links) > 3 else "")
@@ -161,7 +159,7 @@ def _told(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:  # the latter: an unknown kind of address, a name that is not UTF-8
-        raise ValueError(f"--images {path}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 
 def _below(root: str, path: str) -> str:
