@@ -2,13 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test quick check format bench clean
+.PHONY: demo test quick check check-oldest format bench clean
 
 demo: .venv/.installed
-	$(BIN)/python -m jobs.explain --demo --out runs/demo
-	$(BIN)/python -m jobs.index --run runs/demo
-	$(BIN)/python -m jobs.name --run runs/demo
-	$(BIN)/python -m jobs.report --run runs/demo
+	$(BIN)/relmap run --demo --out runs/demo
 
 test: check
 	$(BIN)/python -m pytest
@@ -16,6 +13,14 @@ test: check
 # Without Ray, without a browser and without what is slow: the tests to run while one works.
 quick: .venv/.test
 	$(BIN)/python -m pytest -q -m "not slow and not ray and not browser"
+
+# Are the lower bounds of pyproject.toml true? `OLDEST=torch==2.13.0+cpu` takes another version of one package.
+check-oldest:
+	rm -rf .venv-oldest
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check $$($(PYTHON) tests/oldest.py $(OLDEST))
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	.venv-oldest/bin/python -m pytest -q -m "not slow and not ray and not browser"
 
 check: .venv/.test
 	$(BIN)/ruff format --check
@@ -40,4 +45,4 @@ bench: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-oldest runs build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info

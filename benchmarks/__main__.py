@@ -1,4 +1,4 @@
-"""How fast, against what, on this machine: ratios within one run, never seconds alone. And how true: maps against masks.
+"""How fast, against what, on this machine: ratios within one run, never only seconds. And how true: maps against masks.
 
 python -m benchmarks train        training an SAE, against a straightforward dense loop
 python -m benchmarks maps         maps by every method, against a plain forward and the naive ways
@@ -32,11 +32,11 @@ class Train:
     k: int = 64
     """Latents that fire."""
     architectures: tuple[str, ...] = ("topk", "batchtopk", "matryoshka")
-    """Which of ours; matryoshka is compared with a dense loop over the same nested levels, the others with TopK's."""
+    """Our architectures. matryoshka is compared with a dense loop over the same nested levels, the others with TopK's loop."""
     batch_size: int = 1024
     """Embeddings a step."""
     rounds: int = 5
-    """Steps of each, in turn; the median counts."""
+    """Steps of each way, in turn; the median counts."""
     json: bool = False
     """Print one JSON object instead of a table."""
 
@@ -255,7 +255,7 @@ def benchmark(argv: list[str]) -> int:
 
 
 def machine() -> str:
-    """Device, threads and version, as a figure needs them beside it."""
+    """Device, threads and version: what a reader of a figure has to know."""
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()

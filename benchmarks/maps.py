@@ -1,19 +1,19 @@
 """What maps of k latents cost on this machine: ratios to a plain forward in the same run, on random weights of the true shapes.
 
-Ways are timed in turn, in another order each round. A ratio is the median over rounds of what two ways took in the same one,
-since a machine's speed drifts. With two threads on B/32, 90 rounds cut into runs of 15, its standard deviation was 0.003 to
-0.007, that of the ratio of least times 0.008 to 0.010; its means were those of the other or up to 0.006 higher.
+All ways are timed in every round, in a random order. A ratio is the median over rounds of what two ways took in the same round,
+since a machine's speed drifts. With two threads on B/32, in runs of 15 rounds, the standard deviation of that median was 0.003
+to 0.007. The ratio of least times has one of 0.008 to 0.010; the medians' means were equal to it or up to 0.006 higher.
 
-    forward        `ClipTower.embed`: fused attention, and of the last layer the CLS token alone
+    forward        `ClipTower.embed`: fused attention, and only the CLS token in the last layer
     transformers   its own forward of the same weights, with fused attention: all tokens of all layers
     a method       the tower with its trace, the SAE's encoder, maps of the k strongest latents
-    naive ..       `benchmarks.naive_maps` with a few latents, scaled to k: a constant part of the cost, and one for each latent
+    naive ..       `benchmarks.naive_maps` with a few latents, scaled to k: a constant part of the cost, and a part per latent
 
-One thread is timed by its CPU time, which other people's work is not in; several, or a GPU, by the clock. A GPU runs bfloat16,
-as jobs do there. Cost does not depend on weights, so nothing is downloaded.
+One thread is timed by its CPU time, which does not count other programs' work. Several threads, or a GPU, are timed by the
+clock. A GPU runs bfloat16, as jobs do there. Cost does not depend on weights, so nothing is downloaded.
 
-Left out: what a job does beside this: decoding, reconstruction, the check of contrib_grad's gradient (one row a layer: 0.06 of
-a forward for 8 images at once on B/32, where it is most), rounding to 8 bits, tables.
+Left out: what a job does besides: decoding, reconstruction, the check of contrib_grad's gradient (one row a layer: 0.06 of a
+forward for 8 images at once on B/32, where its share is largest), rounding to 8 bits, tables.
 """
 
 import copy
@@ -48,7 +48,7 @@ class Shape(NamedTuple):
     layers: int
     outputs: int
     batch: int
-    """Images at once, where nothing else is asked for."""
+    """Images at once, unless the command line says another number."""
     bounds: Mapping[str, float]
     """On the cost of 32 maps, by method or variant, over one forward."""
 
@@ -72,7 +72,7 @@ NAIVE_BOUND = 50.0
 """A method with a bound must also be this many times cheaper than a forward and a backward for each of 32 latents."""
 
 MEASURABLE = 0.02
-"""attention's bound is the forward itself, which nothing with an SAE behind it can hold but within the noise."""
+"""Tolerance of a bound of 1.0, that of `attention`: an SAE after the forward always costs something, within the noise."""
 
 NAIVE: dict[str, Callable[[Any, SAE, Tensor, Tensor], Tensor]] = {
     "naive forward": naive_maps.forward_alone,

@@ -1,7 +1,7 @@
 """How fast a run answers, how large it is, and what its index takes: on a synthetic run of a real one's sizes.
 
-What may take memory happens in a process of its own, whose peak is then that step's. Answers are of warm files. Where others
-work on the machine too, CPU seconds say more than seconds.
+Each step that may take much memory runs in a process of its own, whose peak is then the step's. Questions are asked of warm
+files. On a machine with other work, CPU seconds say more than seconds.
 """
 
 import dataclasses
@@ -28,21 +28,21 @@ AIMS = (
     (f"top {TOP} of a latent with maps", "with an index", 50.0),
     (f"top {TOP} of a latent with maps", "without an index", 2000.0),
 )
-"""What is aimed at with a million images of 32 latents: a question, when, and the median in milliseconds."""
+"""Aims for a million images of 32 latents each: a question, the state of the index, and the median in milliseconds."""
 
 MEMORY_AIM = 4e9
 """Peak bytes of an index of ten million rows and more."""
 
 FAR = 100_000_000
-"""Images for which the cost is worked out from the measured rates."""
+"""Number of images whose cost is computed from the measured rates."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of the synthetic run."""
+    """Sizes of the synthetic run."""
 
     images: int
-    """In whole chunks, so that the run can grow."""
+    """Whole chunks of images, so that the run can grow."""
     latents: int
     k: int
     side: int
@@ -50,7 +50,7 @@ class Sizes:
 
 
 def measure(uri: str, sizes: Sizes, memory: float, threads: int, rounds: int) -> dict[str, Any]:
-    """All figures, of a run that is written at `uri` and stays there. memory: GB for DuckDB."""
+    """All figures, measured on a run that is written at `uri` and stays there. memory: GB for DuckDB."""
     budget = indexing.Budget(memory, threads)
     figures: dict[str, Any] = {"rows": sizes.images * sizes.k, "steps": {}, "milliseconds": {}}
     steps, asked = figures["steps"], figures["milliseconds"]
@@ -83,9 +83,9 @@ def _timed(step: Callable[..., None], arguments: tuple[Any, ...]) -> dict[str, f
 
 
 def peak_rss() -> int:
-    """Bytes that this process held at most."""
+    """The most bytes that this process has held."""
     status = Path("/proc/self/status")
-    if status.exists():  # Linux: getrusage there remembers the process that this one was forked from
+    if status.exists():  # on Linux, getrusage has the peak of the process that this one was forked from
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
@@ -94,12 +94,12 @@ def peak_rss() -> int:
 
 
 def write(uri: str, sizes: Sizes, images: int) -> None:
-    """The run, or more of it."""
+    """Write the run, or add to it."""
     synthetic.write_run(uri, images, sizes.latents, sizes.k, (sizes.side, sizes.side))
 
 
 def index(uri: str, budget: indexing.Budget) -> None:
-    """by_latent/ and top_images/, or what is new of them."""
+    """Write by_latent/ and top_images/, or add what is new."""
     record = read_complete(uri)
     before = by_latent.read_index(uri, record.fingerprint)
     plan = indexing.plan(read_manifest(uri), before, TOP, 1)
@@ -110,7 +110,7 @@ def index(uri: str, budget: indexing.Budget) -> None:
 
 
 def count(uri: str) -> None:
-    """latents.parquet."""
+    """Write latents.parquet."""
     statistics.write(results.open(uri))
 
 
@@ -121,16 +121,18 @@ def sizes_on_disk(uri: str) -> dict[str, int]:
     """Bytes of every table."""
     manifest = read_manifest(uri)
     sizes = {table: pc.sum(manifest["bytes"].filter(pc.equal(manifest["table"], table))).as_py() for table in TABLES}
-    held = by_latent.read_index(uri, read_complete(uri).fingerprint)
-    assert held is not None
-    sizes[by_latent.ROWS] = sum(file.bytes for segment in held.segments for file in segment.rows)
-    sizes[by_latent.TOP] = sum(file.bytes for segment in held.segments for file in segment.top)
+    index = by_latent.read_index(uri, read_complete(uri).fingerprint)
+    assert index is not None
+    sizes[by_latent.ROWS] = sum(file.bytes for segment in index.segments for file in segment.rows)
+    sizes[by_latent.TOP] = sum(file.bytes for segment in index.segments for file in segment.top)
     return sizes
 
 
 def answers(uri: str, sizes: Sizes, rounds: int) -> dict[str, tuple[float, float]]:
-    """Milliseconds that questions take, median and longest of some rounds: each of another image, and another latent, from the
-    commonest to the rarest."""
+    """Milliseconds that questions take: median and longest of several rounds.
+
+    Each round asks about another image, and about another latent, from the most frequent to the rarest.
+    """
     alive = sizes.latents - int(sizes.latents * synthetic.DEAD)
     latents = np.geomspace(1, alive, rounds).astype(int) - 1
     images = np.linspace(0, sizes.images - 1, rounds).astype(int)
@@ -157,7 +159,7 @@ def answers(uri: str, sizes: Sizes, rounds: int) -> dict[str, tuple[float, float
 
 
 def typical(ask: Callable[[int], object], rounds: int) -> tuple[float, float]:
-    """Median and longest, in milliseconds; each is asked once before it counts, so that its files are warm."""
+    """Median and longest, in milliseconds; each question is asked once before it is timed, so that its files are warm."""
     taken = []
     for turn in range(rounds):
         ask(turn)
@@ -193,7 +195,7 @@ def told(figures: dict[str, Any], sizes: Sizes) -> str:
 
 
 def verdicts(figures: dict[str, Any]) -> list[str]:
-    """Whether the aims hold, whatever the size; they are meant for a million images."""
+    """Whether the aims are met. They are meant for a million images, and reported for any number."""
     said = []
     for question, state, aim in AIMS:
         typical = figures["milliseconds"][state][question][0]
@@ -208,7 +210,7 @@ def _held(value: float, aim: float) -> str:
 
 
 def far(figures: dict[str, Any], each: dict[str, float], run: float, sizes: Sizes) -> list[str]:
-    """What `FAR` images would take, by these rates: bytes and seconds in proportion, `top_images` as it is."""
+    """The cost of `FAR` images by these rates: bytes and seconds in proportion, except `top_images`, which does not grow."""
     more = FAR / sizes.images
     hours = sum(figures["steps"][name]["seconds"] for name in ("index", "count")) * more / 3600
     disk = f"{run * FAR / 1e9:,.0f} GB with maps, {(run - each['maps']) * FAR / 1e9:,.0f} GB without"

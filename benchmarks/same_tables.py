@@ -6,6 +6,9 @@ This comparison holds a change of the code to its promise that data stay as they
 the change and with the code after it, and compare the two. Column `uri` of `images` and the part `inputs` of the fingerprint
 say where the inputs of a run lay: neither is compared. `latents.parquet` is compared where both runs have one.
 
+Make both runs on one machine, with the same number of threads of PyTorch (OMP_NUM_THREADS). Another number of threads sums in
+another order, and values differ in their last bit.
+
 Exit code 0 if everything is equal, 1 if something differs.
 """
 

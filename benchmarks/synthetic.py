@@ -1,8 +1,8 @@
-"""A run of any size without images or models, in the files and of the sizes of a real one: to measure on, and to test with.
+"""A run of any size without images or models, with the files and sizes of a real run: to measure on, and to test with.
 
-Every image keeps k distinct latents, latent i with a weight of 1 / (i + 20) (the commonest fires for about a quarter of all
-images at k = 32 and n = 6,144; the last 2 % never), with gamma-distributed activations and a map of one bump in noise. Chunks
-depend on their number alone: a longer run begins with the chunks of a shorter one.
+Every image keeps k distinct latents, latent i with a weight of 1 / (i + 20): at k = 32 and n = 6,144 the most frequent fires
+for about a quarter of all images, and the last 2 % never fire. Activations are gamma-distributed; a map is one bump in noise.
+A chunk depends only on its number, so a longer run begins with the chunks of a shorter one.
 
 Left out: meaning. Latents are independent of each other and of the pictures, which do not exist.
 """
@@ -19,13 +19,13 @@ from saecore.storage import join_uri, write_atomic
 SHARD_CHUNKS = 20
 DEAD = 0.02
 MANDELBROT = 20
-"""Offset of the ranks in the law of frequencies: without it the first latents would fire for every image."""
+"""Offset of the ranks in the law of frequencies. Without it the first latents would fire for every image."""
 
 
 def write_run(
     uri: str, images: int, latents: int = 6144, k: int = 32, grid: tuple[int, int] = (7, 7), chunk_size: int = 512
 ) -> Run:
-    """A complete run at `uri`; where a shorter one is, with the same settings and whole chunks, it grows."""
+    """Write a complete run at `uri`. A shorter run there, with the same settings and whole chunks, grows."""
     parts = {"schema": schema.VERSION, "synthetic": [latents, k, *grid, chunk_size], "method": "contrib"}
     made_by = {"command": "benchmarks.synthetic", "config": parts, "grid": list(grid), "n_latents": latents}
     plan = make_plan(images, chunk_size)
@@ -40,7 +40,7 @@ def write_run(
 
 
 def make_plan(images: int, chunk_size: int) -> pa.Table:
-    """Shards of `SHARD_CHUNKS` chunks each."""
+    """A plan of shards of `SHARD_CHUNKS` chunks each."""
     size = SHARD_CHUNKS * chunk_size
     rows = [
         {
@@ -59,7 +59,7 @@ def make_plan(images: int, chunk_size: int) -> pa.Table:
 
 
 def explained(chunk: dict, latents: int, k: int, grid: tuple[int, int]) -> pa.Table:
-    """EXPLAINED rows of one chunk, the same whenever they are asked for."""
+    """EXPLAINED rows of one chunk, always the same."""
     random = np.random.default_rng(chunk["chunk_id"])
     n, n_patches = chunk["end"] - chunk["start"], grid[0] * grid[1]
     alive = latents - int(latents * DEAD)
@@ -121,7 +121,7 @@ def explained(chunk: dict, latents: int, k: int, grid: tuple[int, int]) -> pa.Ta
 
 
 def _maps(random: np.random.Generator, n: int, grid: tuple[int, int]) -> pa.Array:
-    """n maps of int8: a bump somewhere, over noise, at full scale."""
+    """n maps of int8, each at full scale: a bump at a random place, and noise."""
     height, width = grid
     y, x = (random.random((n, 1), np.float32) * side for side in grid)
     near_y = np.exp(-((np.arange(height) - y) ** 2) / 2)

@@ -3,11 +3,11 @@
     python -m benchmarks truth
 
 A case is a scene and a target whose object it shows: a latent that follows one word and fires there, or the word itself as a
-text. The map ought to lie on that object. Which latents follow a word is decided by their activations alone (area under the
-ROC curve above `FOLLOWS`), on other scenes than those that are measured; neither served any training or choice before.
+text. The map ought to lie on that object. Only activations decide which latents follow a word (area under the ROC curve
+above `FOLLOWS`), on other scenes than those that are measured. Neither kind of scenes served any training or choice before.
 
-High scores here promise little for other models: this CLIP was also taught to tell colours and shapes from its patch tokens
-(`saecore.demo.build`), which keeps tokens about their own places more than captions alone would.
+High scores here promise little for other models: this CLIP also learnt to tell colours and shapes from its patch tokens
+(`saecore.demo.build`), so its tokens describe their own places more than training on captions only would make them.
 """
 
 import dataclasses
@@ -83,22 +83,22 @@ def covered(seen: Sequence[Scene], words: Sequence[str], grid: tuple[int, int]) 
 
 
 class Cases(NamedTuple):
-    """Scenes and targets whose object is known, one of each a row."""
+    """Pairs of a scene and a target whose object is known, a pair a row."""
 
     image: np.ndarray
     """int (m,): number of the scene."""
     covered: np.ndarray
-    """float64 (m, P): the share of each patch that the target's object fills; somewhere at least a half."""
+    """float64 (m, P): the share of each patch that the target's object fills; it is at least a half in some patch."""
     maps: dict[str, np.ndarray]
     """Method or baseline -> float (m, P)."""
 
     def where(self, chosen: np.ndarray) -> "Cases":
-        """Some of them, by a bool (m,)."""
+        """The cases that a bool (m,) marks."""
         return Cases(self.image[chosen], self.covered[chosen], {name: m[chosen] for name, m in self.maps.items()})
 
 
 class Measured(NamedTuple):
-    """What `measure` finds."""
+    """What `measure` returns."""
 
     followers: dict[int, str]
     """Latents, and the word that each follows."""
@@ -125,9 +125,9 @@ class Row(NamedTuple):
 
 
 def rows(methods: Sequence[str], options: Options = DEFAULT_OPTIONS) -> list[Row]:
-    """The methods as the options have them, then the variants of each that have scores of their own, under their titles.
+    """A row for each method with the given options, then rows for the variants of methods that score otherwise.
 
-    With the norms given (`frozen` or `exact`), no variants by norm.
+    Variants by norm are listed unless the options name a norm (`frozen` or `exact`).
     """
     listed = [Row(method, method, options) for method in methods]
     if "legrad" in methods and options.legrad_target == "mean":

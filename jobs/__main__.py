@@ -79,9 +79,8 @@ def overview() -> str:
     ]
     for title, group in COMMANDS.items():
         lines += ["", title, *(f"  {name:<{width}}  {text}" for name, text in group.items())]
-    lines += ["", "Examples"]
-    for words, reason in EXAMPLES.items():
-        lines += [f"  {PROGRAM} {words}   # {reason}"]
+    width = max(map(len, EXAMPLES))
+    lines += ["", "Examples", *(f"  {PROGRAM} {words:<{width}}  # {reason}" for words, reason in EXAMPLES.items())]
     return "\n".join([*lines, "", f"{PROGRAM} COMMAND --help says what a command takes."])
 
 

@@ -1,6 +1,7 @@
 """What every command is: arguments that are checked, mistakes told in one sentence, an end in good order."""
 
 import dataclasses
+import inspect
 import os
 import re
 import shlex
@@ -8,8 +9,9 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -17,6 +19,9 @@ from saecore import storage
 from saecore.storage import WriteError, check_address
 
 from . import signals
+
+DEFAULTS = dict.fromkeys(("", "''", "False", "None"), "") | {"True": "(default: on)"}
+"""Defaults -> what help says of them, where that is not the value."""
 
 E = TypeVar("E", bound=BaseException)
 
@@ -92,9 +97,18 @@ IS_INSTALLED = __name__.startswith("relmap.")
 """Whether this folder was imported as the package `relmap`, and not as `jobs` of a checkout."""
 
 
+CHECKOUT = "python -m jobs."
+"""Begins what a command is called in a checkout."""
+
+
 def program(name: str) -> str:
     """What a command is called: `relmap explain`, or `python -m jobs.explain` where that was called."""
-    return f"relmap {name}" if IS_INSTALLED else f"python -m jobs.{name}"
+    return f"relmap {name}" if IS_INSTALLED else f"{CHECKOUT}{name}"
+
+
+def called(name: str, *words: str) -> str:
+    """A command line as files keep it, for whoever reads them."""
+    return f"{program(name)} {shlex.join(words)}"
 
 
 def line(name: str, *words: str) -> str:
@@ -118,6 +132,25 @@ def _typed(path: Path) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
+@contextmanager
+def followed() -> Iterator[None]:
+    """Commands that are called inside propose no command that comes next: their caller calls it."""
+    token = _is_followed.set(True)
+    try:
+        yield
+    finally:
+        _is_followed.reset(token)
+
+
+_is_followed = ContextVar("is_followed", default=False)
+
+
+def propose(text: str) -> None:
+    """Print what to do next, unless the caller does that."""
+    if not _is_followed.get():
+        print(text)
+
+
 class Checked(Protocol):
     """A job's arguments."""
 
@@ -133,6 +166,20 @@ def flag(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+def words(arguments: Any, kind: Any) -> list[str]:
+    """The command line that gives the fields of one class their values; `parse` turns it back. Defaults are omitted."""
+    line: list[str] = []
+    for field in dataclasses.fields(kind):
+        value = getattr(arguments, field.name)
+        if dataclasses.is_dataclass(value):
+            line += words(value, value)
+        elif isinstance(value, bool):
+            line += [flag(field.name if value else f"no_{field.name}")] if value != field.default else []
+        elif value != field.default:
+            line += [flag(field.name), *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return line
+
+
 def at_least(arguments: Any, **least: float) -> None:
     """ValueError for the first argument below its least value."""
     for name, value in least.items():
@@ -140,12 +187,88 @@ def at_least(arguments: Any, **least: float) -> None:
             raise ValueError(f"{flag(name)} {getattr(arguments, name)}: must be at least {value}")
 
 
-def parse(kind: type[A], argv: list[str], module: str) -> A:
-    """The command line's arguments; SystemExit 2 for one that does not exist, ValueError for one that cannot be."""
-    arguments = tyro.cli(kind, args=argv, prog=f"python -m {module}", config=(tyro.conf.FlagCreatePairsOff,))
+def parse(kind: type[A], argv: list[str], name: str) -> A:
+    """The command line's arguments; SystemExit 2 for one that does not exist, ValueError for one that cannot be.
+
+    --help shows the first lines of the class, the examples in the head of its module, and what the fields say.
+    """
+    pair_flags(kind)
+    arguments = tyro.cli(
+        kind,
+        args=argv,
+        prog=program(name),
+        description="\n\n".join([inspect.cleandoc(kind.__doc__ or ""), *examples(kind)]),
+        config=(tyro.conf.HelptextFromCommentsOff,),
+        registry=help_rules(),
+    )
     check_addresses(arguments)
     arguments.check()
     return arguments
+
+
+def pair_flags(kind: type) -> None:
+    """Let tyro make one flag of a boolean that is off by default, `--tied`, and two of one that is on: `--centre, --no-centre`.
+
+    tyro has one setting for all booleans: with it help says either `--no-centre (default: True)` or `--tied, --no-tied`.
+    """
+    hints = get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        hint = hints[field.name]
+        plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+        if dataclasses.is_dataclass(plain) and isinstance(plain, type):
+            pair_flags(plain)
+        elif plain is bool and field.default is False:
+            single: Any = tyro.conf.FlagCreatePairsOff
+            kind.__annotations__[field.name] = single[hint]
+
+
+def examples(kind: type) -> list[str]:
+    """The command lines in the head of the module of a class, under one title; none if there are none."""
+    head = sys.modules[kind.__module__].__doc__ or ""
+    lines = [line for line in head.splitlines() if line.startswith(f"    {CHECKOUT}")]
+    if IS_INSTALLED:
+        lines = [line.replace(CHECKOUT, "relmap ", 1) for line in lines]
+    return ["\n".join(["Examples:", *lines])] if lines else []
+
+
+def help_rules() -> tyro.constructors.ConstructorRegistry:
+    """tyro's rules, and two of our own.
+
+    Flags that the first lines of a class name come first, in their order there. Help omits a default that says nothing, such as
+    `(default: '')`.
+    """
+    registry = tyro.constructors.ConstructorRegistry()
+    inside = False
+
+    def shown(default: str) -> str:
+        return DEFAULTS.get(default, f"(default: {default})")
+
+    @registry.struct_rule
+    def rule(
+        info: tyro.constructors.StructTypeInfo,
+    ) -> tyro.constructors.StructConstructorSpec | None:
+        nonlocal inside
+        if inside or not dataclasses.is_dataclass(info.type):
+            return None
+        inside = True  # so that tyro's own rule is the one that answers
+        try:
+            spec = registry.get_struct_spec(info)
+        finally:
+            inside = False
+        if not isinstance(spec, tyro.constructors.StructConstructorSpec):
+            return None
+        quiet = tyro.conf.arg(help_behavior_hint=shown)
+        named = re.findall(r"--[a-z-]+", info.type.__doc__ or "")
+        order = sorted(spec.fields, key=lambda field: [*named, flag(field.name)].index(flag(field.name)))
+        fields = [_annotated(field, quiet) for field in order]
+        return dataclasses.replace(spec, fields=tuple(fields))
+
+    return registry
+
+
+def _annotated(field: Any, more: Any) -> Any:
+    """A field of tyro's with one more annotation of its type."""
+    return dataclasses.replace(field, type=Annotated[field.type, more])
 
 
 def check_addresses(arguments: Any) -> None:

@@ -28,7 +28,7 @@ import pyarrow as pa
 
 from saecore import schema
 from saecore.pipeline.clock import Clock
-from saecore.pipeline.config import EmbedConfig, Models
+from saecore.pipeline.config import EmbedConfig, ModelDigests
 from saecore.pipeline.stages import Decode, Embed
 from saecore.runs.files import ROW_GROUP_ROWS, parquet_bytes
 from saecore.runs.refusals import refusals
@@ -46,7 +46,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Arguments(pipeline.Arguments):
-    """Images, or the words of a vocabulary, to CLIP embeddings."""
+    """Images, or the words of a vocabulary, to CLIP embeddings.
+
+    Needs --images or --text, --clip and --out.
+    """
 
     text: str = ""
     """Embed this vocabulary, one word a line, instead of images; in this process, without Ray. --limit counts words."""
@@ -83,7 +86,7 @@ def embed(argv: list[str]) -> int:
     """Check everything, run what is pending, say what came of it."""
     clock = Clock()
     with commands.mistakes():
-        arguments = commands.parse(Arguments, argv, "jobs.embed")
+        arguments = commands.parse(Arguments, argv, "embed")
     with console.quiet() as log:
         if arguments.text:
             return embed_vocabulary(arguments)
@@ -117,13 +120,13 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
     inputs = pipeline.Inputs(arguments, arguments.images)
     pool = pipeline.make_pool(arguments, inputs)
     config = EmbedConfig(clip=clip, batch_size=arguments.batch_size, device=pool.device, threads=pool.threads)
-    parts = {"kind": "embed"} | pipeline.fingerprint_parts(inputs, config, Models(tower.sha256()[:16]))
+    parts = {"kind": "embed"} | pipeline.fingerprint_parts(inputs, config, ModelDigests(tower.sha256()[:16]))
     tags = {"clip": clip, "clip_sha256": parts["clip"]}
     if arguments.dry_run:
         how = [f"with CLIP {clip}, {tower.n_outputs} numbers per image"]
         print(outline(inputs.plan, "embed", arguments.out, how))
         return None
-    made_by = pipeline.made_by("jobs.embed", argv, config, inputs, pool) | {"n_outputs": tower.n_outputs}
+    made_by = pipeline.made_by("embed", argv, config, inputs, pool) | {"n_outputs": tower.n_outputs}
     run = pipeline.begin_run(inputs, parts, made_by)
     decode = Decode(tower.preprocess, arguments.max_pixels)
     return pipeline.Job(run, decode, functools.partial(Embed, config), tags, pool)

@@ -2,13 +2,13 @@
 
 import shlex
 
-import pyarrow as pa
-
 from saecore.query.results import Results
 from saecore.report.holdings import holdings
 from saecore.report.pages import EXPLORER
 from saecore.runs import latents
 from saecore.storage import join_uri, split_settings
+
+from . import commands
 
 JOBS = {"Names": "name", "Index": "index"}
 """The job that adds to a run, by `Holding.what`."""
@@ -20,20 +20,15 @@ RENAMED = {"--embeddings": "--keep-embeddings"}
 """Flags of jobs.explain in the commands of older runs."""
 
 
-def about(uri: str, job: str) -> str:
-    """A command about the run at `uri`. Pages of one at an address need a local folder."""
-    more = " --out report" if job == "report" and "://" in uri else ""
-    return f"python -m jobs.{job} --run {shlex.quote(uri)}{more}"
-
-
 def after_explain(uri: str, clip: str) -> str:
-    """What to do with a new run: its preview, and three commands."""
-    vocabulary = "" if clip == "demo" else " --vocabulary WORDS"
+    """What to do with a new run: look at its preview, then three commands."""
+    vocabulary = () if clip == "demo" else ("--vocabulary", "WORDS")
+    pages = ("--out", "report") if "://" in uri else ()
+    words = "words for the latents" if clip == "demo" else "words for the latents, from a file with one word a line"
     steps = {
-        about(uri, "index"): "questions about one latent become fast",
-        about(uri, "name") + vocabulary: "words for the latents"
-        + (", out of a file with one word a line" if vocabulary else ""),
-        about(uri, "report"): "pages to look at",
+        commands.line("index", "--run", uri): "questions about one latent become fast",
+        commands.line("name", "--run", uri, *vocabulary): words,
+        commands.line("report", "--run", uri, *pages): "pages to look at",
     }
     width = max(map(len, steps))
     lines = [f"    {line:<{width}}   # {what}" for line, what in steps.items()]
@@ -41,14 +36,16 @@ def after_explain(uri: str, clip: str) -> str:
 
 
 def after_index(uri: str) -> str:
-    """What to do with an indexed run: give its latents names, or ask for one by its name."""
-    named = "name" in (latents.read(uri) or pa.table({})).column_names
-    return f"next          {f'python -m jobs.query latents {shlex.quote(uri)}' if named else about(uri, 'name')}"
+    """What to do with an indexed run: give its latents names, or look at them."""
+    table = latents.read(uri)
+    named = table is not None and "name" in table.column_names
+    return f"next          {commands.line('query', 'latents', uri) if named else commands.line('name', '--run', uri)}"
 
 
 def after_name(uri: str) -> str:
     """What to do with a run whose latents have names."""
-    return f"next          {about(uri, 'report')}"
+    pages = ("--out", "report") if "://" in uri else ()
+    return f"next          {commands.line('report', '--run', uri, *pages)}"
 
 
 def hints(run: Results) -> dict[str, str]:
@@ -57,10 +54,10 @@ def hints(run: Results) -> dict[str, str]:
     Settings of an address are omitted: they may hold what nobody else should read.
     """
     place = split_settings(run.uri)[0]
-    lines = {EXPLORER: f"python -m jobs.report --run {shlex.quote(place)} --serve"}
+    lines = {EXPLORER: commands.called("report", "--run", place, "--serve")}
     for one in holdings(run):
         if one.missing and one.what in JOBS:
-            lines[one.what] = about(place, JOBS[one.what])
+            lines[one.what] = commands.called(JOBS[one.what], "--run", place)
         elif one.missing and run.record.command:
             values = [",".join(one.complete)] if one.what == "Methods" else one.complete
             lines[one.what] = _again(run.record.command, SETTINGS[one.what], *values)

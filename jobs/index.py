@@ -7,7 +7,7 @@
     statistics
 
 The same command again does nothing; for a run that grew it indexes what is new. One machine sorts on disk what does not fit
-into memory, and suffices for 10^8 images by the rates in BENCHMARKS.md. With `--segments` above 1, Ray sorts parts side by
+into memory, and suffices for 10^8 images by the rates in docs/benchmarks.md. With `--segments` above 1, Ray sorts parts side by
 side; a look-up then reads one place in each part.
 """
 
@@ -39,13 +39,13 @@ class Arguments:
     run: str
     """Folder of a complete run of jobs.explain: a local path, s3:// or gs://."""
     top: int = 100
-    """Images per latent whose maps and names are copied beside each other."""
+    """Images of each latent whose maps are copied into one place, so that they are shown fast."""
     segments: int = 1
-    """Parts in which new chunks are sorted; above 1 on Ray, side by side."""
+    """Parts in which new chunks are sorted; with more than one, side by side on Ray."""
     memory: float = 2.0
-    """GB that DuckDB may hold for one part; the process takes up to 1 GB more, and the rest goes to --scratch."""
+    """GB that DuckDB may hold for one part; the process takes up to 1 GB more, and what does not fit goes to --scratch."""
     threads: int = 0
-    """CPU threads for one part; 0 is all of this machine, or 1 on Ray."""
+    """CPU threads for one part; 0 means all of this machine, or 1 on Ray."""
     scratch: str = ""
     """Folder on a fast disk for what does not fit into --memory; by default a temporary folder of the system."""
     rebuild: bool = False
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def index(argv: list[str]) -> int:
     """Check everything, index what is new, count, say what came of it."""
     with commands.mistakes():
-        arguments = commands.parse(Arguments, argv, "jobs.index")
+        arguments = commands.parse(Arguments, argv, "index")
         record = read_complete(arguments.run)
         before = None if arguments.rebuild else index_before(arguments, record)
         plan = indexing.plan(read_manifest(arguments.run), before, arguments.top, arguments.segments)
@@ -83,7 +83,7 @@ def index(argv: list[str]) -> int:
     elif held is before:
         print(f"{arguments.run} is indexed: nothing to do")
     card.write(arguments.run, record)
-    print(after_index(arguments.run))
+    commands.propose(after_index(arguments.run))
     return 0
 
 

@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(argv: list[str]) -> int:
     """Check everything, measure, save, say what came of it."""
     with commands.mistakes():
-        arguments = commands.parse(Arguments, argv, "jobs.measure")
+        arguments = commands.parse(Arguments, argv, "measure")
         if arguments.save:
             check_folder(arguments)
         source = open_embeddings(arguments.embeddings, arguments.column)

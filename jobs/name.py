@@ -31,6 +31,7 @@ from saecore.training.embeddings import open_embeddings
 from saecore.training.survey import draw
 
 from . import commands, console
+from .hints import after_name
 from .summaries import naming_summary
 
 if TYPE_CHECKING:
@@ -48,7 +49,10 @@ SAMPLE_IMAGES = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Names for the latents of an SAE."""
+    """Names for the latents of a run, or of an SAE: words of a vocabulary.
+
+    Needs --run, or else --sae, --clip and --out; and --vocabulary, unless the CLIP is `demo`.
+    """
 
     run: str = ""
     """A complete run of jobs.explain, local or at an address: its latents.parquet gets the names."""
@@ -120,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def name(argv: list[str]) -> int:
     """Check everything, find names, write them, say what came of it."""
     with commands.mistakes():
-        arguments = commands.parse(Arguments, argv, "jobs.name")
+        arguments = commands.parse(Arguments, argv, "name")
     with console.quiet() as log:
         with commands.mistakes():
             check_place(arguments)
@@ -135,6 +139,8 @@ def name(argv: list[str]) -> int:
         data = parquet_bytes(table.replace_schema_metadata(metadata), latents.ROW_GROUP_ROWS)
         write_atomic(arguments.out, data)
     print(naming_summary(table, job.made_by, arguments.run, arguments.out))
+    if job.run:
+        commands.propose(after_name(arguments.run))
     return 0
 
 
@@ -219,7 +225,7 @@ def load_sae(arguments: Arguments, run: results.Results | None) -> "SAE":
     from saecore.sae.checkpoints import load_embedding_sae
 
     address = arguments.sae or (run.record.sae_address if run else "")
-    site = arguments.site or (run.record.config.get("site", "") if run else "")
+    site = arguments.site or (run.record.given_site if run else "")
     with commands.given("--sae"):
         sae = load_embedding_sae(address, site)
     check_same("sae", address, sae.sha256(), run)

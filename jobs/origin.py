@@ -15,11 +15,18 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The checkout's commit, with a + if files have changed since; None if this is no checkout (a shipped working_dir)."""
+    """The checkout's commit, with a + if files have changed since; None if this file is in no checkout (a shipped working_dir).
+
+    An installed file may lie inside somebody else's checkout, which does not track it.
+    """
     here = Path(__file__).parent
     answers = [
         subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=False)
-        for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        for words in (
+            ["rev-parse", "HEAD"],
+            ["status", "--porcelain", "--untracked-files=no"],
+            ["ls-files", "--error-unmatch", Path(__file__).name],
+        )
     ]
     if any(answer.returncode for answer in answers):
         return None

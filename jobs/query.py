@@ -34,7 +34,7 @@ from .terminal import plain, printable, show
 MOST = {"n": results.LARGEST, "bins": 10_000}
 """The largest value of each count: nobody reads a table of more bins."""
 
-PROGRAM = "python -m jobs.query"
+PROGRAM = commands.program("query")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

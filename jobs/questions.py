@@ -248,7 +248,7 @@ class OfLatents(Question):
         """See `Question.ask`."""
         known = run.latents.column_names
         if self.by not in known:
-            hint = "" if "images" in known else f"; python -m jobs.index --run {self.run} adds what they do"
+            hint = "" if "images" in known else f"; {commands.line('index', '--run', self.run)} adds what they do"
             raise ValueError(f"--by {self.by}: the columns of latents are {', '.join(known)}{hint}")
         order = "ascending" if self.least else "descending"
         return run.latents.sort_by([(self.by, order), ("latent", "ascending")])[: self.n]

@@ -20,7 +20,7 @@ from saecore.query.results import Results
 from saecore.report.static import Choice, Report, check_place
 
 from . import commands, console
-from .hints import about, hints
+from .hints import hints
 from .summaries import in_bytes
 
 SLOW_ROWS = 1_000_000
@@ -73,10 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make(argv: list[str]) -> int:
     """Open the run, then write its pages or serve them."""
     with commands.mistakes():
-        arguments = commands.parse(Arguments, argv, "jobs.report")
+        arguments = commands.parse(Arguments, argv, "report")
         run = results.open(arguments.run)
     if run.tables.index is None and run.record.rows["activations"] > SLOW_ROWS:
-        print(f"this run is large and has no index, which makes pages of latents far faster: {about(run.uri, 'index')}")
+        faster = commands.line("index", "--run", run.uri)
+        print(f"this run is large and has no index, which makes pages of latents far faster: {faster}")
     return serve(run, arguments) if arguments.serve else write(run, arguments)
 
 

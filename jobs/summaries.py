@@ -1,6 +1,5 @@
 """What jobs say to a person when they end: what came of the work, how good it is, and what to do next."""
 
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from saecore.runs.record import Record, Unread
 from saecore.runs.refusals import Refusal
 from saecore.storage import join_uri, split_settings
 
-from .hints import after_name
+from . import commands
 from .terminal import printable
 
 # ---- Runs.
@@ -29,7 +28,7 @@ def run_summary(uri: str, record: Record) -> str:
         f"work          {durations.worked(record)}",
     ]
     if (worst := record.worst_completeness_error) is not None:
-        lines.append(f"exactness     {worst:.1e} worst error of map + remainder, in {record.parts['dtype']}")
+        lines.append(f"exactness     {worst:.1e} worst error of map + remainder, in {record.dtype}")
     if (fit := record.fit).is_poor(least=1):
         lines.append(f"warning       {fit.words()}: does this SAE belong to this model?")
     lines += [f"warning       {said}" for said in _missing(record)]
@@ -44,7 +43,7 @@ def refused_images(uri: str, refused: Sequence[Refusal], is_explained: bool = Tr
         lines.append(f"{refusal.images:,} {refusal.reason}: {names}")
     if is_explained:
         query = "SELECT uri, key, error, error_detail FROM images WHERE error IS NOT NULL"
-        lines.append(f'all of them: python -m jobs.query sql {shlex.quote(uri)} "{query}"')
+        lines.append(f"all of them: {commands.line('query', 'sql', uri, query)}")
     else:
         lines.append(f"all of them: the rows of {uri}/images whose column `error` is not null")
     return "\n".join(f"{'' if place else 'refused':<14}{line}" for place, line in enumerate(lines))
@@ -178,7 +177,7 @@ def measuring_summary(report: Mapping[str, Any]) -> str:
 
 
 def naming_summary(table: pa.Table, made_by: Mapping[str, Any], run: str, out: str, shown: int = 10) -> str:
-    """What jobs.name found, as a person reads it: counts, the valid names of the widest margin, and what to do next."""
+    """What jobs.name found, as a person reads it: counts, the valid names of the widest margin,"""
     valid = table.filter(pc.equal(table["valid"], True)).sort_by([("margin", "descending")])
     by_data = pc.sum(table["by_data"]).as_py()
     how = [f"{table.num_rows - table['name'].null_count - by_data:,} by {'decoder' if by_data else made_by['by']}"]
@@ -197,7 +196,7 @@ def naming_summary(table: pa.Table, made_by: Mapping[str, Any], run: str, out: s
     ]
     place = join_uri(run, latents.NAME) if run else out
     lines += ["", f"on disk       {split_settings(place)[0]}"]
-    return "\n".join([*lines, after_name(run)] if run else lines)
+    return "\n".join(lines)
 
 
 # ---- Sizes.

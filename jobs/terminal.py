@@ -1,4 +1,4 @@
-"""A table as a terminal takes it, or as JSON does. What a file is called is data, and must not steer the terminal."""
+"""A table for a terminal, or as JSON. Names of files are data, and must not steer the terminal."""
 
 import math
 from collections.abc import Sequence
@@ -12,15 +12,15 @@ from rich.table import Table
 from rich.text import Text
 
 WIDEST = 28
-"""Characters of a column: what is longer is cut."""
+"""Characters of a column; longer texts are cut."""
 
 UNSURE = "names with ? did not pass the thresholds of a valid name"
 
 
 def show(answer: pa.Table, columns: Sequence[str]) -> None:
-    """Print a table that fits: the first of `columns` that are there and hold anything, and what the others are called.
+    """Print a table that fits the terminal: as many of `columns` as have room, without empty ones, and the names of the others.
 
-    Without `columns` it is everything as it is. Else a name beside whose `valid` is false is followed by a question mark.
+    Without `columns`, all columns as they are. With them, a question mark follows a name that is not valid.
     """
     console = Console(highlight=False)
     empty = [name for name in answer.column_names if columns and 0 < answer.num_rows == answer[name].null_count]
@@ -60,17 +60,17 @@ def cell(value: Any, column: str) -> str:
     text = printable(str(value))
     if len(text) <= WIDEST:
         return text
-    # Of an address the end tells most.
+    # The end of an address tells most.
     return "…" + text[1 - WIDEST :] if column in ("uri", "key") else text[: WIDEST - 1] + "…"
 
 
 def printable(text: str) -> str:
-    """One line, in which nothing steers a terminal."""
+    """The text as one line, without characters that steer a terminal."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def plain(value: Any) -> Any:
-    """What JSON takes: null for what is no number, hexadecimal for bytes, text for dates and the like."""
+    """The value as JSON can hold it: null for NaN and infinity, hexadecimal for bytes, text for dates and the like."""
     if isinstance(value, list):
         return [plain(one) for one in value]
     if isinstance(value, dict):

@@ -116,7 +116,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder behind s3://bucket: another pyarrow filesystem than the local one."""
+    """The folder that s3://bucket stands for: another pyarrow filesystem than the local one."""
 
     def filesystem_of(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
         assert uri.startswith("s3://bucket/"), uri

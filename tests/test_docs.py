@@ -238,7 +238,7 @@ def test_few_blocks_are_not_run_and_say_why() -> None:
 
 
 COMMANDS = {
-    "relmap": 'exec "{python}" -m jobs.relmap "$@"',
+    "relmap": 'exec "{python}" -m jobs "$@"',
     "python": 'exec "{python}" "$@"',
     # What `pip install .` gives is tried by the test of the wheel.
     "pip": 'test "$*" = "install ."',

@@ -27,6 +27,8 @@ PLANTED = {
     "jobs/draw.py": "from . import pens\nclass Arguments(pens.Arguments):\n    at_once: int",
     "jobs/pens.py": "class Arguments:\n    ink: str\nclass Pen:\n    nib: str",
     "jobs/erase.py": "class Arguments:\n    hard: bool = False",
+    "benchmarks/__init__.py": "",
+    "benchmarks/__main__.py": "class Speed:\n    rounds: int",
     "docs/draw.md": "",
 }
 """A small house."""
@@ -49,6 +51,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> names.Code:
         "`load_shape`, `load_shape(None)`, `path_or_none`, `shape_id`",
         "`saecore/shapes/square.py`, `square.py`, `shapes/draw.js`, `docs/draw.md`, `jobs/`",
         "`jobs.draw`, `jobs.draw --at-once 3 --ink red`, `relmap draw --help`, `--no-hard`, `python -m jobs.erase --hard`",
+        "`python -m benchmarks speed --rounds 3`, `benchmarks`",
         # not meant as ours
         "`run.json`, `x`, `red or blue`, `torch.float`, `mkdir`, `https://example.org/a_b`, `openai/clip`, `*.py`, `p > 0`",
         "```\n`saecore.nothing`\n```",
@@ -67,6 +70,7 @@ def test_what_exists_or_is_not_ours_passes(text: str, planted: names.Code) -> No
         ("saecore.shapes.square.torch", "saecore.shapes.square defines no torch"),  # what is imported is another's
         ("saecore.shapes.square.Square.angle", "class Square has no angle"),
         ("Square.angle()", "class Square has no angle"),
+        ("Square.load_shape", "class Square has no load_shape"),
         ("shape.load_square", "no module of ours called shape defines load_square"),
         ("Circle", "the code has no such name"),
         ("MAX_CORNERS", "the code has no such name"),

@@ -1,15 +1,16 @@
 """by_latent/: a run's activations sorted by (latent, activation descending, image_id), so that one latent is one small read.
 
     RUN/by_latent/{segment}-00000.parquet     ACTIVATIONS, in files of 2M rows and row groups of 62,500
-    RUN/top_images/{segment}-00000.parquet    of the first images of each latent all that showing takes: key, crop, maps
-    RUN/by_latent/_index.json                 what there is (`Index`); readers go through it, never through a raw glob
+    RUN/top_images/{segment}-00000.parquet    what it takes to show the first images of each latent: key, crop, maps
+    RUN/by_latent/_index.json                 which files there are (`Index`); readers go through it, never through a raw glob
 
 A segment is the sorted rows of some chunks and is never changed. A run that grew gets one more segment, and a reader merges
-them. Files are written first and the index last, each whole or not at all, so that an index that is being made does not disturb
-the one that is there. Works on any pyarrow filesystem.
+the segments. Files are written first and the index last, each whole or not at all, so that a new index does not disturb readers
+of the one before. Works on any pyarrow filesystem.
 
-Why top_images: maps are 9 of 10 bytes of a run. A second copy of all of them would double it, and reading them where they lie
-opens as many files as there are images. A copy of those that are looked at grows with the latents, not with the images.
+Why top_images: maps are 9 of 10 bytes of a run. A second copy of all maps would double the run, and reading them from the
+run's own files opens as many files as there are images. A copy of the maps that people look at grows with the latents, not with
+the images.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ ROWS, TOP = "by_latent", "top_images"
 """The folders."""
 
 SHOWN = ("uri", "key", "width", "height", "crop_left", "crop_top", "crop_right", "crop_bottom")
-"""Columns of `images` with which an image is shown, and its map laid over it."""
+"""Columns of `images` that it takes to show an image with a map over it."""
 
 MAP = ("method", "map", "scale", "remainder", "sink_share")
 """Columns of `maps` that make one map."""
@@ -43,7 +44,7 @@ class File:
     """One file of a segment."""
 
     path: str
-    """Below the run."""
+    """Its place below the run's folder."""
     rows: int
     bytes: int
     first: int
@@ -60,23 +61,23 @@ class Segment:
     chunks: list[tuple[int, int]]
     """Ranges of chunk ids, both ends included."""
     digest: str
-    """Of the chunks' files, by name and sha256."""
+    """Hash of the names and the sha256 of the chunks' files."""
     rows: list[File]
     top: list[File]
     maps: list[int]
-    """Maps of each latent, those without positive relevance aside."""
+    """Maps per latent, not counting maps without a positive value."""
     extent: list[float]
-    """Sum of these maps' extents; see `saecore.query.indexing.extent`."""
+    """Sum of the extents of these maps; see `saecore.query.indexing.extent`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """What there is. Segments cover different chunks."""
+    """The segments of a run. No two of them cover the same chunk."""
 
     fingerprint: str
-    """Of the run."""
+    """That of the run."""
     top: int
-    """Images per latent whose maps lie in top_images."""
+    """Images per latent whose maps are copied to top_images."""
     segments: list[Segment]
     version: int = VERSION
 
@@ -87,7 +88,7 @@ class Index:
 
 
 def read_index(uri: str, fingerprint: str) -> Index | None:
-    """The index of the run at `uri`, None if there is none; ValueError if it is that of another run, or of another version."""
+    """The index of the run at `uri`, None if it has none; ValueError for the index of another run, or of another version."""
     if not is_file(content := join_uri(uri, ROWS, "_index.json")):
         return None
     held: dict[str, Any] = read_json(content)
@@ -104,7 +105,7 @@ def _segment(held: dict[str, Any]) -> Segment:
 
 
 def write_index(uri: str, index: Index) -> None:
-    """From here on, readers see this index. What it does not name is removed."""
+    """Make this the index that readers see, and remove the files that it does not name."""
     write_atomic(join_uri(uri, ROWS, "_index.json"), json.dumps(dataclasses.asdict(index)).encode())
     held = {file.path for segment in index.segments for file in (*segment.rows, *segment.top)}
     for folder in (ROWS, TOP):
@@ -115,7 +116,7 @@ def write_index(uri: str, index: Index) -> None:
 
 
 def digest(manifest: pa.Table, chunk_ids: np.ndarray) -> str:
-    """Of the files of these chunks, as the run's manifest names them."""
+    """Hash of the files of these chunks, by their names and sha256 in the run's manifest."""
     files = of_chunks(manifest, chunk_ids).sort_by("path")
     lines = pc.binary_join_element_wise(files["path"], files["sha256"], " ")
     return hashlib.sha256("\n".join(lines.to_pylist()).encode()).hexdigest()
@@ -128,7 +129,7 @@ def ranges(chunk_ids: np.ndarray) -> list[tuple[int, int]]:
 
 
 def top_schema(held: Mapping[str, pa.Schema]) -> pa.Schema:
-    """Of top_images, for a run with these tables: one row for each latent, image and method; null where there is no map."""
+    """Schema of top_images for a run with these tables: a row for each latent, image and method; null without a map."""
     wanted = {"activations": ("latent", "image_id", "activation", "pre_activation"), "images": SHOWN, "maps": MAP}
     fields = [
         held[table].field(name).with_nullable(table != "activations")
@@ -140,12 +141,12 @@ def top_schema(held: Mapping[str, pa.Schema]) -> pa.Schema:
 
 
 def methods(schema: pa.Schema) -> list[str]:
-    """How the maps of a run's file were computed, from its metadata; the first is what questions mean that name none."""
+    """The methods of a run's maps, from the metadata of one of its files. The first is the default of every question."""
     return schema.metadata[b"methods"].decode().split(",")
 
 
 class Reader:
-    """The files of an index. Footers are read once."""
+    """Reads the files of an index. Each footer is read once."""
 
     def __init__(self, uri: str, index: Index) -> None:
         self.uri = uri
@@ -153,7 +154,7 @@ class Reader:
         self._footers: dict[str, pq.FileMetaData] = {}
 
     def paths(self) -> dict[str, list[str]]:
-        """The files of each folder, below the run."""
+        """The files of each folder, by their places below the run's folder."""
         segments = self.index.segments
         return {
             ROWS: [file.path for segment in segments for file in segment.rows],
@@ -161,11 +162,11 @@ class Reader:
         }
 
     def first_rows(self, latent: int, n: int | None = None) -> list[pa.Table]:
-        """ACTIVATIONS rows of a latent where it fires, strongest first: of each segment the first n or a few more, or all."""
+        """ACTIVATIONS rows where a latent fires, strongest first: all, or the first n and a few more of each segment."""
         return [part for segment in self.index.segments for part in self._read(segment.rows, latent, n)]
 
     def top_images(self, latent: int) -> list[pa.Table]:
-        """Rows of top_images of a latent, all of each segment."""
+        """All rows of top_images of a latent, a table for each row group that has some."""
         return [part for segment in self.index.segments for part in self._read(segment.top, latent, None)]
 
     def _read(self, files: Sequence[File], latent: int, n: int | None) -> Iterator[pa.Table]:

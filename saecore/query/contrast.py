@@ -8,7 +8,7 @@ Of a latent that fires for a of n_a images of one set and b of n_b of the other:
              counts are at least 5, Fisher's exact test elsewhere
     q        p after Benjamini and Hochberg's correction over all latents that fire in either set
 
-A small p says that a difference is no accident of the draw; in a large collection almost none is. Read the effect.
+A small p says that a difference is no accident of the draw; in a large collection almost no difference is one. Read the effect.
 Left out: how strongly a latent fires.
 """
 
@@ -16,30 +16,30 @@ import numpy as np
 import pyarrow as pa
 
 LEAST_EXPECTED = 5
-"""Of each cell, below which chi-squared's distribution is not that of the statistic: the usual rule, Cochran's."""
+"""Expected count of a cell below which the statistic does not follow the chi-squared distribution: Cochran's usual rule."""
 
 
 def contrast(counts: pa.Table, n_a: int, n_b: int) -> pa.Table:
-    """Columns latent, images_a, images_b -> these with rate_a, rate_b, odds_ratio, effect, p and q, by effect.
+    """Columns latent, images_a, images_b -> the same with rate_a, rate_b, odds_ratio, effect, p and q, sorted by effect.
 
-    odds_ratio: with half an image added to each of the four counts, so that none is infinite (Haldane's correction).
+    odds_ratio: with half an image added to each of the four counts, so that no ratio is infinite (Haldane's correction).
     """
-    from scipy import stats  # half a second, which other questions do without
+    from scipy import stats  # takes half a second, which other questions do not need
 
     a, b = (counts[name].to_numpy().astype(np.float64) for name in ("images_a", "images_b"))
     rate_a, rate_b = a / n_a, b / n_b
     fired, n = a + b, n_a + n_b
-    with np.errstate(invalid="ignore"):  # a latent that fires for all images, or for none: nothing to tell apart
+    with np.errstate(invalid="ignore"):  # 0 / 0: a latent that fires for all images, or for none
         chi_squared = n * (a * (n_b - b) - b * (n_a - a)) ** 2 / (fired * (n - fired) * n_a * n_b)
     p = stats.chi2.sf(np.nan_to_num(chi_squared), 1)
     small = np.minimum(fired, n - fired) * min(n_a, n_b) / n < LEAST_EXPECTED
-    # Rare latents are many, and their tables few.
+    # Most latents are rare, and few different tables occur among them: test each table once.
     tables, place = np.unique(np.stack([a, b], 1)[small].astype(int), axis=0, return_inverse=True)
     exact = [
         stats.fisher_exact([[fires_a, n_a - fires_a], [fires_b, n_b - fires_b]]).pvalue for fires_a, fires_b in tables
     ]
     p[small] = np.array(exact)[place.ravel()]
-    found = {
+    columns = {
         "rate_a": rate_a,
         "rate_b": rate_b,
         "odds_ratio": (a + 0.5) * (n_b - b + 0.5) / ((b + 0.5) * (n_a - a + 0.5)),
@@ -47,6 +47,6 @@ def contrast(counts: pa.Table, n_a: int, n_b: int) -> pa.Table:
         "p": p,
         "q": stats.false_discovery_control(p) if len(p) else p,
     }
-    for name, column in found.items():
+    for name, column in columns.items():
         counts = counts.append_column(name, pa.array(column, pa.float64()))
     return counts.sort_by([("effect", "descending"), ("latent", "ascending")])

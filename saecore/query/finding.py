@@ -1,8 +1,8 @@
 """What the search of pages finds besides latents (`saecore.query.search`): texts and concepts by their words, images by name.
 
-Latents, texts and concepts go by the rule of `saecore.query.search`, and so does `site/static/search.js` in the list of a
-written report. Of a file's name, anything that is no letter and no digit parts words: first come those whose words are the
-query's, then those with words that begin so, then those where it occurs anywhere. All words of a query must occur.
+Latents, texts and concepts follow the rule of `saecore.query.search`, and so does `site/static/search.js` in the list of a
+written report. In a file's name, everything but letters and digits separates words. Files come in this order: the query's word
+is a whole word of the name; a word of the name begins with it; it occurs anywhere. All words of a query must occur.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,13 +13,13 @@ from saecore.query.search import matching
 
 RANK = r"""CASE WHEN regexp_matches(lower(key), '(^|[^\pL\pN])' || regexp_escape({word}) || '($|[^\pL\pN])') THEN 0
     WHEN regexp_matches(lower(key), '(^|[^\pL\pN])' || regexp_escape({word})) THEN 1 ELSE 2 END"""
-"""How well a file's name answers one word that occurs in it, for DuckDB."""
+"""SQL: how well a file's name fits one word that occurs in it, from 0, the best, to 2."""
 
 
 def numbered(text: str) -> int | None:
     """The number that a text is, written as pages write it: `053` may be the beginning of a file's name, and is no number."""
-    found = number(text)
-    return found if str(found) == text else None
+    value = number(text)
+    return value if str(value) == text else None
 
 
 def find_targets(targets: Sequence[str], text: str) -> list[int]:
@@ -28,7 +28,7 @@ def find_targets(targets: Sequence[str], text: str) -> list[int]:
 
 
 def find_images(run: Results, text: str, most: int) -> list[tuple[int, str]]:
-    """The images of a run, number and key, whose file is called so, or whose number this is; the best first, then by number."""
+    """Number and key of the images that a text finds by the file's name or by the number; the best first, then by number."""
     words = text.lower().split()
     if not words:
         return []
@@ -37,16 +37,16 @@ def find_images(run: Results, text: str, most: int) -> list[tuple[int, str]]:
     rank = f"greatest({', '.join([RANK.format(word=word) for word in asked])})"
     query = f"""SELECT image_id, key FROM images WHERE ({occur}) OR image_id = $1
         ORDER BY coalesce(image_id = $1, false) DESC, {rank}, image_id LIMIT $2"""
-    found = run.sql(query, numbered(text.strip()), most, *words).to_pylist()
-    return [(row["image_id"], row["key"]) for row in found]
+    rows = run.sql(query, numbered(text.strip()), most, *words).to_pylist()
+    return [(row["image_id"], row["key"]) for row in rows]
 
 
 def strongest_images(run: Results) -> dict[int, int]:
-    """Of each latent that fires: the image for which it does most strongly."""
+    """For each latent that fires, the image for which it fires most strongly."""
     known = run.latents
-    if "top_images" in known.column_names and not len(run.tables.not_indexed):  # as jobs.index has them
-        found = zip(known["latent"].to_pylist(), known["top_images"].to_pylist(), strict=True)
-        return {latent: images[0] for latent, images in found if images}
+    if "top_images" in known.column_names and not len(run.tables.not_indexed):  # jobs.index wrote them
+        rows = zip(known["latent"].to_pylist(), known["top_images"].to_pylist(), strict=True)
+        return {latent: images[0] for latent, images in rows if images}
     query = """SELECT latent, arg_max(image_id, (activation, -image_id)) AS image_id
         FROM by_latent WHERE activation <> 0 GROUP BY latent"""
     return {row["latent"]: row["image_id"] for row in run.sql(query).to_pylist()}

@@ -1,8 +1,8 @@
-"""Make by_latent/: sort a run's activations by latent, and copy what showing each latent's first images takes.
+"""Make by_latent/: sort a run's activations by latent, and copy what it takes to show each latent's first images.
 
-    plan -> build_segment, once a group of chunks, here or elsewhere -> `by_latent.write_index`
+    plan -> build_segment, once for each group of chunks, here or on another machine -> `by_latent.write_index`
 
-DuckDB sorts, out of core: memory is bounded by `Budget`, and what does not fit goes to its folder. Maps pass once, as a stream.
+DuckDB sorts within the memory of `Budget`; what does not fit goes to the budget's folder. Maps are read once, as a stream.
 """
 
 import dataclasses
@@ -26,39 +26,40 @@ from saecore.schema import ACTIVATIONS
 from saecore.storage import join_uri, write_atomic
 
 MOST_SEGMENTS = 8
-"""Above it, all are made again as one: a look-up reads each."""
+"""Above this number all segments are made again as one, since a look-up reads each segment."""
 
 ORDER = "ORDER BY latent, activation DESC, image_id"
 
 ROWS_PER_FILE = {by_latent.ROWS: 2_000_000, by_latent.TOP: 65_536}
 ROW_GROUP_ROWS = {by_latent.ROWS: 62_500, by_latent.TOP: 1024}
-"""A look-up decodes one or two of these. Four times as many rows a group make by_latent 0.2 % smaller."""
+"""A look-up decodes one or two row groups. Groups of four times as many rows make by_latent only 0.2 % smaller."""
 
 MAPS_AT_ONCE = 32_768
 
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What making a segment may take."""
+    """Memory, threads and disk for making a segment."""
 
     memory: float = 2.0
     """GB for DuckDB; this process takes up to 1 GB more."""
     threads: int = 0
-    """0 is as many as there are CPUs."""
+    """0 means as many as there are CPUs."""
     folder: str = ""
-    """Where DuckDB puts what does not fit; "" is a temporary folder."""
+    """Folder for what does not fit into memory; "" means a temporary folder."""
 
 
 class Plan(NamedTuple):
-    """What is to be done to an index."""
+    """How to bring an index up to date."""
 
     kept: list[Segment]
+    """Segments that stay."""
     groups: list[np.ndarray]
     """Chunk ids of each new segment."""
 
 
 def plan(manifest: pa.Table, before: Index | None, top: int, n_groups: int) -> Plan:
-    """Index what is not indexed yet, in `n_groups` segments; all of it where too many segments would stand side by side."""
+    """Index what is not indexed yet, in `n_groups` segments; if that would make too many segments, index everything again."""
     kept = []
     if before is not None and before.top == top:
         kept = [s for s in before.segments if by_latent.digest(manifest, _ids(s)) == s.digest]
@@ -78,10 +79,10 @@ def _ids(segment: Segment) -> np.ndarray:
 def build_segment(
     uri: str, fingerprint: str, n_latents: int, top: int, chunk_ids: np.ndarray, budget: Budget
 ) -> Segment:
-    """Write the files of one segment of the run at `uri`. Done twice, it writes the same files."""
+    """Write the files of one segment of the run at `uri`. Called again, it writes the same files."""
     manifest = of_chunks(read_manifest(uri), chunk_ids)
     digest = by_latent.digest(manifest, chunk_ids)
-    # The name says what is in it: a segment that is made again replaces files by the same files.
+    # The name follows from the content, so a segment that is made again replaces its files by equal ones.
     name = hashlib.sha256(f"{fingerprint} {digest} {top} {by_latent.VERSION}".encode()).hexdigest()[:12]
     held = {table: open_dataset(uri, table, manifest) for table in manifest["table"].unique().to_pylist()}
     with _database(budget) as database:
@@ -96,9 +97,9 @@ def build_segment(
             maps, extents = _copy_maps(database, held["maps"], n_latents)
         else:
             maps, extents = np.zeros(n_latents, np.int64), np.zeros(n_latents)
-            database.sql("CREATE TABLE found AS SELECT image_id, latent FROM first LIMIT 0")
+            database.sql("CREATE TABLE copied AS SELECT image_id, latent FROM first LIMIT 0")
         query = f"""SELECT {", ".join(schema.names)}
-            FROM images JOIN first USING (image_id) LEFT JOIN found USING (image_id, latent)
+            FROM images JOIN first USING (image_id) LEFT JOIN copied USING (image_id, latent)
             {ORDER}{", method" if "maps" in held else ""}"""
         for batch in database.sql(query).to_arrow_reader(16_384):
             top_images.add(batch)
@@ -117,7 +118,7 @@ def _database(budget: Budget) -> Iterator[duckdb.DuckDBPyConnection]:
 def _write_rows(
     database: duckdb.DuckDBPyConnection, files: "_Files", n_latents: int, top: int
 ) -> tuple[list[File], pa.Table]:
-    """All rows, sorted, into `files`; returns these and the first `top` rows of each latent where it fires."""
+    """Write all rows, sorted; returns the files, and for each latent the first `top` rows where it fires."""
     seen, first = np.zeros(n_latents, np.int64), []
     query = f"SELECT {', '.join(ACTIVATIONS.names)} FROM activations {ORDER}"
     reader = database.sql(query).to_arrow_reader(ROW_GROUP_ROWS[by_latent.ROWS])
@@ -134,9 +135,9 @@ def _write_rows(
 def _copy_maps(
     database: duckdb.DuckDBPyConnection, maps: pyarrow.dataset.Dataset, n_latents: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The maps of the images and latents of `first` into a table `found`; maps, and the sum of their extents, of each latent.
+    """Copy the maps of the images and latents of `first` into the table `copied`, by every method.
 
-    `found` gets the maps by every method, the sums are of the run's first.
+    Returns, for each latent, the number of its maps by the run's first method and the sum of their extents.
     """
     counts, extents = np.zeros(n_latents, np.int64), np.zeros(n_latents)
     method = by_latent.methods(maps.schema)[0]
@@ -145,7 +146,7 @@ def _copy_maps(
     )
 
     def passing() -> Iterator[pa.RecordBatch]:
-        # Every map is decoded once, here: DuckDB asks for the next batch and keeps of it what it joins.
+        # Every map is decoded here, once: DuckDB takes batch after batch and keeps the rows that it joins.
         for batch in scanner.to_batches():
             share = extent(batch["map"])
             counted = np.isfinite(share) & pc.equal(batch["method"], method).to_numpy(zero_copy_only=False)
@@ -155,15 +156,15 @@ def _copy_maps(
             yield batch
 
     database.register("maps", pa.RecordBatchReader.from_batches(scanner.projected_schema, passing()))
-    database.execute("CREATE TABLE found AS FROM maps SEMI JOIN first USING (image_id, latent)")
+    database.execute("CREATE TABLE copied AS FROM maps SEMI JOIN first USING (image_id, latent)")
     return counts, extents
 
 
 def extent(maps: pa.Array) -> np.ndarray:
     """How much of the grid a map's positive relevance covers: (sum r)^2 / (P sum r^2) over its positive values r.
 
-    maps: n fixed-size binaries of P int8 values. Returns float64 (n): 1 / P if all is in one patch, 1 if it is spread
-    evenly (the participation ratio, as a share of the P patches); NaN where nothing is positive.
+    maps: n fixed-size binaries of P int8 values. Returns float64 (n), the participation ratio as a share of the P patches:
+    1 / P if one patch has everything, 1 if all have the same; NaN for a map without a positive value.
     """
     n_patches = maps.type.byte_width
     values = np.frombuffer(maps.buffers()[1], np.int8)[maps.offset * n_patches :][: len(maps) * n_patches]
@@ -173,7 +174,7 @@ def extent(maps: pa.Array) -> np.ndarray:
 
 
 class _Files:
-    """Sorted batches -> files of `ROWS_PER_FILE` rows, written as soon as they are full."""
+    """Writes sorted batches to files of `ROWS_PER_FILE` rows, each as soon as it is full."""
 
     def __init__(self, uri: str, folder: str, segment: str, schema: pa.Schema) -> None:
         self.uri, self.folder, self.segment, self.schema = uri, folder, segment, schema
@@ -181,7 +182,7 @@ class _Files:
         self._waiting: list[pa.RecordBatch] = []
 
     def add(self, batch: pa.RecordBatch) -> None:
-        """Some more rows."""
+        """Take some more rows."""
         self._waiting.append(batch)
         most = ROWS_PER_FILE[self.folder]
         while sum(batch.num_rows for batch in self._waiting) >= most:
@@ -190,13 +191,13 @@ class _Files:
             self._waiting = table[most:].to_batches()
 
     def close(self) -> list[File]:
-        """All files, the last included."""
+        """Write the last file; returns all files."""
         if self._waiting:
             self._write(pa.Table.from_batches(self._waiting))
         return self._files
 
     def _write(self, table: pa.Table) -> None:
-        # DuckDB knows neither columns without null nor binaries of one size.
+        # DuckDB's tables have no columns without null and no binaries of fixed size: the cast restores both.
         data = parquet_bytes(table.cast(self.schema), ROW_GROUP_ROWS[self.folder])
         path = f"{self.folder}/{self.segment}-{len(self._files):05d}.parquet"
         write_atomic(join_uri(self.uri, path), data)

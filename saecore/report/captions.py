@@ -1,4 +1,4 @@
-"""Numbers, maps and histograms in words: what a page says to those who do not see its pictures, and beneath them to all."""
+"""Numbers, maps, histograms and a run's record in words. What stands under a picture also serves those who do not see it."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ FIGURES = {
 
 
 def number(value: float | None) -> str:
-    """Three digits that count, two below a tenth; a true minus sign."""
+    """A number with three significant digits, two if it is below a tenth, and a true minus sign."""
     if value is None or math.isnan(value):
         return "none"
     size = abs(value)
@@ -31,7 +31,7 @@ def number(value: float | None) -> str:
 
 
 def signed(value: float) -> str:
-    """As `number`, with a plus."""
+    """As `number`, with a plus sign if it is positive."""
     return ("+" if value > 0 else "") + number(value)
 
 
@@ -41,12 +41,12 @@ def percent(share: float) -> str:
 
 
 def label(tile: Tile, one: Map) -> str:
-    """What a map shows, in words: it stands for the map where that cannot be seen."""
+    """What a map shows, in words, for those who cannot see it."""
     return f"map of {tile.target} on {tile.image['key']}: {_places(one, lambda value: '')}"
 
 
 def caption(one: Map, method: str) -> str:
-    """The map's numbers."""
+    """The map's numbers, in words."""
     places = _places(one, lambda value: f" {signed(value)}")
     if not RECORDS.get(method, UNKNOWN).decomposes:
         return places
@@ -54,7 +54,7 @@ def caption(one: Map, method: str) -> str:
 
 
 def _places(one: Map, write: Callable[[float], str]) -> str:
-    """Where it is strongest, and where it is strongest against the target if that outweighs the first or nothing is for it."""
+    """The strongest patch, if it adds to the target, and the strongest patch against the target, if the map has one."""
     said = [
         f"{word}{write(patch.value)} at row {patch.row}, column {patch.column}"
         for word, patch in (
@@ -79,21 +79,21 @@ def meaning(method: str, kind: str) -> str:
 
 
 def units(method: str, kind: str) -> str:
-    """Of a method's values for this kind of target; nothing where they have none."""
+    """The units of a method's values for this kind of target; empty if they have none."""
     return RECORDS.get(method, UNKNOWN).units.replace(PRE_ACTIVATION, "cosine" if kind == "text" else PRE_ACTIVATION)
 
 
 def name_unit(row: Mapping[str, Any], naming: Mapping[str, Any]) -> str:
-    """What the score and the margin of a latent's name are in; nothing where nobody knows."""
+    """The units of the score and the margin of a latent's name; empty if nothing says which."""
     if row["by_data"]:
         return "standard deviations"
     return "cosine" if naming.get("by") in ("data", "decoder", "decoder+mean") else ""
 
 
 def doubt(row: Mapping[str, Any], naming: Mapping[str, Any]) -> str:
-    """Why a latent's name is not valid, in words and numbers. naming: of `saecore.report.holdings.naming`."""
+    """Why a latent's name is not valid, in words and numbers. naming: what `saecore.report.holdings.naming` returns."""
     least: Mapping[str, float] = naming.get("valid", {})
-    unit = " standard deviations" if row["by_data"] else ""  # a cosine needs none
+    unit = " standard deviations" if row["by_data"] else ""  # a cosine has no unit
     reasons = []
     if naming.get("by") == "data" and not row["by_data"]:
         reasons.append(
@@ -101,31 +101,31 @@ def doubt(row: Mapping[str, Any], naming: Mapping[str, Any]) -> str:
         )
     elif least:
         ratio = row["score"] / row["runner_up_score"] if (row["runner_up_score"] or 0) > 0 else math.inf
-        found = {
+        figures = {
             "score": ("its score", row["score"], unit),
             "margin": ("its margin to the runner-up", row["margin"], unit),
             "ratio": ("its score's ratio to the runner-up's", ratio, ""),
         }
         reasons += [
             f"{what} of {_apart(held, least[name])}{unit} is below {number(least[name])}"
-            for name, (what, held, unit) in found.items()
+            for name, (what, held, unit) in figures.items()
             if held < least[name]
         ]
     return "; ".join(reasons) or "it did not pass the thresholds of a valid name"
 
 
 def _apart(value: float, least: float) -> str:
-    """A value below another, in as many digits as it takes to look so."""
+    """A value in as many digits as show that it is below another."""
     return number(value) if number(value) != number(least) else f"{value:.7g}"
 
 
 def value(kind: str) -> str:
-    """What a target of this kind has a value in."""
+    """What the value of a target of this kind is called."""
     return {"latent": "activation", "text": "cosine", "concept": "weighted mean of pre-activations"}[kind]
 
 
 def has_signs(method: str) -> bool:
-    """Whether its maps have values below zero: those that have units do."""
+    """Whether a method's maps have values below zero; those with units do."""
     return bool(RECORDS.get(method, UNKNOWN).units)
 
 
@@ -157,9 +157,9 @@ class Chart(NamedTuple):
 def chart(
     title: str, of: str, unit: str, bins: Bins, write: Callable[[float], str] = number, ticks: int = 2
 ) -> Chart | None:
-    """A histogram of `of`, counted in `unit`; `write` makes words of an edge. Below it `ticks` steps are marked.
+    """A histogram of `of`, counted in `unit`; `write` puts an edge into words. The axis has marks at `ticks` + 1 edges.
 
-    None where there is nothing to count.
+    None if there is nothing to count.
     """
     if not bins.counts:
         return None
@@ -191,7 +191,7 @@ def chart(
 
 
 def counted(n: int, unit: str) -> str:
-    """`1 image`, `2,000 images`: a unit is given in its plural."""
+    """`1 image`, `2,000 images`; `unit` is a plural."""
     return f"{n:,} {unit.removesuffix('s') if n == 1 else unit}"
 
 
@@ -226,8 +226,8 @@ def made(record: Record) -> dict[str, str]:
     clip, sae = record.clip, record.sae_address
     known = {
         "command": record.command,
-        "CLIP": f"{clip} ({record.parts.get('clip')})" if clip else None,
-        "SAE": f"{sae} ({record.parts.get('sae')})" if sae else None,
+        "CLIP": f"{clip} ({record.clip_sha256})" if clip else None,
+        "SAE": f"{sae} ({record.sae_sha256})" if sae else None,
         "site": record.sae.get("site"),
         "started": record.started,
         "time": durations.waited(record) if record.session_seconds else None,

@@ -1,8 +1,7 @@
 """Relevance maps as pictures: overlays, what CLIP did not see, colour bars, labelled sheets. Pure functions on arrays.
 
-A map keeps its sign and its zero: orange adds to the target, blue takes away from it, no colour is zero, and full
-colour is a limit that maps share where they are to be compared (`shared_limit`). No map is stretched to its own range
-in silence.
+A map keeps its sign and its zero: orange adds to the target, blue takes away from it, no colour is zero. Full colour is a
+limit, which maps share if they are to be compared (`shared_limit`). No map is stretched to its own range without a word.
 
 Between patch centres a map is interpolated by monotone cubics (PCHIP: Fritsch and Butland 1984), down, then across: they
 pass through every patch's value at its centre and stay within the values around it, so that no relevance is invented.
@@ -20,13 +19,13 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-# Blue-orange keeps its two ends apart for every common kind of colour blindness; centred at no colour at all.
+# Blue and orange differ for every common kind of colour blindness. Zero has no colour.
 POSITIVE = np.array([226, 88, 12], np.float32)
 NEGATIVE = np.array([24, 90, 219], np.float32)
 MOST_OPAQUE = 0.8
 
 UNSEEN = 0.5
-"""Brightness of what CLIP did not see."""
+"""Brightness of the parts of a picture that CLIP did not see."""
 
 INK = (60, 60, 60)
 LINE = 22
@@ -35,7 +34,7 @@ LINE = 22
 MEANING = "orange adds to the target, blue takes away from it"
 
 Tile = tuple[np.ndarray, str]
-"""A picture, uint8 (height, width, 3), and the words beneath it."""
+"""A picture, uint8 (height, width, 3), and the words under it."""
 
 NOTHING: Tile = (np.zeros((0, 0, 3), np.uint8), "")
 
@@ -43,12 +42,12 @@ NOTHING: Tile = (np.zeros((0, 0, 3), np.uint8), "")
 def overlay(
     picture: np.ndarray, relevance: np.ndarray, limit: float, smooth: bool = True, sinks: np.ndarray | None = None
 ) -> np.ndarray:
-    """A signed map over the picture it explains: orange where it is positive, blue where negative, clear at zero.
+    """A signed map over the picture that it explains: orange where it is positive, blue where it is negative, clear at zero.
 
-    picture: uint8 (height, width, 3), the crop that CLIP saw. relevance: float (H, W) patch grid. limit: the |relevance|
-    of full colour; beyond it colour does not grow. smooth: interpolated between patch centres, else each patch in one colour.
-    sinks: bool (H, W), patches to mask: hatched, without colour, and without a trace in the patches around them; None
-    shows all. Returns uint8 (height, width, 3).
+    picture: uint8 (height, width, 3), the crop that CLIP saw. relevance: float (H, W), a value for each patch. limit: the
+    |relevance| of full colour; larger values have full colour too. smooth: interpolate between patch centres, else give each
+    patch one colour. sinks: bool (H, W), patches to mask: they are hatched, have no colour, and do not change the patches
+    around them; None masks nothing. Returns uint8 (height, width, 3).
     """
     height, width = picture.shape[:2]
     shown = relevance if sinks is None else _without(relevance, sinks)
@@ -56,7 +55,7 @@ def overlay(
     opacity = (
         MOST_OPAQUE * np.clip(np.abs(spread) / max(float(limit), float(np.finfo(np.float32).tiny)), 0, 1)[..., None]
     )
-    # Pale grey under the colours: an orange object must not be taken for relevance.
+    # The picture is pale and grey under the colours: an orange object must not be taken for relevance.
     base = 80 + 0.65 * _grey(picture)
     painted = base * (1 - opacity) + np.where(spread[..., None] > 0, POSITIVE, NEGATIVE) * opacity
     if sinks is not None:
@@ -86,7 +85,7 @@ def _blocks(grid: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _without(relevance: np.ndarray, sinks: np.ndarray) -> np.ndarray:
-    """Sinks with the value of the nearest other patch, so that interpolation carries nothing of theirs to others."""
+    """The map with each sink at the value of the nearest other patch, so that interpolation does not spread sinks."""
     from scipy.ndimage import distance_transform_edt
 
     return relevance[tuple(distance_transform_edt(sinks, return_distances=False, return_indices=True))]
@@ -98,7 +97,7 @@ def _grey(picture: np.ndarray) -> np.ndarray:
 
 
 def _hatched(base: np.ndarray, rows: int) -> np.ndarray:
-    """Diagonal lines, a few to a patch; dark with a light edge, so that they show on any ground."""
+    """Diagonal lines, a few on each patch; dark with a light edge, so that they are visible on any ground."""
     height, width = base.shape[:2]
     period = max(6.0, height / rows / 4)
     phase = np.add.outer(np.arange(height), np.arange(width))[..., None] % period / max(1.0, period / 8)
@@ -106,10 +105,10 @@ def _hatched(base: np.ndarray, rows: int) -> np.ndarray:
 
 
 def shared_limit(maps: Iterable[np.ndarray], quantile: float = 1.0, sinks: Iterable[np.ndarray] | None = None) -> float:
-    """The |relevance| of full colour for maps that are to be compared: all of one image, or all of one latent.
+    """The |relevance| of full colour for maps that are to be compared: all maps of one image, or of one latent.
 
-    maps: float (H, W), of any grid each. quantile: of all |relevance|; below 1, the few patches above it have full colour
-    too. sinks: bool (H, W) for each map; what is masked sets no scale either. 0 if nothing is left.
+    maps: float (H, W) each, on any grids. quantile: the limit is this quantile of all |relevance|; below 1, the few patches
+    above it have full colour too. sinks: bool (H, W) for each map; masked patches do not count. 0 if no patch is left.
     """
     sizes = [np.abs(relevance) for relevance in maps]
     kept = sizes if sinks is None else [size[~mask] for size, mask in zip(sizes, sinks, strict=True)]
@@ -118,10 +117,10 @@ def shared_limit(maps: Iterable[np.ndarray], quantile: float = 1.0, sinks: Itera
 
 
 def paste(picture: np.ndarray, box: tuple[int, int, int, int], crop: np.ndarray) -> np.ndarray:
-    """An overlay back in its place on the full picture, whose rest, which CLIP did not see, turns dark and grey.
+    """An overlay at its place on the full picture; the rest, which CLIP did not see, turns dark and grey.
 
     picture: uint8 (height, width, 3). box: left, top, right, bottom of the crop in the picture's pixels; it may reach over
-    the edges. crop: uint8, of the box's size; it is not changed: the thin line around it lies outside.
+    the edges. crop: uint8, of the box's size; it stays as it is, since the thin line around it is drawn outside.
     """
     left, top, right, bottom = box
     if crop.shape != (bottom - top, right - left, 3):
@@ -145,7 +144,7 @@ def resized(picture: np.ndarray, side: int) -> np.ndarray:
 def png(image: Image.Image | np.ndarray) -> bytes:
     """A picture as a PNG file."""
     sink = io.BytesIO()
-    # Without optimize=True, which took ten times as long at 1,600 pixels to save 8 % of the bytes.
+    # optimize=True took ten times as long at 1,600 pixels and saved 8 % of the bytes.
     (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(sink, "PNG")
     return sink.getvalue()
 
@@ -154,7 +153,7 @@ def png(image: Image.Image | np.ndarray) -> bytes:
 
 
 def mosaic(rows: Sequence[Sequence[Tile]], heads: Sequence[str] = (), foot: str = "", gap: int = 12) -> Image.Image:
-    """Pictures in rows and columns with words beneath each; bold words above the columns; a line at the foot."""
+    """Pictures in rows and columns, with words under each, bold words above the columns, and a line at the foot."""
     widths = [max(tile.shape[1] for tile, _ in column) for column in itertools.zip_longest(*rows, fillvalue=NOTHING)]
     lefts = list(itertools.accumulate(widths, lambda left, width: left + width + gap, initial=gap))
     heights = [max(tile.shape[0] for tile, _ in row) + LINE + gap for row in rows]
@@ -174,7 +173,7 @@ def mosaic(rows: Sequence[Sequence[Tile]], heads: Sequence[str] = (), foot: str 
 
 
 def colour_bar(limit: float, width: int = 232, signed: bool = True) -> np.ndarray:
-    """What colours mean under this limit: uint8 (height, width, 3), from -limit or 0 to limit, the numbers below."""
+    """What the colours mean under this limit: uint8 (height, width, 3), from -limit or 0 to limit, with numbers below."""
     values = np.linspace(-limit if signed else 0, limit, width, dtype=np.float32)[None]
     page = Image.new("RGB", (width, 14 + LINE), (255, 255, 255))
     page.paste(Image.fromarray(overlay(np.full((14, width, 3), 190, np.uint8), values, limit, smooth=False)))
@@ -198,9 +197,10 @@ def sheet(
 ) -> Image.Image:
     """Targets in rows, methods in columns; the picture at the left of each row, a colour bar under each column.
 
-    pictures: of each row the crop that CLIP saw; names: its target. units: of each method, or None. maps: float (rows, columns,
-    H, W). remainders: float (rows, columns), NaN where maps do not add up to their target. All maps in one unit share one
-    scale; a method without units has its own, shared by the rows. sinks: bool (H, W) of each row, to be masked.
+    pictures: for each row the crop that CLIP saw; names: its target. units: those of each method, or None. maps: float (rows,
+    columns, H, W). remainders: float (rows, columns), NaN where maps do not add up to their target. All maps in one unit share
+    one scale; a method without units has a scale of its own, which all rows share. sinks: bool (H, W) for each row, to be
+    masked.
     """
     limits, bars = [], []
     for column, unit in enumerate(units):

@@ -1,11 +1,11 @@
-"""The pages of `saecore.report.pages` over a whole run, made when they are asked for.
+"""A server of the pages of `saecore.report.pages` for a whole run; it makes a page when a browser asks for it.
 
     GET /index.html  /latents.html?from=200  /images.html?from=120  /search.html
         /latents/53.html  /targets/0.html  /images/4294967342.html  /pictures/4294967342.webp  /search.json?q=red  /static/..
 
-Addresses are those of a written report, so that pages need not know who hands them out. For one person on their own machine:
-nothing is written, nobody is asked who they are, and other pages in their browser cannot read along (hosts are checked, and
-pages load nothing from elsewhere).
+Addresses are those of a written report, so that pages need not know whether a server or a disk holds them. The server is for
+one person on their own machine. It writes nothing and has no log-in. Other pages in the person's browser cannot read its
+answers: hosts are checked, and pages load nothing from elsewhere.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ from saecore.report.pages import FOLDER, LISTED_IMAGES, LISTED_LATENTS, Site
 from saecore.report.views import Views
 
 FOUND = 60
-"""Most latents, and most images, of one answer of the search; search.js knows of it."""
+"""Latents, and images, of one answer of the search, at most; search.js has the same number."""
 
 LONGEST = 60
-"""Characters of what was asked for, in the sentence that there is none."""
+"""Characters that a message repeats of what was asked for."""
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'",
@@ -42,7 +42,7 @@ HEADERS = {
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that waits at this address; 0 takes any free port. ValueError if it cannot be had."""
+    """A socket that waits at this address; port 0 takes any free one. ValueError if the address cannot be used."""
     try:
         return socket.create_server((host, port))
     except OSError as error:
@@ -54,10 +54,10 @@ def listen(host: str, port: int) -> socket.socket:
 def serve(run: Results, waiting: socket.socket, strongest: int, hints: Mapping[str, str] | None = None) -> None:
     """Answer until Ctrl-C. `hints`: command lines that the pages name, see `Site.hints`."""
     host = waiting.getsockname()[0]
-    # A page of another site may send its visitors' browsers here under a name of its own, and would read the answers.
+    # Another site could send its visitors' browsers here under a host name of its own, and would then read the answers.
     hosts = ["*"] if host in ("0.0.0.0", "::") else [host, "localhost"]
     config = uvicorn.Config(application(run, hosts, strongest, hints), log_level="warning", server_header=False)
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn ends in good order, then passes it on
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn ends in good order and then raises it again
         uvicorn.Server(config).run(sockets=[waiting])
 
 
@@ -77,7 +77,7 @@ def application(
         Route("/images/{number}.html", answers.image),
         Route("/pictures/{number}.webp", answers.picture),
         Route("/search.html", answers.search),
-        Route("/search.json", answers.found),
+        Route("/search.json", answers.finds),
         Mount("/static", StaticFiles(directory=FOLDER / "static")),
     ]
     return Starlette(
@@ -88,11 +88,11 @@ def application(
 
 
 class Answers:
-    """One method per address. Starlette calls them in threads of its own."""
+    """One method for each address. Starlette calls them in its own threads."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
-        self._alone = threading.Lock()  # tables, and the opening of pictures, are for one thread at a time
+        self._alone = threading.Lock()  # tables and the opening of pictures allow one thread at a time
 
     def overview(self, request: Request) -> Response:
         with self._alone:
@@ -144,9 +144,9 @@ class Answers:
     def search(self, request: Request) -> Response:
         return _html(self.site.search())
 
-    def found(self, request: Request) -> Response:
+    def finds(self, request: Request) -> Response:
         with self._alone:
-            return JSONResponse(self.site.found(request.query_params.get("q", "").strip(), FOUND))
+            return JSONResponse(self.site.search_results(request.query_params.get("q", "").strip(), FOUND))
 
     def not_found(self, request: Request, error: Exception) -> Response:
         words = error.detail if isinstance(error, HTTPException) else str(error)
@@ -158,7 +158,7 @@ def _html(text: str, status: int = 200) -> Response:
 
 
 def _number(request: Request) -> int | None:
-    """Of an address; None where it is none that a run can have. Python's own `int` refuses 4,301 digits."""
+    """The number in an address; None if no run can have it. Python's own `int` refuses 4,301 digits."""
     return number(request.path_params["number"])
 
 
@@ -176,5 +176,5 @@ def _first(request: Request, total: int) -> int:
 
 
 def _cut(text: str) -> str:
-    """As much of what somebody asked for as a sentence takes."""
+    """What somebody asked for, cut to fit into a sentence."""
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"

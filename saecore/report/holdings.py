@@ -7,7 +7,7 @@ from saecore.methods import KEPT, METHODS, TargetRequest
 from saecore.query.results import Results
 
 LISTED = 6
-"""Targets, or latents, that are named one by one; more are counted."""
+"""Up to this number, targets or latents are named one by one; more are counted."""
 
 
 class Holding(NamedTuple):
@@ -22,7 +22,7 @@ class Holding(NamedTuple):
 
 
 def wanted(run: Results) -> TargetRequest:
-    """What the maps of a run explain: latents as run.json has it, texts and concepts as the maps themselves."""
+    """What the maps of a run explain: latents from run.json, texts and concepts from the maps themselves."""
     config = run.record.config
     given = TargetRequest(*config["targets"]) if "targets" in config else KEPT
     by_kind = {
@@ -33,7 +33,7 @@ def wanted(run: Results) -> TargetRequest:
 
 
 def maps_in_words(run: Results, named: bool = False) -> str:
-    """What a run has maps of: `the kept latents and 2 texts`; with `named`, which texts and concepts, where these are few."""
+    """What a run has maps of: `the kept latents and 2 texts`. With `named`, a few texts and concepts are named, not counted."""
     if not run.methods:
         return "nothing"
     targets = wanted(run)
@@ -55,7 +55,7 @@ def maps_in_words(run: Results, named: bool = False) -> str:
 
 
 def naming(run: Results) -> dict[str, Any]:
-    """How jobs.name found the names, with the thresholds of valid ones; empty where nothing says so."""
+    """How jobs.name found the names, with the thresholds of valid ones; empty if nothing says how."""
     made_by: dict[str, Any] = json.loads((run.latents.schema.metadata or {}).get(b"naming", b"{}"))
     return made_by
 

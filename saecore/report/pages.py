@@ -1,8 +1,8 @@
-"""Pages of a run as HTML, each made alone: `saecore.report.static` writes them to files, `saecore.report.explorer` serves them.
+"""Pages of a run as HTML, each made by itself: `saecore.report.static` writes them, `saecore.report.explorer` serves them.
 
-Maps travel as the numbers that they are, 8 bits a patch, and `site/static/maps.js` draws them over the picture as
-`saecore.report.display` does. Whatever comes from a run is text to a page: Jinja escapes it, and data for scripts is JSON in
-which no tag can begin. Pages load what lies beside them, by addresses relative to themselves, and nothing else.
+A page holds maps as numbers, 8 bits a patch, and `site/static/maps.js` draws them over the picture as `saecore.report.display`
+does. Everything that comes from a run is text on a page: Jinja escapes it, and data for scripts is JSON in which no tag can
+begin. Pages load only files of the same report, by relative addresses.
 """
 
 import base64
@@ -30,23 +30,23 @@ FOLDER = Path(__file__).parent / "site"
 """Templates, and the files that pages load."""
 
 SPREAD = 8
-"""Images of a latent's page beside the strongest."""
+"""Images of a latent's page besides the strongest."""
 
 SHOWCASE, SHOWCASE_IMAGES = 4, 3
 """Latents of the first page, and images of each."""
 
 LISTED_LATENTS, LISTED_IMAGES = 200, 120
-"""Rows of a page of the lists that are served."""
+"""Entries on one page of a list that is served."""
 
 DEAD_LISTED = 200
-"""Latents that fire for nothing and are named as such."""
+"""Latents that fire for no image, of which the list names so many."""
 
 
 class Figure(NamedTuple):
-    """A tile with what is said of its map by the run's first method."""
+    """A tile, with the words about its map by the run's first method."""
 
     number: int
-    """On its page."""
+    """Its number on the page."""
     tile: Tile
     label: str
     caption: str
@@ -61,11 +61,11 @@ class Group(NamedTuple):
     has_maps: bool
     meaning: str
     row: dict[str, Any] | None
-    """Of the latent that it is about, on the first page."""
+    """On the first page: the row of the latent that the group is about."""
 
 
 class Site:
-    """Pages of a run. `latents` and `images`: those that have a page, None for all; links lead to no others."""
+    """Pages of a run. `latents` and `images`: those that have a page, None for all; links lead only to these."""
 
     def __init__(
         self,
@@ -79,14 +79,14 @@ class Site:
         run = views.run
         self.run = run
         self.live = live
-        """Whether a server answers, which makes any page and searches the whole run."""
+        """Whether a server answers: it makes any page and searches the whole run."""
         self.views = views
         self.pictures = Pictures(run, 448 if live else 224)
         self.hints = hints or {}
         """Command lines that pages name: by `Holding.what` those that add what is missing, and `EXPLORER`."""
         self.missing: set[int] = set()
         """Images known to have no picture."""
-        self.uri = split_settings(run.uri)[0]  # which may hold what nobody else should read
+        self.uri = split_settings(run.uri)[0]  # settings may hold what nobody else should read
         self.name = self.uri.rstrip("/").rpartition("/")[2]
         self.day = run.record.started[:10]
         self.grid = run.grid
@@ -94,11 +94,11 @@ class Site:
         self.images = f"{run.n_images:,}"
         self.n_latents = f"{run.n_latents:,}"
         self.targets = run.targets
-        """Each has a page by its place here."""
+        """Texts and concepts; the place of each in this list is the number of its page."""
         self.no_map = (
             f"no map: this run holds maps of {maps_in_words(run)} only" if run.methods else "no map: this run has none"
         )
-        """What stands where a map would."""
+        """The words in the place of a map that is not there."""
         self._strongest = strongest
         self._naming = naming(run)
         self._latents = None if latents is None else frozenset(latents)
@@ -192,7 +192,7 @@ class Site:
         return self._html("image", "../", image=view.image, groups=groups, data=data, before=before, after=after)
 
     def latent_list(self, rows: Sequence[int], thumbs: Mapping[int, list[Mapping[str, Any]]], first: int = 0) -> str:
-        """latents.html: some latents, of those that fire from the `first` on, with the images to show beside each."""
+        """latents.html: latents that fire, from the `first` on, with the images to show of each."""
         firing = len(self.views.by_rate)
         return self._html(
             "latents",
@@ -216,11 +216,11 @@ class Site:
         return self._html("search")
 
     def not_found(self, words: str, root: str = "") -> str:
-        """What a server says instead of a page."""
+        """The page that a server shows for an address without one."""
         return self._html("missing", root, words=words)
 
-    def found(self, text: str, most: int) -> dict[str, list[Any]]:
-        """What search.js shows for a text: up to so many latents and images of the whole run, the best first."""
+    def search_results(self, text: str, most: int) -> dict[str, list[Any]]:
+        """What search.js shows for a text: the best latents, images and targets of the whole run, at most `most` of each."""
         latent = numbered(text)
         by_number = [latent] if latent is not None and self.has_latent(latent) else []
         named = search.latents(text, self.views.latents)
@@ -233,7 +233,7 @@ class Site:
     def index(
         self, latents: Sequence[int], images: Sequence[tuple[int, str | None]], targets: Sequence[int]
     ) -> dict[str, list[Any]]:
-        """What search.js looks through, or shows; see `saecore.query.finding.index`."""
+        """The list that search.js reads, or shows; see `saecore.query.finding.index`."""
         rows = [self.views.latents[latent] for latent in latents]
         return index(rows, self._strongest_images, images, [(place, self.targets[place]) for place in targets])
 
@@ -247,7 +247,7 @@ class Site:
         return self._env.get_template(f"{template}.html").render(site=self, root=root, here=template, **content)
 
     def _drawn(self, sections: Sequence[Section]) -> tuple[list[Group], dict[str, Any]]:
-        """Sections ready for a template, and what maps.js draws them from."""
+        """Sections for a template, and the data from which maps.js draws their maps."""
         groups, maps = list[Group](), list[dict[str, Any]]()
         shown = self.methods[0] if self.methods else ""
         for place, section in enumerate(sections):
@@ -275,13 +275,13 @@ class Site:
         ]
         with_signs = [method for method in self.methods if captions.has_signs(method)]
         if not any(group.has_maps for group in groups):
-            maps = []  # and no script to draw them
+            maps = []  # then the page loads no script that draws
         data = {"grid": self.grid, "methods": self.methods, "signed": with_signs, "sections": held, "maps": maps}
         return groups, data
 
     @functools.cached_property
     def _showcase(self) -> list[int]:
-        """Latents to begin with: those with the surest names, or else those that fire most often."""
+        """The latents of the first page: those with the surest names, or else those that fire most often."""
         able = [latent for latent in self.views.by_rate if self.has_latent(latent)]
         rows = [self.views.latents[latent] for latent in able]
         named = sorted((row for row in rows if row["valid"]), key=lambda row: -row["margin"])
@@ -304,6 +304,6 @@ class Site:
         return before, self._images[place + 1] if place + 1 < len(self._images) else None
 
     def _steps(self, first: int, listed: int, total: int) -> dict[str, Any]:
-        """Where the pages of a served list before and after this one begin."""
+        """Where the pages before and after this one of a served list begin."""
         earlier = max(first - listed, 0) if self.live and first else None
         return {"earlier": earlier, "later": first + listed if self.live and first + listed < total else None}

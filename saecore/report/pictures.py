@@ -1,7 +1,7 @@
-"""Small pictures of a run's images: read from the shards they came from, cut to what CLIP saw, as WebP.
+"""Small pictures of a run's images, as WebP: read from the run's input, cut to what CLIP saw.
 
-Only the images asked for are read. One that cannot be had any more, because its shard is gone, out of reach or another one
-by now, has no picture; that is never an error.
+Only the images that are asked for are read. An image whose shard is gone, out of reach, or changed has no picture; that is
+never an error.
 """
 
 import functools
@@ -22,7 +22,7 @@ from saecore.query.results import Results
 CROP = ("crop_left", "crop_top", "crop_right", "crop_bottom")
 
 QUALITY = 82
-"""Of WebP: 5 to 12 KB for a photograph of 224 pixels."""
+"""WebP's quality: a photograph of 224 pixels takes 5 to 12 KB."""
 
 REMEMBERED = 1024
 """Pictures kept in memory by `Pictures.get`."""
@@ -37,7 +37,7 @@ class Pictures:
     def __init__(self, run: Results, side: int = 224) -> None:
         self.run = run
         self.side = side
-        """Pixels along the longer side; fewer where the crop has fewer."""
+        """Pixels along the longer side; fewer if the crop has fewer."""
         self.get = functools.lru_cache(REMEMBERED)(self._get)
         """One picture by its image's number; None if there is none."""
 
@@ -48,7 +48,7 @@ class Pictures:
         return max(1, round((right - left) * scale)), max(1, round((bottom - top) * scale))
 
     def read(self, image_ids: np.ndarray) -> Iterator[tuple[int, bytes | None]]:
-        """Each image's number and picture, None if there is none; chunk by chunk, so that a shard is opened once for all."""
+        """Each image's number and picture, or None, chunk by chunk, so that a shard is opened once for all its images."""
         chunk_ids = self.run.tables.numbering.chunks_of(image_ids)
         for chunk_id in np.unique(chunk_ids):
             yield from self._of_chunk(image_ids[chunk_ids == chunk_id].tolist()).items()
@@ -61,7 +61,8 @@ class Pictures:
         shown = self.run.tables.rows("images", image_ids, ("key", *CROP), pc.field("error").is_null()).to_pylist()
         images = {row["image_id"]: row for row in shown}
         with warnings.catch_warnings(), ThreadPoolExecutor(WORKERS) as pool:
-            # `open_rgb` does the same, for the whole process: threads that end in any order must all leave it so.
+            # `open_rgb` changes warnings for the whole process and restores them. Threads end in any order, so each must
+            # restore the same state.
             warnings.simplefilter("ignore")
             for raw in self.run.tables.originals(list(images)):
                 ids = raw["image_id"].to_pylist()
@@ -73,7 +74,7 @@ class Pictures:
         return pictures
 
     def _picture(self, raw: Mapping[str, Any], image: Mapping[str, Any]) -> bytes | None:
-        if raw["error"] is not None or raw["key"] != image["key"]:  # the latter: the shard has changed since
+        if raw["error"] is not None or raw["key"] != image["key"]:  # another key: the shard has changed
             return None
         try:
             whole = open_rgb(raw["data"]).image

@@ -1,12 +1,12 @@
-"""A report as a folder of files: the pages of `saecore.report.pages` for a part of a run, with all that they load.
+"""A report as a folder of files: the pages of `saecore.report.pages` for a part of a run, with everything that they load.
 
     REPORT/index.html  latents.html  images.html  search.html
     REPORT/latents/53.html  images/4294967342.html  targets/0.html     a page each
     REPORT/pictures/4294967342.webp                    what CLIP saw of an image, once
-    REPORT/static/  data/search.js                     style and scripts; what the search looks through
-    REPORT/report.json                                 what it is a report of
+    REPORT/static/  data/search.js                     style and scripts; the list that the search reads
+    REPORT/report.json                                 which run it is a report of
 
-It is written beside its place and moved there when it is whole. What it replaces is a report, or nothing.
+A report is written next to its place and moved there when it is whole. It replaces an earlier report, and never anything else.
 """
 
 import dataclasses
@@ -27,10 +27,10 @@ from saecore.storage import reason, writing
 MARK = "report.json"
 
 AT_ONCE = 64
-"""Images whose maps are held together."""
+"""Images whose maps are held in memory together."""
 
 THUMBS = 3
-"""Pictures beside each latent of the list."""
+"""Pictures of each latent in the list."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ def check_place(out: Path) -> None:
 
 
 class Report:
-    """What is to be written: `len` files, without those that every report has."""
+    """A report to be written. `len` is its number of files, not counting those that every report has."""
 
     def __init__(self, run: Results, choice: Choice, hints: Mapping[str, str] | None = None) -> None:
         """`hints`: command lines that the pages name, see `Site.hints`."""
@@ -86,9 +86,9 @@ class Report:
         return len(self.pictured) + len(self.latents) + len(self.targets) + len(self.image_ids)
 
     def write(self, out: Path) -> Iterator[None]:
-        """Make the files; yields after each. `site.missing` has the images whose picture could not be had."""
+        """Write the files; yields after each. `site.missing` then has the images without a picture."""
         folder, before = out.with_name(f".{out.name}.unfinished"), out.with_name(f".{out.name}.before")
-        for left in (folder, before):  # by one that was stopped
+        for left in (folder, before):  # a stopped job left them
             shutil.rmtree(left, ignore_errors=True)
         try:
             with writing(str(out)):

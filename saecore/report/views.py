@@ -1,7 +1,7 @@
 """What the pages of a report say, as plain values: the run, one latent, one image. No HTML, no files, no pictures.
 
 Maps are compared within a `Section`, on one scale for each method: the strongest patch of all its maps has full colour. Rows
-and columns of patches are counted from 1, from the top left.
+and columns of patches count from 1, from the top left.
 """
 
 import functools
@@ -27,7 +27,7 @@ CO_FIRING = 10
 """Latents that a latent's page names as firing for the same images."""
 
 TITLES = {"latent": "Latents", "text": "Texts", "concept": "Concepts"}
-"""Of an image's sections, by kind of target: a text's maps are in other units than a latent's."""
+"""Titles of an image's sections, by kind of target: the maps of a text are in other units than those of a latent."""
 
 LATENT_COLUMNS = (
     "images",
@@ -47,7 +47,7 @@ LATENT_COLUMNS = (
     "scores",
 )
 CO_COLUMNS = ("co_latents", "co_share", "co_lift")
-"""Of latents.parquet, as far as it has them."""
+"""Columns of latents.parquet that pages show, if it has them."""
 
 
 class Map(NamedTuple):
@@ -60,11 +60,11 @@ class Map(NamedTuple):
     strongest: Patch
     """The patch of the largest value."""
     against: Patch | None
-    """The patch of the least value, where that outweighs the strongest."""
+    """The patch of the least value, if it outweighs the strongest; else None."""
     total: float
     """Sum of all patches."""
     remainder: float
-    """NaN where the method does not decompose."""
+    """NaN if the method does not decompose."""
     sink_share: float
 
 
@@ -75,14 +75,14 @@ class Tile(NamedTuple):
     """image_id, key, crop, sinks."""
     latent: int | None
     target: str
-    """`latent 53`, or as in MAPS."""
+    """`latent 53`, or a text or concept as in MAPS."""
     activation: float | None
-    """None where it is no kept latent."""
+    """None if the target is not a kept latent."""
     pre_activation: float
     place: str
-    """Its place among the latent's images, or among the image's latents."""
+    """In words, its place among the latent's images, or among the image's latents."""
     maps: dict[str, Map]
-    """By method."""
+    """Each map by its method."""
 
 
 class Section(NamedTuple):
@@ -97,7 +97,7 @@ class Section(NamedTuple):
 
 
 class LatentView(NamedTuple):
-    """What one latent's page says."""
+    """What the page of a latent says."""
 
     latent: dict[str, Any]
     """Its row of `Views.latents`."""
@@ -113,12 +113,12 @@ class TargetView(NamedTuple):
     target: str
     """As in MAPS."""
     values: Bins
-    """Of all images."""
+    """A histogram of its values for all images."""
     sections: list[Section]
 
 
 class ImageView(NamedTuple):
-    """What one image's page says."""
+    """What the page of an image says."""
 
     image: dict[str, Any]
     """Its row of IMAGES, without the embedding."""
@@ -138,14 +138,14 @@ class Views:
         """Each latent by its number: `latent` and LATENT_COLUMNS, None for what is not known."""
         known = self.run.latents
         held = [name for name in LATENT_COLUMNS if name in known.column_names]
-        found = pa.table({"latent": pa.array(range(self.run.n_latents), pa.int32())})
-        found = lookup(found, known.select(["latent", *held]), "latent")
-        if "images" not in held:  # no jobs.index yet
+        table = pa.table({"latent": pa.array(range(self.run.n_latents), pa.int32())})
+        table = lookup(table, known.select(["latent", *held]), "latent")
+        if "images" not in held:  # jobs.index has not counted yet
             query = """SELECT latent, count(*) AS images, count(*) / ? AS rate, avg(activation) AS mean,
                 max(activation) AS max, median(activation) AS median
                 FROM by_latent WHERE activation <> 0 GROUP BY latent"""
-            found = lookup(found, self.run.sql(query, max(self.run.n_images, 1)), "latent")
-        rows = [dict.fromkeys(LATENT_COLUMNS) | row for row in found.to_pylist()]
+            table = lookup(table, self.run.sql(query, max(self.run.n_images, 1)), "latent")
+        rows = [dict.fromkeys(LATENT_COLUMNS) | row for row in table.to_pylist()]
         return [row | {"images": row["images"] or 0, "rate": row["rate"] or 0.0} for row in rows]
 
     @functools.cached_property
@@ -162,7 +162,7 @@ class Views:
     # ---- One latent.
 
     def latent(self, latent: int, strongest: int, spread: int) -> LatentView:
-        """With its strongest images, and others spread evenly over the ranks of the rest."""
+        """A latent with its strongest images, and with others spread evenly over the ranks of the rest."""
         row, counts = self.latents[latent], self.run.histogram(latent, BINS)
         bins = Bins([*counts["low"].to_pylist(), *counts["high"][-1:].to_pylist()], counts["images"].to_pylist())
         places = _spread(strongest, row["images"], spread)
@@ -176,22 +176,22 @@ class Views:
         images = self._shown([*best["image_id"].to_pylist(), *rest["image_id"].to_pylist()])
         tiles = [
             Tile(
-                images[found["image_id"]],
+                images[shown["image_id"]],
                 latent,
                 f"latent {latent}",
-                found["activation"],
-                found["pre_activation"],
+                shown["activation"],
+                shown["pre_activation"],
                 _place(place, row["images"]),
-                by_image[found["image_id"]],
+                by_image[shown["image_id"]],
             )
-            for place, found in zip(
+            for place, shown in zip(
                 [*range(best.num_rows), *places], [*best.to_pylist(), *rest.to_pylist()], strict=True
             )
         ]
         return LatentView(row, bins, _in_two(tiles, best.num_rows, "latent"), self._co_firing(latent))
 
     def _at(self, latent: int, places: list[int]) -> pa.Table:
-        """image_id, `STRENGTH`, place: the images at some places, from 0, of those for which it fires, strongest first."""
+        """image_id, `STRENGTH`, place: of the images for which it fires, strongest first, those at some places from 0."""
         query = """SELECT image_id, activation, pre_activation, place FROM (
                 SELECT *, row_number() OVER (ORDER BY activation DESC, image_id) - 1 AS place
                 FROM by_latent WHERE latent = ? AND activation <> 0)
@@ -200,16 +200,16 @@ class Views:
 
     def _co_firing(self, latent: int) -> list[dict[str, Any]]:
         known = self.run.latents
-        if "co_latents" in known.column_names:  # counted by jobs.index
+        if "co_latents" in known.column_names:  # jobs.index counted them
             row = known.filter(pc.equal(known["latent"], latent)).select(CO_COLUMNS).to_pylist()[0]
-            found = zip(*(row[name] or [] for name in CO_COLUMNS), strict=True)
-            return [dict(zip(("latent", "share", "lift"), values, strict=True)) for values in found][:CO_FIRING]
+            others = zip(*(row[name] or [] for name in CO_COLUMNS), strict=True)
+            return [dict(zip(("latent", "share", "lift"), other, strict=True)) for other in others][:CO_FIRING]
         return self.run.co_firing(latent, CO_FIRING).select(["latent", "share", "lift"]).to_pylist()
 
     # ---- One text or concept.
 
     def target(self, target: str, strongest: int, spread: int) -> TargetView:
-        """With the images where its value is largest, and others spread evenly over the ranks of the rest."""
+        """A target with the images of its largest values, and with others spread evenly over the ranks of the rest."""
         values = self.run.values_of(target)
         values = values.rename_columns(["image_id", "value"])
         bins = histograms.count(values["value"].to_numpy(), BINS)
@@ -219,15 +219,15 @@ class Views:
         images = self._shown(shown["image_id"].to_pylist())
         tiles = [
             Tile(
-                images[found["image_id"]],
+                images[row["image_id"]],
                 None,
                 target,
                 None,
-                found["value"],
+                row["value"],
                 _place(place, values.num_rows),
-                by_image[found["image_id"]],
+                by_image[row["image_id"]],
             )
-            for place, found in zip(places, shown.to_pylist(), strict=True)
+            for place, row in zip(places, shown.to_pylist(), strict=True)
         ]
         sections = _in_two(tiles, strongest, target.partition(":")[0])
         return TargetView(target, bins, sections)
@@ -235,7 +235,7 @@ class Views:
     # ---- Images.
 
     def images(self, image_ids: np.ndarray) -> Iterator[ImageView]:
-        """Some images, in that order; one that is not of the run is passed over."""
+        """Some images, in that order, without those that are not of the run."""
         tables = self.run.tables
         columns = [name for name in tables.datasets["images"].schema.names if name not in ("image_id", "embedding")]
         images = {row["image_id"]: row for row in tables.rows("images", image_ids, columns).to_pylist()}
@@ -253,7 +253,7 @@ class Views:
     def _sections(
         self, image: Mapping[str, Any], kept: list[dict[str, Any]], maps: list[dict[str, Any]]
     ) -> list[Section]:
-        """The image's targets: its kept latents, strongest first, then whatever else has a map."""
+        """The image's targets: its kept latents, strongest first, then everything else that has a map."""
         tiles = {
             f"latent {row['latent']}": Tile(
                 image,
@@ -293,10 +293,10 @@ class Views:
 
     def _by_image(self, tables: Sequence[pa.Table]) -> dict[int, dict[str, Map]]:
         """Maps of one target, by image and method."""
-        found: dict[int, dict[str, Map]] = defaultdict(dict)
+        maps: dict[int, dict[str, Map]] = defaultdict(dict)
         for row in (row for table in tables for row in table.to_pylist()):
-            found[row["image_id"]][row["method"]] = self._map(row)
-        return found
+            maps[row["image_id"]][row["method"]] = self._map(row)
+        return maps
 
     def _map(self, row: Mapping[str, Any]) -> Map:
         relevance = heatmaps.decode(row["map"], row["scale"], self.run.grid)
@@ -313,7 +313,7 @@ class Views:
 
 
 def _spread(strongest: int, n: int, spread: int) -> list[int]:
-    """So many places of n, evenly from behind the strongest to the last."""
+    """Up to `spread` places of n, evenly from the first after the strongest to the last."""
     return np.unique(np.linspace(strongest, n - 1, min(spread, max(n - strongest, 0))).astype(int)).tolist()
 
 
@@ -322,7 +322,7 @@ def _place(place: int, n: int) -> str:
 
 
 def _in_two(tiles: list[Tile], strongest: int, kind: str) -> list[Section]:
-    """The strongest images of a target, and the others, on one scale."""
+    """The strongest images of a target and the others, on one scale."""
     parts = {"Strongest images": tiles[:strongest], "Across the rest of its range": tiles[strongest:]}
     limits = shared_limits(tiles)
     return [Section(title, kind, part, limits) for title, part in parts.items() if part]
@@ -331,7 +331,7 @@ def _in_two(tiles: list[Tile], strongest: int, kind: str) -> list[Section]:
 def shared_limits(tiles: Sequence[Tile]) -> dict[str, float]:
     """By method: the largest |value| of any patch of these tiles' maps."""
     limits: dict[str, float] = {}
-    for method, one in (found for tile in tiles for found in tile.maps.items()):
+    for method, one in (item for tile in tiles for item in tile.maps.items()):
         limits[method] = max(
             limits.get(method, 0.0), *(abs(patch.value) for patch in (one.strongest, one.against) if patch)
         )

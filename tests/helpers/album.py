@@ -25,7 +25,7 @@ N_IMAGES = N_SCENES + 3
 
 
 def write(folder: Path) -> Path:
-    """The run, with `input.tar` beside it."""
+    """The run, and `input.tar` next to it."""
     wide = io.BytesIO()
     picture = Image.fromarray(drawing.render(scenes.scene_at(7, 1), 200))
     picture.resize((320, 200)).save(wide, "PNG")

@@ -67,7 +67,7 @@ class Code:
         self._spelled: dict[str, set[str]] = defaultdict(set)
         """Module -> flags that it spells itself."""
         self.files = {path.relative_to(root).as_posix() for path in self._files()}
-        for place in self.files:
+        for place in sorted(self.files):
             if place.endswith(".py") and place.split("/")[0] in FOLDERS:
                 self._read(place, ast.parse((root / place).read_text(encoding="utf-8")))
         for name in list(self.modules):
@@ -84,7 +84,7 @@ class Code:
     def _read(self, place: str, tree: ast.Module) -> None:
         name = ".".join(Path(place).with_suffix("").parts).removesuffix(".__init__")
         self.modules.setdefault(name, set()).update(*map(defined, tree.body))
-        if name.split(".")[0] in ("jobs", "benchmarks"):
+        if name.split(".")[0] in ("jobs", "benchmarks") and not place.endswith("__init__.py"):
             self._commands[name.removesuffix(".__main__").split(".")[-1]] = name
         for node in ast.walk(tree):
             match node:

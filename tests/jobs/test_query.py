@@ -22,7 +22,6 @@ from tests.helpers import planted
 from tests.helpers.mistakes import mistake
 from tests.helpers.planted import IDS
 
-ROOT = Path(__file__).parent.parent.parent
 JOBS = {"index": index, "query": query}
 
 
@@ -264,8 +263,8 @@ def test_compare_shows_both_ends(run: str, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["query", "top", "{run}", "6"], "latent 6: this run's are 0 to 5"),
-        (["query", "top", "{run}", "-1"], "latent -1: this run's are 0 to 5"),
+        (["query", "top", "{run}", "6"], "latent 6: the latents of this run are 0 to 5"),
+        (["query", "top", "{run}", "-1"], "latent -1: the latents of this run are 0 to 5"),
         (["query", "top", "{run}", "sea"], "LATENT sea is no number: did you mean latent 3, sea?"),
         (
             ["query", "cofiring", "{run}", "NAME that"],
@@ -285,7 +284,7 @@ def test_compare_shows_both_ends(run: str, capsys: pytest.CaptureFixture[str]) -
         (["query", "sql", "{run}", "SELECT 1; SELECT 2"], "this is 2 statements, SELECT, SELECT"),
         (
             ["query", "sql", "{run}", "FROM read_text('/etc/hostname')"],
-            "a question is about the tables of the run alone",
+            "a question is about the tables of the run only",
         ),
         (["query", "maps", "{run}", "a.jpg", "--method", "tea"], "method tea"),
         (["query", "compare", "{run}", "wdith > 1"], "wdith"),

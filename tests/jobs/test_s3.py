@@ -58,8 +58,7 @@ def album(shards: Path, settings: str, tmp_path_factory: pytest.TempPathFactory)
 def named_next(said: str) -> list[tuple[str, list[str]]]:
     """The commands that jobs.explain names at its end: each one's job and arguments."""
     lines = [shlex.split(line, comments=True) for line in said.partition("\nNext:\n")[2].splitlines() if line]
-    assert all(line[:2] == ["python", "-m"] for line in lines)
-    assert [line[2] for line in lines] == ["jobs.index", "jobs.name", "jobs.report"]
+    assert [line[1:3] for line in lines] == [["-m", f"jobs.{job}"] for job in ("index", "name", "report")]
     return [(line[2].removeprefix("jobs."), line[3:]) for line in lines]
 
 

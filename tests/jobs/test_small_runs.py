@@ -81,7 +81,9 @@ def test_every_job_reads_it(run: Path) -> None:
     site = Site(Views(results.open(str(run))), live=True)
     assert all(site.latent(latent) for latent in range(80))
     assert all(site.image(view) for view in site.views.images(site.run.tables.numbering.image_ids(range(images))))
-    assert all([site.overview(), site.latent_list(site.views.by_rate, {}), site.image_list([]), site.found("red", 60)])
+    assert all(
+        [site.overview(), site.latent_list(site.views.by_rate, {}), site.image_list([]), site.search_results("red", 60)]
+    )
     if (run / "preview.png").exists():
         assert np.asarray(Image.open(run / "preview.png")).std() > 0
     if images == 1:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks import synthetic
-from jobs import index
+from jobs import commands, index
 from saecore.query import by_latent, indexing, results
 from saecore.runs import latents
 from saecore.runs.files import TABLES, open_dataset
@@ -121,7 +121,7 @@ def test_the_same_command_again_does_nothing(tmp_path: Path, capsys: pytest.Capt
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     capsys.readouterr()
     indexed(uri)
-    said = f"{uri} is indexed: nothing to do\nnext          python -m jobs.name --run {uri}\n"
+    said = f"{uri} is indexed: nothing to do\nnext          {commands.line('name', '--run', uri)}\n"
     assert capsys.readouterr().out == said
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     # Nor does it when it was stopped between the index and the statistics, but for these.

@@ -307,8 +307,8 @@ def test_images_beyond_the_copied_ones_are_looked_up(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("question", "complaint"),
     [
-        (lambda run: run.top_images(6), "latent 6: this run's are 0 to 5"),
-        (lambda run: run.co_firing(-1), "latent -1: this run's are 0 to 5"),
+        (lambda run: run.top_images(6), "latent 6: the latents of this run are 0 to 5"),
+        (lambda run: run.co_firing(-1), "latent -1: the latents of this run are 0 to 5"),
         (lambda run: run.image_id(77), "image 77: this run has none of that number"),
         (lambda run: run.image_id(-1), "image -1: this run has none of that number"),
         (lambda run: run.image_id(10**23), "image 1000.*: this run has none of that number"),

@@ -9,6 +9,7 @@ import pytest
 from benchmarks import synthetic
 from jobs import index
 from saecore.query import results, statistics
+from saecore.query.statistics import Limits
 from saecore.runs.files import of_chunks, open_dataset, read_manifest
 from saecore.schema import LATENTS
 from tests.helpers import planted
@@ -39,14 +40,11 @@ def test_the_planted_run(tmp_path: Path) -> None:
     assert (five["maps"], five["extent"], five["co_latents"]) == (0, None, None)
 
 
-def test_against_numpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In many small ranges and groups, as a large run is gone through."""
-    monkeypatch.setattr(statistics, "ROWS_AT_ONCE", 100)
-    monkeypatch.setattr(statistics, "IMAGES_AT_ONCE", 64)
-    monkeypatch.setattr(statistics, "PAIRS_AT_ONCE", 40 * 7)
+def test_against_numpy(tmp_path: Path) -> None:
+    """In many small ranges and groups, as a large run is counted."""
     run = synthetic.write_run(str(tmp_path / "run"), 300, latents=40, k=6, grid=(2, 3), chunk_size=32)
     assert index.main(["--run", run.uri]) == 0
-    found = results.open(run.uri).latents.to_pylist()
+    found = statistics.write(results.open(run.uri), Limits(rows=100, images=64, pairs=40 * 7)).to_pylist()
     rows = open_dataset(run.uri, "activations").to_table()
     latent, activation = rows["latent"].to_numpy(), rows["activation"].to_numpy()
     image_ids, image = np.unique(rows["image_id"].to_numpy(), return_inverse=True)
@@ -84,13 +82,10 @@ def test_lifts_of_large_counts_do_not_overflow(tmp_path: Path) -> None:
         assert row["co_lift"] == pytest.approx([0.75, 0.75], abs=0.03)
 
 
-def test_co_firing_of_a_large_run_is_counted_on_chunks_spread_over_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_co_firing_of_a_large_run_is_counted_on_chunks_spread_over_it(tmp_path: Path) -> None:
     run = synthetic.write_run(str(tmp_path / "run"), 640, latents=40, k=6, grid=(2, 3), chunk_size=32)
-    monkeypatch.setattr(statistics, "CO_FIRING_IMAGES", 160)
     assert index.main(["--run", run.uri]) == 0
-    found = results.open(run.uri).latents.to_pylist()[0]
+    found = statistics.write(results.open(run.uri), Limits(co_firing_images=160)).to_pylist()[0]
     assert found["images"] > 160
     some = of_chunks(read_manifest(run.uri), np.array([0, 4, 9, 14, 19]))
     rows = open_dataset(run.uri, "activations", some).to_table()
