@@ -25,8 +25,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs
-import pyarrow.parquet as pq
 
 from saecore import schema
 from saecore.pipeline.clock import Clock
@@ -36,7 +34,7 @@ from saecore.runs.files import ROW_GROUP_ROWS, parquet_bytes
 from saecore.runs.refusals import refusals
 from saecore.runs.run import listing_hash, refuse_other
 from saecore.schema import TEXTS_FILE
-from saecore.storage import filesystem_of, join_uri, write_atomic
+from saecore.storage import Place, exists, join_uri, read_parquet, write_atomic
 from saecore.training import memmaps
 
 from . import cluster, commands, console, pipeline
@@ -197,10 +195,9 @@ def texts(tower: "TextTower", words: list[str], arguments: Arguments, device: st
 
 def holds_texts(out: str, parts: dict[str, Any]) -> bool:
     """Whether `out` already holds these texts; ValueError if it holds others, or a run over images."""
-    filesystem, folder = filesystem_of(out)
-    if filesystem.get_file_info(f"{folder}/run.json").type != pyarrow.fs.FileType.NotFound:
+    if exists(join_uri(out, "run.json")):
         raise ValueError(f"--out {out} holds a run over images; name another folder for words")
-    if filesystem.get_file_info(f"{folder}/{TEXTS_FILE}").type == pyarrow.fs.FileType.NotFound:
+    if not exists(join_uri(out, TEXTS_FILE)):
         return False
     with commands.given("--out"):
         refuse_other(out, json.loads((read_texts(out).schema.metadata or {}).get(b"parts", b"{}")), parts)
@@ -209,23 +206,22 @@ def holds_texts(out: str, parts: dict[str, Any]) -> bool:
 
 def read_texts(out: str) -> pa.Table:
     """texts.parquet."""
-    filesystem, folder = filesystem_of(out)
-    return pq.read_table(f"{folder}/{TEXTS_FILE}", filesystem=filesystem)
+    return read_parquet(join_uri(out, TEXTS_FILE))
 
 
 def write_memory_map(
     arguments: Arguments, clip: str, split: str, kind: str, shape: tuple[int, int], rows: Iterable[np.ndarray]
 ) -> str:
     """Write the memory map into the out folder, unless it is there; returns the line that says so."""
-    filesystem, folder = filesystem_of(arguments.out)
+    place = Place(arguments.out)
     if arguments.no_npy:
         return "memory map    none, as --no-npy asks"
-    if not isinstance(filesystem, pyarrow.fs.LocalFileSystem):
+    if not place.is_local:
         return f"memory map    none: {arguments.out} is no local folder, and only local files can be mapped"
     if not shape[0]:
         return "memory map    none: every image was refused"
-    dataset = arguments.dataset or (Path(arguments.text).stem if arguments.text else Path(folder).name)
-    target = Path(folder, memmaps.file_name(dataset, clip, split, kind, shape))
+    dataset = arguments.dataset or (Path(arguments.text).stem if arguments.text else Path(place.path).name)
+    target = Path(place.path, memmaps.file_name(dataset, clip, split, kind, shape))
     if not target.exists():
         memmaps.write(target, rows, shape)
     return f"memory map    {target.name}: raw float32 {shape[0]:,} x {shape[1]:,}, no npy header"

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.fs
 
 from saecore.spellings import check_same, telling
-from saecore.storage import filesystem_of, resolved
+from saecore.storage import names_in, resolved
 from saecore.training.embeddings import Embeddings, open_embeddings
 from saecore.training.recipe import doubled
 from saecore.training.survey import draw, unit_length
@@ -200,10 +199,8 @@ def check_folder(arguments: Arguments) -> None:
 
     The SAE's own folder may be written again, with its threshold, and so may the folder that a full disk left incomplete.
     """
-    filesystem, path = filesystem_of(arguments.save)
     commands.check_writable("--save", arguments.save)
-    held = filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
-    left = {info.base_name for info in held} <= {"README.md", "sae.safetensors"}  # its config.json comes last
+    left = names_in(arguments.save) <= {"README.md", "sae.safetensors"}  # its config.json comes last
     if not left and resolved(arguments.save) != resolved(arguments.sae):
         raise ValueError(f"--save {arguments.save} holds other files; name a new or empty folder")
 

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from saecore import schema
 from saecore.images.changes import since
 from saecore.images.chunks import plan_chunks
-from saecore.images.decode import MAX_PIXELS
+from saecore.images.effort import MAX_PIXELS
 from saecore.images.listing import list_shards
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.config import EmbedConfig, ModelDigests, Part, changes_results, keeps_results, parts_of
@@ -124,13 +124,15 @@ class Inputs:
             run = run_at(resolved(arguments.out))
         # Of a run that was made of the same inputs, `begin_run` judges what is missing now.
         is_known = run is not None and run.record().inputs == self.images
-        self.shards = list_shards(images, say=print, may_lack=is_known)
+        with commands.given("--images"):
+            self.shards = list_shards(images, say=print, may_lack=is_known)
 
     @functools.cached_property
     def plan(self) -> pa.Table:
         """The chunks of a new run."""
         given = self.arguments
-        return plan_chunks(self.shards, given.chunk_size, given.limit or None, given.image_column or None)
+        with commands.given_fields(given):
+            return plan_chunks(self.shards, given.chunk_size, given.limit or None, given.image_column or None)
 
     @property
     def bytes(self) -> int:

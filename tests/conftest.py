@@ -17,6 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import transformers.utils.logging
 
+from saecore import storage
 from tests.helpers import disks
 
 transformers.utils.logging.set_verbosity_error()
@@ -115,7 +116,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder that s3://bucket stands for: another pyarrow filesystem than the local one, in every module of the library."""
+    """The folder that s3://bucket stands for: another pyarrow filesystem than the local one."""
 
     def filesystem_of(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
         assert uri.startswith("s3://bucket/"), uri
@@ -125,9 +126,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     # fsspec's makes folders as files need them, as an object store seems to.
     bucket = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fsspec.filesystem("file", auto_mkdir=True)))
-    for name, module in list(sys.modules.items()):
-        if name.startswith("saecore.") and hasattr(module, "filesystem_of"):
-            monkeypatch.setattr(module, "filesystem_of", filesystem_of)
+    monkeypatch.setattr(storage, "filesystem_of", filesystem_of)
     return folder
 
 

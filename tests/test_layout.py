@@ -255,7 +255,6 @@ def test_the_house_can_be_seen_at_a_glance() -> None:
 
 
 TO_SPLIT = {
-    "saecore.images.chunks",
 }  # fmt: skip
 
 

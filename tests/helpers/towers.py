@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, SiglipVisionConfig, SiglipVisionModel
 
-from saecore.images.decode import Preprocess
+from saecore.images.preprocess import Preprocess
 from saecore.sae.model import SAE, SAEConfig
 from saecore.towers.clip import ClipTower, load_tower
 from saecore.towers.siglip import SiglipTower
