@@ -20,7 +20,7 @@ from saecore.storage import WriteError, check_address
 
 from . import signals
 
-DEFAULTS = dict.fromkeys(("", "''", "False", "None"), "") | {"True": "(done unless this flag is given)"}
+DEFAULTS = dict.fromkeys(("", "''", "False", "None"), "") | {"True": "(default: on)"}
 """Defaults -> what help says of them, where that is not the value."""
 
 E = TypeVar("E", bound=BaseException)
@@ -197,7 +197,7 @@ def parse(kind: type[A], argv: list[str], name: str) -> A:
         args=argv,
         prog=program(name),
         description="\n\n".join([as_called(inspect.getdoc(kind)) or "", *examples(kind)]),
-        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff),
+        config=(tyro.conf.HelptextFromCommentsOff,),
         registry=help_rules(),
     )
     check_addresses(arguments)
@@ -221,10 +221,11 @@ def as_called(text: str | Callable[[], str | None] | None) -> str | None:
 
 
 def help_rules() -> tyro.constructors.ConstructorRegistry:
-    """tyro's rules, and two of our own.
+    """tyro's rules, and three of our own.
 
     Flags that the first lines of a class name come first, in their order there. Help omits a default that says nothing, such as
-    `(default: '')`.
+    `(default: '')`. A switch that is off has one flag, `--tied`; one that is on has two, `--centre, --no-centre`: a single
+    setting of tyro's would give both one, or both two.
     """
     registry = tyro.constructors.ConstructorRegistry()
     inside = False
@@ -250,6 +251,8 @@ def help_rules() -> tyro.constructors.ConstructorRegistry:
 
         def told(field: tyro.constructors.StructFieldSpec) -> tyro.constructors.StructFieldSpec:
             kind: Any = Annotated[field.type, quiet]
+            if field.default is False:
+                kind = tyro.conf.FlagCreatePairsOff[kind]
             return dataclasses.replace(field, type=kind, helptext=as_called(field.helptext))
 
         named = re.findall(r"--[a-z-]+", info.type.__doc__ or "")

@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 
 from saecore import schema
 from saecore.pipeline.clock import Clock
-from saecore.pipeline.config import EmbedConfig, Models
+from saecore.pipeline.config import EmbedConfig, ModelDigests
 from saecore.pipeline.stages import Decode, Embed
 from saecore.runs.files import ROW_GROUP_ROWS, parquet_bytes
 from saecore.runs.refusals import refusals
@@ -122,7 +122,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
     inputs = pipeline.Inputs(arguments, arguments.images)
     pool = pipeline.make_pool(arguments, inputs)
     config = EmbedConfig(clip=clip, batch_size=arguments.batch_size, device=pool.device, threads=pool.threads)
-    parts = {"kind": "embed"} | pipeline.fingerprint_parts(inputs, config, Models(tower.sha256()[:16]))
+    parts = {"kind": "embed"} | pipeline.fingerprint_parts(inputs, config, ModelDigests(tower.sha256()[:16]))
     tags = {"clip": clip, "clip_sha256": parts["clip"]}
     if arguments.dry_run:
         how = [f"with CLIP {clip}, {tower.n_outputs} numbers per image"]

@@ -7,8 +7,8 @@ The flow is `jobs.pipeline`'s, with `saecore.pipeline.stages.Explain` in its rep
 
     plan -> decode (CPU tasks) -> CLIP, SAE, maps (replicas) -> write (CPU tasks) -> progress -> preview
 
-The same command again resumes, or says that the run is complete. A small collection takes the same three steps in this process,
-since Ray would take longer to start; `--local` and `--ray` choose.
+The same command again resumes the run, or says that it is complete. A small collection takes the same three steps in this
+process, since Ray would take longer to start; `--local` and `--ray` choose.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ import tyro
 from saecore.demo.writing import write_shards
 from saecore.methods import DEFAULT_OPTIONS, Options, parse_methods, parse_targets
 from saecore.pipeline.clock import Clock
-from saecore.pipeline.config import ExplainConfig, Models, keeps_results
-from saecore.pipeline.models import check_widths, load_word_targets
+from saecore.pipeline.config import ExplainConfig, ModelDigests, keeps_results
+from saecore.pipeline.models import check_latents, check_widths, load_word_targets
 from saecore.pipeline.stages import Decode, Explain
 from saecore.report.preview import write_preview
 from saecore.runs.fit import ENOUGH, Fit
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 DEFAULT_K = 32
 
 POOR_FIT = 1
-"""Exit code of a run whose SAE does not fit the images: it is resumed, or kept, by the same command with --allow-poor-fit."""
+"""Exit code of a run whose SAE does not fit the images. The same command with --allow-poor-fit resumes the run, or keeps it."""
 
 DEMO_SCENES, DEMO_SHARDS = 512, 4
 
@@ -79,8 +79,8 @@ class Arguments(pipeline.Arguments):
     """Latents that make up a concept."""
     concept_positive: bool = False
     """A concept takes only latents with a positive weight."""
-    # The name is the title of their group in --help.
     options: Annotated[Options, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="methods'")] = DEFAULT_OPTIONS
+    """What the methods leave open. Each option says which methods it concerns."""
     keep_embeddings: bool = dataclasses.field(
         default=False, metadata=keeps_results("`ExplainConfig.embeddings` holds it")
     )
@@ -180,15 +180,15 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
 
 
 class Loaded(NamedTuple):
-    """The models of a run, on the CPU: what they are is asked before replicas load them again."""
+    """The models of a run on the CPU, loaded once to be checked; each replica loads them again."""
 
     clip_address: str
     sae_address: str
     tower: "ImageTower"
     sae: "SAE"
-    digests: Models
+    digests: ModelDigests
     remark: str | None
-    """A sentence where it cannot be told whether the two belong together."""
+    """A sentence if nothing tells whether the two belong together."""
 
 
 def load(arguments: Arguments) -> Loaded:
@@ -206,20 +206,19 @@ def load(arguments: Arguments) -> Loaded:
     named = Model(telling(clip), digest)
     remark = check_same(sae.config.trained_on, address, f"--clip {clip}", named, arguments.any_clip)
     sae.firing_threshold()  # a BatchTopK SAE may have none yet
-    return Loaded(clip, address, tower, sae, Models(digest, sae.sha256()[:16], sae.config.site), remark)
+    return Loaded(clip, address, tower, sae, ModelDigests(digest, sae.sha256()[:16], sae.config.site), remark)
 
 
 def configure(arguments: Arguments, loaded: Loaded) -> ExplainConfig:
-    """What replicas are told, but for their device; ValueError for what these models cannot do."""
+    """The configuration of the replicas, without their device; ValueError for what these models cannot do."""
     from saecore.relevance.explain import check_fits
 
     sae, methods, targets = loaded.sae.config, parse_methods(arguments.method), parse_targets(arguments.targets)
     most = sae.k if sae.architecture == "topk" else sae.n_latents
     if arguments.k > most:
         raise ValueError(f"--k {arguments.k}: this SAE lets {most} latents fire, so at most that many can be kept")
-    if unknown := [latent for latent in targets.latents if latent >= sae.n_latents]:
-        raise ValueError(f"--targets latents:{unknown[0]}: this SAE has {sae.n_latents} latents, the first is 0")
-    with commands.given_fields(arguments.options):
+    with commands.given_fields(arguments, arguments.options):
+        check_latents(targets, loaded.sae)
         check_fits(loaded.tower, methods, arguments.options)
     config = ExplainConfig(
         clip=loaded.clip_address,
@@ -263,12 +262,12 @@ def tags(config: ExplainConfig, loaded: Loaded) -> dict[str, str]:
 
 
 def demo_images(out: str) -> tuple[str, ...]:
-    """The demo's scenes beside the run, drawn if they are not there yet."""
+    """The folder of the demo's scenes, next to the run; the scenes are drawn if they are not there yet."""
     if "://" in out:
-        raise ValueError(f"--demo draws its images beside the run, so --out {out} must be a local folder")
+        raise ValueError(f"--demo draws its images next to the run, so --out {out} must be a local folder")
     folder = Path(out + "-images")
     if not folder.exists():
-        # Under another name until all of it is there: an interrupted start must not leave half of the images.
+        # The folder has another name until all images are there: an interrupted start must not leave half of them.
         with writing(str(folder)):
             unfinished = Path(tempfile.mkdtemp(prefix=folder.name, dir=_made(folder.parent)))
             try:

@@ -225,7 +225,7 @@ def load_sae(arguments: Arguments, run: results.Results | None) -> "SAE":
     from saecore.sae.checkpoints import load_embedding_sae
 
     address = arguments.sae or (run.record.sae_address if run else "")
-    site = arguments.site or (run.record.config.get("site", "") if run else "")
+    site = arguments.site or (run.record.given_site if run else "")
     with commands.given("--sae"):
         sae = load_embedding_sae(address, site)
     check_same("sae", address, sae.sha256(), run)

@@ -26,7 +26,7 @@ from saecore.images.chunks import plan_chunks
 from saecore.images.decode import MAX_PIXELS
 from saecore.images.listing import list_shards
 from saecore.pipeline.clock import Clock
-from saecore.pipeline.config import EmbedConfig, Models, Part, changes_results, keeps_results, parts_of
+from saecore.pipeline.config import EmbedConfig, ModelDigests, Part, changes_results, keeps_results, parts_of
 from saecore.pipeline.isolation import Suspects
 from saecore.pipeline.stages import Decode
 from saecore.pipeline.steps import Replica, decode_chunk, write_chunk
@@ -123,7 +123,7 @@ class Inputs:
         with commands.given("--out"):
             run = run_at(resolved(arguments.out))
         # Of a run that was made of the same inputs, `begin_run` judges what is missing now.
-        is_known = run is not None and run.record().config.get("images") == self.images
+        is_known = run is not None and run.record().inputs == self.images
         self.shards = list_shards(images, say=print, may_lack=is_known)
 
     @functools.cached_property
@@ -170,7 +170,7 @@ def count(plan: pa.Table) -> int:
     return int(pc.sum(pc.subtract(plan["end"], plan["start"])).as_py() or 0)
 
 
-def fingerprint_parts(inputs: Inputs, config: EmbedConfig, models: Models) -> dict[str, Any]:
+def fingerprint_parts(inputs: Inputs, config: EmbedConfig, models: ModelDigests) -> dict[str, Any]:
     """Everything that changes the results of a run over images, see `saecore.pipeline.config`."""
     shards = f"{len(inputs.shards)} shards, {inputs.bytes:,} bytes, {listing_hash(inputs.shards)[:16]}"
     own = parts_of(inputs.arguments, of=Arguments)

@@ -28,7 +28,7 @@ def run_summary(uri: str, record: Record) -> str:
         f"work          {durations.worked(record)}",
     ]
     if (worst := record.worst_completeness_error) is not None:
-        lines.append(f"exactness     {worst:.1e} worst error of map + remainder, in {record.parts['dtype']}")
+        lines.append(f"exactness     {worst:.1e} worst error of map + remainder, in {record.dtype}")
     if (fit := record.fit).is_poor(least=1):
         lines.append(f"warning       {fit.words()}: does this SAE belong to this model?")
     lines += [f"warning       {said}" for said in _missing(record)]

@@ -1,12 +1,12 @@
-"""Embeddings to a sparse autoencoder.
+"""Train a sparse autoencoder on embeddings.
 
     python -m jobs.train --embeddings runs/cc3m --architecture matryoshka --latents 6144 --out runs/sae
     python -m jobs.train --embeddings s3://bucket/cc3m --latents 24576 --workers 8 --out s3://bucket/sae
 
-In this process, or with --workers on Ray Train: the same loop (`saecore.training.loop.Training`), data parallel, and the same
-result for one worker. The same command again resumes from the last checkpoint. Ctrl-C finishes the step, saves and stops.
+It trains in this process or, with --workers, on Ray Train: the same loop (`saecore.training.loop`), data parallel, with the
+same result for one worker. The same command again resumes from the last checkpoint. Ctrl-C finishes the step, saves and stops.
 
-Left out: sweeps (run it several times), embeddings made on the fly (`jobs.embed` writes them once).
+Left out: sweeps (run the command several times); embeddings that are made in training (`jobs.embed` writes them once).
 """
 
 import dataclasses
@@ -31,38 +31,39 @@ from . import cluster, commands, console, origin, signals
 from .summaries import training_header, training_line, training_summary
 
 LINES_EVERY = 10.0
-"""Seconds between progress lines where there is nothing new to say."""
+"""Seconds between progress lines while there is no evaluation."""
 
 PLOT_FILE = "training.png"
 
 MAX_FAILURES = 3
-"""Times that Ray Train starts again from the last checkpoint after a worker is lost."""
+"""How often Ray Train starts again from the last checkpoint after a worker is lost."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Embeddings to a sparse autoencoder."""
+    """Train a sparse autoencoder on embeddings."""
 
     embeddings: str
-    """A run of jobs.embed (or of jobs.explain --embeddings), NAME_rows_width.npy, or Parquet with a column of lists."""
+    """A run of jobs.embed, or of jobs.explain --keep-embeddings; NAME_rows_width.npy; or Parquet with a column of lists."""
     out: str
-    """Folder for the SAE, local or s3:// or gs://; one that all workers see. The same command again resumes."""
+    """Folder for the SAE, local or s3:// or gs://, which all workers can reach. The same command again resumes."""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     """How to train."""
     column: str = "embedding"
     """Parquet column that holds the embeddings."""
     held_out: int = -1
-    """Embeddings kept for evaluation; -1 is a tenth, at most 16,384."""
+    """Embeddings held out for evaluation; -1 stands for a tenth of them, but at most 16384."""
     evaluations: int = 20
-    """Evaluations on these, evenly spread."""
+    """Evaluations on the held-out embeddings, evenly spread over the training."""
     checkpoint_minutes: float = 5.0
     """Minutes between checkpoints."""
     workers: int = 0
-    """Workers of Ray Train, one GPU each where there are GPUs; 0 trains in this process, without Ray."""
+    """Workers of Ray Train, each with one GPU if there are GPUs; 0 trains in this process, without Ray."""
 
     def check(self) -> None:
         """See `commands.Checked.check`."""
-        self.recipe.check()
+        with commands.given_fields(self.recipe):
+            self.recipe.check()
         commands.at_least(self, held_out=-1, evaluations=1, workers=0, checkpoint_minutes=0.0)
 
 
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(argv: list[str]) -> int:
-    """Check everything, train, say what came of it."""
+    """Check everything, train, and print the results."""
     with commands.mistakes():
         arguments = commands.parse(Arguments, argv, "train")
     made_by = {
@@ -83,24 +84,19 @@ def train(argv: list[str]) -> int:
     }
     out = resolved(arguments.out)  # the workers of Ray Train run elsewhere
     with console.quiet() as log:
-        from saecore.training import loop as training  # and with it PyTorch: --help does without
+        from saecore.training.loop import TRAINING_FILE, Course, completed, make_plan  # slow: PyTorch comes with it
 
-        course = training.Course(arguments.held_out, arguments.evaluations, arguments.checkpoint_minutes)
+        course = Course(arguments.held_out, arguments.evaluations, arguments.checkpoint_minutes)
         with commands.mistakes():
             if arguments.workers:
                 cluster.check_answers()
-            if not storage.exists(join_uri(out, training.TRAINING_FILE)):
+            if not storage.exists(join_uri(out, TRAINING_FILE)):
                 commands.check_writable("--out", out)
-            plan = training.make_plan(
-                arguments.recipe,
-                resolved(arguments.embeddings),
-                arguments.column,
-                out,
-                course,
-                max(1, arguments.workers),
-            )
+            embeddings, n_workers = resolved(arguments.embeddings), max(1, arguments.workers)
+            with commands.given_fields(arguments, arguments.recipe):
+                plan = make_plan(arguments.recipe, embeddings, arguments.column, out, course, n_workers)
         log.run = out
-        record = training.completed(plan)
+        record = completed(plan)
         if record is not None:
             print(f"{arguments.out} is complete: nothing to do")
         else:
@@ -111,7 +107,7 @@ def train(argv: list[str]) -> int:
 
 
 def work(plan: Any, made_by: dict[str, Any], workers: int) -> dict[str, Any]:
-    """Train to the end; `commands.UnfinishedError` if it was stopped, or failed, before."""
+    """Train to the end; `commands.UnfinishedError` if the training is stopped, or fails, before."""
     try:
         return on_ray(plan, made_by, workers) if workers else in_process(plan, made_by)
     except commands.MistakeError:
@@ -121,7 +117,7 @@ def work(plan: Any, made_by: dict[str, Any], workers: int) -> dict[str, Any]:
 
 
 class Lines:
-    """A `saecore.training.loop.Progress` that prints a line now and then, and every evaluation; stops on Ctrl-C."""
+    """A `saecore.training.loop.Progress` that prints a line at times, and every evaluation. Ctrl-C stops it."""
 
     def __init__(self) -> None:
         self.asked: int | None = None
@@ -167,7 +163,7 @@ def stopping_on_signals(lines: Lines) -> Iterator[None]:
 
 
 def in_process(plan: Any, made_by: dict[str, Any]) -> dict[str, Any]:
-    """Train here; where it is asked to stop, it saves, and then ends as every job does."""
+    """Train in this process. If a signal asks to stop, the training saves, and the process then ends as every job does."""
     import torch
 
     from saecore.training.loop import Training
@@ -185,13 +181,13 @@ def in_process(plan: Any, made_by: dict[str, Any]) -> dict[str, Any]:
 
 
 def on_ray(plan: Any, made_by: dict[str, Any], workers: int) -> dict[str, Any]:
-    """The same on Ray Train, data parallel; started again from the last checkpoint if a worker is lost."""
+    """Train on Ray Train, data parallel. If a worker is lost, the training starts again from the last checkpoint."""
     cluster.connect(workers)
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from saecore.training import loop as training
+    from saecore.training.loop import completed
 
     gpus = ray.cluster_resources().get("GPU", 0) >= workers
     trainer = TorchTrainer(
@@ -212,13 +208,13 @@ def on_ray(plan: Any, made_by: dict[str, Any], workers: int) -> dict[str, Any]:
     finally:
         finished.set()
         watch.join()
-    record = training.completed(plan)
+    record = completed(plan)
     assert record is not None
     return record
 
 
 def train_on_worker(config: dict[str, Any]) -> None:
-    """One worker's part."""
+    """The part of one worker."""
     import ray.train
     import ray.train.torch
 
@@ -232,7 +228,7 @@ def train_on_worker(config: dict[str, Any]) -> None:
 
 
 def print_evaluations(out: str, finished: threading.Event) -> None:
-    """Print the lines of OUT's metrics as they come: the workers' own output does not reach this terminal."""
+    """Print the evaluations in OUT's metrics as they are written: what workers print does not reach this terminal."""
     printed = 0
     while True:
         last = finished.wait(1.0)

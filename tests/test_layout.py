@@ -32,6 +32,10 @@ WINGS = [
 ]  # fmt: skip
 
 
+TOP = ["saecore.notebook"]
+"""What stands on all wings, for people who work in Python."""
+
+
 def wings(*names: str) -> list[str]:
     return [f"saecore.{name}" for name in names]
 
@@ -66,6 +70,7 @@ RULES = [
         "nothing works on the demo alone; `saecore.hub` and files beside it resolve the address `demo`",
     ),
     Rule(["saecore"], ["ray", "tyro", "rich", "jobs"], "the library is used without jobs and their tools"),
+    Rule([*GROUND, *wings(*WINGS)], TOP, "nothing in the house needs what stands on top of it"),
     Rule(["saecore", "jobs"], ["benchmarks", "tests"], "benchmarks measure the others, and are in no wheel"),
     Rule(
         wings("images", "runs", "query"),
@@ -241,7 +246,9 @@ for job in {JOBS}:
 def test_the_house_can_be_seen_at_a_glance() -> None:
     folders = {path.name for path in (ROOT / "saecore").iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert folders == set(WINGS)
-    assert {path.stem for path in (ROOT / "saecore").glob("[a-z]*.py")} == {name.split(".")[1] for name in GROUND}
+    assert {path.stem for path in (ROOT / "saecore").glob("[a-z]*.py")} == {
+        name.split(".")[1] for name in [*GROUND, *TOP]
+    }
     for wing in WINGS:
         files = [path for path in (ROOT / "saecore" / wing).glob("*.py") if path.name != "__init__.py"]
         assert len(files) <= 10, wing

@@ -17,8 +17,8 @@ from saecore.methods import DEFAULT_OPTIONS, KEPT, Options, TargetRequest, dtype
 _SAYS = "fingerprint"
 
 
-class Models(NamedTuple):
-    """What the fingerprint holds of loaded models: their addresses may name other files tomorrow."""
+class ModelDigests(NamedTuple):
+    """What the fingerprint holds of loaded models, since an address may name other files tomorrow."""
 
     clip: str
     """The first 16 digits of the SHA-256 of CLIP, as `sae` is of the SAE."""
@@ -27,14 +27,14 @@ class Models(NamedTuple):
     """Where the SAE reads, by its files or as it was told."""
 
 
-NO_MODELS = Models("")
+NO_DIGESTS = ModelDigests("")
 
 
 class Part(NamedTuple):
     """One part of a fingerprint."""
 
     name: str
-    value: Callable[[Any, Models], Any] | None = None
+    value: Callable[[Any, ModelDigests], Any] | None = None
     """Computes the part from the configuration and the loaded models. None: the field's own value."""
 
 
@@ -50,7 +50,7 @@ def keeps_results(reason: str) -> dict[str, tuple[Part, ...]]:
     return {_SAYS: ()}
 
 
-def parts_of(settings: Any, models: Models = NO_MODELS, of: type | None = None) -> dict[str, Any]:
+def parts_of(settings: Any, models: ModelDigests = NO_DIGESTS, of: type | None = None) -> dict[str, Any]:
     """The parts that the fields of a dataclass are; with `of`, a class that it extends, only the fields of that class.
 
     TypeError for a field that does not say whether it changes results.
@@ -70,19 +70,19 @@ def said_of(name: str, metadata: Mapping[Any, Any]) -> tuple[Part, ...]:
     return parts
 
 
-def _dtype(config: "EmbedConfig", _: Models) -> str:
+def _dtype(config: "EmbedConfig", _: ModelDigests) -> str:
     return dtype_of(config.device, config.methods if isinstance(config, ExplainConfig) else ())
 
 
-def _concepts(config: "ExplainConfig", _: Models) -> list[Any]:
+def _concepts(config: "ExplainConfig", _: ModelDigests) -> list[Any]:
     return [config.concept_latents, config.concept_positive] if config.targets.concepts else []
 
 
-def _norms(config: "ExplainConfig", _: Models) -> dict[str, str]:
+def _norms(config: "ExplainConfig", _: ModelDigests) -> dict[str, str]:
     return {method: config.options.norm_of(method) for method in config.methods}
 
 
-def _options(config: "ExplainConfig", _: Models) -> dict[str, Any]:
+def _options(config: "ExplainConfig", _: ModelDigests) -> dict[str, Any]:
     """All but `norm`: `norms` has what it comes to for each method."""
     return {name: value for name, value in dataclasses.asdict(config.options).items() if name != "norm"}
 

@@ -1,16 +1,17 @@
-"""Which image ends its worker, or makes a stage raise: found by halving, refused, and the rest of its chunk goes on.
+"""An image that ends its worker, or makes a stage raise, is found by halving and refused; the rest of its chunk goes on.
 
-    killed-worker   its worker process ended while it was worked on alone
-    raised-error    a stage raises for it, and not for others; the detail names the exception and where it was raised
+    killed-worker   the worker process ended twice while it worked on this image alone
+    raised-error    a stage raises for this image and not for others; the detail names the exception and where it was raised
 
-An image can take its whole process down (a fault in a decoder, memory that runs out), and whatever schedules the work
-then starts the same chunk again, for ever. Workers therefore say what they are about to touch, to a `Suspects` in another
-process. When a chunk comes back, the range that was entered last and never left is halved, until one image stands alone;
-an image that ends its worker twice while alone is refused. A worker can also die of something else (a lost node): the first
-death of a chunk changes nothing, later ones only make ranges smaller.
+An image can take its whole process down (a fault in a decoder, memory that runs out). Whatever schedules the work then starts
+the same chunk again, for ever. Workers therefore tell a `Suspects` in another process what they are about to touch. When a
+chunk comes back, the range that was entered last and never left is halved, until one image stands alone; an image that ends its
+worker twice while it stands alone is refused. A worker can also die of something else (a lost node): the first death of a chunk
+changes nothing, and later deaths only make ranges smaller.
 
-An exception stays in its process (`survive`), and may be a bug that no image has to answer for. So it is raised on if memory
-ran out, if the stage raises for a blank image too, if it raises for every image or for many. Left out: work that hangs.
+An exception does not end its process, and it may be a bug that no image caused (`survive`). So the exception is raised on if
+memory ran out, if the stage raises for a blank image too, or if it raises for every image or for many. Left out: work that
+hangs.
 """
 
 import dataclasses
@@ -21,36 +22,36 @@ from typing import NamedTuple, Protocol
 import pyarrow as pa
 
 FREE_DEATHS = 1
-"""Deaths of a chunk's worker that are nobody's fault yet."""
+"""Deaths of a chunk's worker for which no image is suspected yet."""
 
 DEATHS_ALONE = 2
 """Deaths while working on one image alone, after which that image is refused."""
 
 MAX_ATTEMPTS = 200
-"""Attempts at one chunk before the job gives up, loudly: room for about 16 such images among 512 (11 attempts each)."""
+"""Attempts at one chunk before the job fails: room for about 16 images among 512 that end their worker (11 attempts each)."""
 
 REASON = "killed-worker"
 
 RAISED = "raised-error"
 
 MAX_RAISED = 16
-"""Images of one piece of a chunk for which a stage may raise; beyond, the stage is at fault."""
+"""Images of one piece of a chunk for which a stage may raise; if it raises for more, the stage is at fault."""
 
 _MEMORY = ("outofmemory", "out of memory", "allocate memory", "alloc_failed")
-"""What PyTorch, CUDA and cuBLAS say, whose exceptions need not be MemoryErrors."""
+"""What exceptions of PyTorch, CUDA and cuBLAS say of memory that ran out: they need not be MemoryErrors."""
 
 
 class Work(NamedTuple):
-    """How to go about a chunk this time."""
+    """What an attempt at a chunk works on."""
 
     ranges: list[tuple[int, int]]
     """Pieces to work on one after the other: [start, end) among the chunk's images."""
     refused: list[int]
-    """Images not to touch: each ended its worker."""
+    """Images that must not be touched: each ended its worker."""
 
 
 class Witness(Protocol):
-    """What a worker tells, and whom: a `Suspects`, in this process or behind an actor handle."""
+    """What a worker reports to: a `Suspects`, in this process or in an actor."""
 
     def begin(self, step: str, chunk_id: int, n_images: int) -> Work: ...
     def enter(self, step: str, chunk_id: int, start: int, end: int) -> None: ...
@@ -68,7 +69,7 @@ class _Case:
 
 
 class Suspects:
-    """Keeps one case per (step, chunk) in work. Single-threaded; forgets a chunk when its step is done."""
+    """Keeps one case for each (step, chunk) that is worked on, and forgets it when the step is done. Single-threaded."""
 
     def __init__(self) -> None:
         self._cases: dict[tuple[str, int], _Case] = {}
@@ -120,7 +121,7 @@ def pieces(witness: Witness, step: str, chunk_id: int, work: Work, start: int, e
 
 
 def refuse(table: pa.Table, start: int, refused: list[int], column: str) -> pa.Table:
-    """RAW or DECODED rows [start, ...) of a chunk, with the content in `column` taken away from the refused images."""
+    """RAW or DECODED rows [start, ...) of a chunk, in which refused images have a reason and no content in `column`."""
     detail = f"its worker process ended {DEATHS_ALONE} times while it was worked on alone"
     marked = [image - start for image in refused if 0 <= image - start < table.num_rows]
     return _changed(table, {row: {column: None, "error": REASON, "error_detail": detail} for row in marked})
@@ -129,10 +130,10 @@ def refuse(table: pa.Table, start: int, refused: list[int], column: str) -> pa.T
 def survive(
     stage: Callable[[pa.Table], pa.Table], table: pa.Table, column: str, blank: Callable[[bytes], bytes]
 ) -> pa.Table:
-    """`stage(table)`, with the images for which alone it raises refused: RAW or DECODED rows, their content in `column`.
+    """`stage(table)`, in which the images for which the stage raises are refused. `column` holds the images' content.
 
-    `blank` makes the content of an image that nothing can be wrong with, in the place of another. Raises what the stage
-    raised where that is no single image's fault.
+    The table has RAW or DECODED rows. `blank` makes, from the content of an image, that of an image in which nothing can be
+    wrong. What the stage raised is raised on if it is no single image's fault.
     """
     try:
         return stage(table)
@@ -155,7 +156,7 @@ def survive(
 
 
 def _raising(stage: Callable[[pa.Table], pa.Table], table: pa.Table, start: int) -> Iterator[tuple[int, Exception]]:
-    """Rows for which the stage raises when it is given them alone, and what it raises."""
+    """Rows for which the stage raises if it is given each alone, and what it raises."""
     try:
         stage(table)
     except Exception as error:

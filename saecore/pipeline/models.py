@@ -7,7 +7,7 @@ PyTorch is loaded when models are: who only decodes imports this module too, and
 
 from typing import TYPE_CHECKING
 
-from saecore.methods import BLANK_TEXT
+from saecore.methods import BLANK_TEXT, TargetRequest
 from saecore.pipeline.config import ExplainConfig
 
 if TYPE_CHECKING:
@@ -33,6 +33,12 @@ def check_widths(sae_address: str, sae: "SAE", clip: str, tower: "ImageTower") -
             f"{sae_address} takes embeddings of width {sae.config.n_inputs}, and the model {clip} makes them "
             f"{tower.n_outputs} wide: they do not belong together"
         )
+
+
+def check_latents(request: TargetRequest, sae: "SAE") -> None:
+    """ValueError if a latent is asked for by a number that the SAE does not have."""
+    if unknown := [latent for latent in request.latents if latent >= sae.config.n_latents]:
+        raise ValueError(f"targets latents:{unknown[0]}: this SAE has {sae.config.n_latents} latents, the first is 0")
 
 
 def load_word_targets(config: ExplainConfig, tower: "ImageTower", sae: "SAE") -> "WordTargets | None":

@@ -99,8 +99,8 @@ def _facts(record: Record) -> dict[str, str]:
     latents = f", {record.n_latents:,} latents" if record.sae_address else ""
     return {
         "images": f"{record.images:,}" + (f", of which {record.n_refused:,} were refused" if record.n_refused else ""),
-        "CLIP": _model(record.clip, parts.get("clip")),
-        "SAE": _model(record.sae_address, parts.get("sae")) + latents,
+        "CLIP": _model(record.clip, record.clip_sha256),
+        "SAE": _model(record.sae_address, record.sae_sha256) + latents,
         "maps": ", ".join([*map(_code, record.methods), *grid]),
         "of": ", ".join(map(_code, parts.get("targets", []))),
         "latents kept of each image": f"{parts['k']}" if "k" in parts else "",
@@ -110,7 +110,7 @@ def _facts(record: Record) -> dict[str, str]:
     }
 
 
-def _model(address: str, digest: str | None) -> str:
+def _model(address: str, digest: str) -> str:
     """A model by its id on the Hub, or by the last part of its path: where the model lies is private."""
     if not address:
         return ""

@@ -66,7 +66,7 @@ class Record:
     session_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     """What that session waited for, see `saecore.runs.durations`."""
     images: int = 0
-    """All images, refused ones too."""
+    """All images, refused images too."""
     refused: dict[str, int] = dataclasses.field(default_factory=dict)
     """Refused images by reason."""
     rows: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -109,6 +109,31 @@ class Record:
     def sae_address(self) -> str:
         """Address of the SAE, empty if there is none."""
         return str(self.config.get("sae", ""))
+
+    @property
+    def clip_sha256(self) -> str:
+        """The first digits of the SHA-256 of the CLIP, empty if the record does not say; `sae_sha256` of the SAE."""
+        return str(self.parts.get("clip", ""))
+
+    @property
+    def sae_sha256(self) -> str:
+        """See `clip_sha256`."""
+        return str(self.parts.get("sae", ""))
+
+    @property
+    def given_site(self) -> str:
+        """Where the SAE reads as the command said it, empty if it left that to the SAE's files."""
+        return str(self.config.get("site", ""))
+
+    @property
+    def inputs(self) -> list[str]:
+        """The images as the command named them."""
+        return list(self.config.get("images", []))
+
+    @property
+    def dtype(self) -> str:
+        """The precision of the tower."""
+        return str(self.parts.get("dtype", ""))
 
     @property
     def methods(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""What training needs and PyTorch has no derivative, or no sparse derivative, for.
+"""Functions that training needs and for which PyTorch has no derivative, or no sparse one.
 
 `jump_relu` and `step` have zero gradient almost everywhere with respect to their threshold t; both get the pseudo-derivatives
 of Rajamanoharan et al. 2024 (arXiv:2407.14435, equations 11 and 12), with the rectangle kernel R of bandwidth w:
@@ -7,12 +7,14 @@ of Rajamanoharan et al. 2024 (arXiv:2407.14435, equations 11 and 12), with the r
     step(x, t)      =   1[x > t]        d/dt = -(1 / w) R((x - t) / w)        d/dx = 0
     R(v)            =   1[|v| < 1/2]
 
-MSAE's files learn log t and leave out the factor dt/dlog t; here t itself is the parameter, so the formulas hold as printed.
+MSAE learns log t and omits the factor dt/dlog t. Here t itself is the parameter, so the formulas hold as printed.
 
-`picked` and `decode_entries` are the two halves of an autoencoder in which B images have E firing latents in all, E << B n:
-the forward product with the encoder is dense (every latent must be looked at), all others touch the E entries only. With 64
-of 24,576 latents on, B = 1,024 and d = 768 on 2 CPU cores: 9 ms to decode and 24 ms for d(values), where the dense product
-takes 444.
+`picked` and `decode_entries` are the two halves of an autoencoder in which B images have E firing latents together, E << B n.
+The forward product with the encoder is dense, since every latent must be looked at. All other products touch only the E
+entries. With 64 of 24,576 latents on, B = 1,024 and d = 768 on 2 CPU cores, decoding takes 9 ms and d(values) 24 ms; the dense
+product takes 444 ms.
+
+Left out: the losses that these functions are for (`saecore.training.objectives`).
 
 Shapes: B images, d inputs, n latents, E entries (image, latent) in the order of their image.
 """
@@ -69,7 +71,7 @@ class _Step(Function):
 
 
 class _Picked(Function):
-    """Entries of p = (v - b) E + c, computed before and without a graph; the gradient reaches the entries' weights only."""
+    """Entries of p = (v - b) E + c, which was computed before without a graph; only weights of the entries get gradients."""
 
     @staticmethod
     def forward(
@@ -82,7 +84,7 @@ class _Picked(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         v, b, encoder, rows, cols = ctx.saved_tensors
         n = encoder.shape[1]
-        # By latent: each one's gradient is a weighted sum of the inputs it fired for, which is what embedding_bag adds up.
+        # The gradient of a latent's weights is a weighted sum of the inputs for which the latent fired: a bag of embedding_bag.
         order = torch.argsort(cols, stable=True)
         bounds = torch.searchsorted(cols[order], torch.arange(n + 1, device=cols.device))
         weights = grads[0][order]
@@ -96,7 +98,7 @@ class _Picked(Function):
 
 
 def rectangle(x: Tensor) -> Tensor:
-    """1 where |x| < 1/2, else 0; passes gradients there."""
+    """1 where |x| < 1/2, else 0; gradients pass where it is 1."""
     return _Rectangle.apply(x)
 
 
@@ -116,6 +118,7 @@ def picked(v: Tensor, b: Tensor, encoder: Tensor, c: Tensor, p: Tensor, rows: Te
 
 
 def decode_entries(values: Tensor, cols: Tensor, atoms: Tensor, bags: Tensor, n_bags: int) -> Tensor:
-    """Sums (n_bags, d) of `atoms` rows `cols` weighted with `values`, both (E,); `bags` (E,) ascending says whose sum."""
+    """Sums (n_bags, d) of the rows `cols` of `atoms`, weighted with `values`, both (E,); `bags` (E,), ascending, numbers the
+    sums."""
     starts = torch.searchsorted(bags, torch.arange(n_bags + 1, device=bags.device))
     return embedding_bag(cols, atoms, starts, per_sample_weights=values, mode="sum", include_last_offset=True)

@@ -1,14 +1,16 @@
-"""Fit an SAE to embeddings: one loop, the same for one process and for many, that stops anywhere and goes on exactly.
+"""Train an SAE on embeddings: one loop for one process and for many, which can be stopped anywhere and goes on exactly.
 
     survey (mean, scale, held-out rows) -> batches -> steps of `saecore.training.trainer` -> evaluations, checkpoints -> the SAE
 
     OUT/checkpoint.pt     weights, optimiser, counters, metrics so far
-    OUT/metrics.parquet   figures of `saecore.evaluation.quality` on held-out rows, a row an evaluation; also metrics.csv
+    OUT/metrics.parquet   figures of `saecore.evaluation.quality` on held-out rows, a row for each evaluation; also metrics.csv
     OUT/sae.safetensors, config.json, README.md      the SAE, as `saecore.sae.checkpoints.load_sae` reads it
     OUT/training.json     recipe, embeddings, final figures
 
-Stopped and resumed equals unbroken bit for bit on the CPU with the same number of threads: nothing random is drawn but by
-seed and step. Files appear whole or not at all.
+On the CPU, with the same number of threads, a training that was stopped and resumed equals an unbroken one bit for bit: seed
+and step decide everything that is random. Files appear whole or not at all.
+
+Left out: the command line, signals and Ray (`jobs.train`).
 """
 
 import dataclasses
@@ -33,17 +35,17 @@ from saecore.spellings import published
 from saecore.storage import filesystem_of, join_uri, write_atomic
 from saecore.training.batches import Batches
 from saecore.training.embeddings import open_embeddings
-from saecore.training.recipe import Recipe, pace
+from saecore.training.recipe import Recipe, pace, renamed
 from saecore.training.survey import Survey, survey
 from saecore.training.trainer import Trainer, Worker
 
 CHECKPOINT_FILE, TRAINING_FILE = "checkpoint.pt", "training.json"
 
 STARTED = {"metrics.parquet", "metrics.csv", "run.log", "ray"}
-"""What a training may leave before its first checkpoint."""
+"""Files that a training may write before its first checkpoint."""
 
 MAX_HELD_OUT = 16_384
-"""Rows held out by default at most: figures on so many are steady in the third digit."""
+"""The largest default number of held-out rows: figures on so many rows are steady in the third digit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +61,13 @@ class Course:
 
 
 class Progress(Protocol):
-    """Who follows a training."""
+    """Is told how a training goes, and may stop it."""
 
     def step(self, done: int, total: int, figures: dict[str, Any] | None) -> None:
-        """`done` of `total` steps; `figures` are the evaluation's, where there was one."""
+        """`done` of `total` steps are done; `figures` are those of an evaluation, if this step had one."""
 
     def stop(self) -> bool:
-        """Whether to save and stop; for a training in one process only, since others would wait for it."""
+        """Whether to save and stop. Only for a training in one process: other processes would wait for this one."""
 
 
 class Silence:
@@ -80,7 +82,7 @@ class Silence:
 
 
 class Plan(NamedTuple):
-    """A checked order to train: small, and may travel to other processes."""
+    """A checked order to train, which is small and may be sent to other processes."""
 
     recipe: Recipe
     embeddings: str
@@ -92,28 +94,33 @@ class Plan(NamedTuple):
 
 
 def make_plan(recipe: Recipe, embeddings: str, column: str, out: str, course: Course, workers: int = 1) -> Plan:
-    """ValueError, in one sentence, if recipe and embeddings do not fit, or OUT holds another training or other files."""
-    source = open_embeddings(embeddings, column)
+    """A plan to train. ValueError if recipe and embeddings do not fit, or if `out` holds another training or other files.
+
+    Its sentence begins with the name of what is wrong: embeddings, held_out, batch_size or out.
+    """
+    try:
+        source = open_embeddings(embeddings, column)
+    except ValueError as error:
+        raise ValueError(f"embeddings {error}") from error
     rows = int(source.block_rows.sum())
     held_out = min(rows // 10, MAX_HELD_OUT) if course.held_out < 0 else course.held_out
     if held_out < 1:
-        raise ValueError(f"--held-out {held_out}: of {rows} embeddings at least one must be held out")
+        raise ValueError(f"held_out {held_out}: of {rows:,} embeddings at least one must be held out")
     if rows - held_out < recipe.batch_size:
         raise ValueError(
-            f"--batch-size {recipe.batch_size}: there are {max(0, rows - held_out):,} embeddings to train on"
+            f"batch_size {recipe.batch_size}: there are {max(0, rows - held_out):,} embeddings to train on"
         )
     if recipe.batch_size % workers:
-        raise ValueError(f"--batch-size {recipe.batch_size} cannot be shared evenly by {workers} workers")
+        raise ValueError(f"batch_size {recipe.batch_size} cannot be shared evenly by {workers} workers")
     parts = {"recipe": dataclasses.asdict(recipe), "embeddings": source.identity, "held-out": held_out}
-    plan = Plan(
-        recipe, embeddings, column, out, course, json.loads(json.dumps(parts))
-    )  # lists for tuples, as it is read back
+    # As JSON gives it back: lists, not tuples.
+    plan = Plan(recipe, embeddings, column, out, course, json.loads(json.dumps(parts)))
     _saved(plan)
     return plan
 
 
 def completed(plan: Plan) -> dict[str, Any] | None:
-    """The record of a training that is done."""
+    """The record of a training that has ended; None if it has not."""
     filesystem, path = filesystem_of(join_uri(plan.out, TRAINING_FILE))
     if filesystem.get_file_info(path).type == pyarrow.fs.FileType.NotFound:
         return None
@@ -125,7 +132,7 @@ class Training:
     """A plan at work in one process."""
 
     def __init__(self, plan: Plan, worker: Worker) -> None:
-        """Reads all embeddings once; ValueError if they hold what nothing can be learnt from."""
+        """Read all embeddings once; ValueError if nothing can be learnt from them."""
         self.plan, self.worker = plan, worker
         recipe, held_out = plan.recipe, plan.parts["held-out"]
         source = open_embeddings(plan.embeddings, plan.column)
@@ -139,7 +146,7 @@ class Training:
             self.trainer.restore(state["trainer"])
 
     def run(self, progress: Progress, made_by: dict[str, Any]) -> dict[str, Any] | None:
-        """Train to the end and write everything; returns the record, None if stopped before, or not the first process."""
+        """Train to the end and write everything. Returns the record, or None if it was stopped or is not the first process."""
         course, log, trainer = self.plan.course, self.log, self.trainer
         evaluate_at = {math.ceil(self.total * (i + 1) / course.evaluations) for i in range(course.evaluations)}
         saved = mark = time.monotonic()
@@ -161,7 +168,7 @@ class Training:
                     saved = time.monotonic()
                 if stop and trainer.step < self.total:
                     return None
-            mark = time.monotonic()  # what evaluation and saving took is not training
+            mark = time.monotonic()  # the time of evaluations and of saving is not counted as training
         return None if self.worker.rank else self._finish(made_by)
 
     def _finish(self, made_by: dict[str, Any]) -> dict[str, Any]:
@@ -169,7 +176,7 @@ class Training:
             torch.from_numpy(rows).to(self.worker.device) for rows in (self.seen.sample, self.seen.evaluation)
         )
         sae, k = self.trainer.finished(sample, made_by.get("command", "")), self.plan.recipe.k
-        # Embeddings that somebody brought to length 1: so must be those that it is given later.
+        # If all embeddings have length 1, the SAE has to bring others to length 1 too.
         site = Site(first="l2" if self.seen.unit_norm else "")
         name, digest = published(self.model.name), self.model.sha256
         sae.config = dataclasses.replace(sae.config, site=str(site), model=name, model_sha256=digest)
@@ -193,7 +200,7 @@ class Training:
 
 
 class _Log:
-    """What the metrics are made of."""
+    """The evaluations so far, and the loss and the time since the last of them."""
 
     def __init__(self, history: list[dict[str, Any]], loss: float, seconds: float) -> None:
         self.history, self.loss, self.seconds = history, loss, seconds
@@ -202,7 +209,7 @@ class _Log:
         return {"history": self.history, "loss": self.loss, "seconds": self.seconds}
 
     def evaluate(self, trainer: Trainer, seen: Survey, total: int) -> dict[str, Any]:
-        """One more row of the metrics."""
+        """Evaluate, and add a row to the metrics; returns the row."""
         device = trainer.worker.device
         sae = trainer.finished(torch.from_numpy(seen.sample).to(device))
         before = self.history[-1]["step"] if self.history else 0
@@ -236,12 +243,12 @@ def _save(out: str, state: dict[str, Any]) -> None:
 
 
 def _saved(plan: Plan) -> dict[str, Any] | None:
-    """The state to go on from, None if OUT is new; ValueError if it holds something else."""
+    """The state to go on from, None if OUT is new; ValueError if OUT holds something else."""
     filesystem, path = filesystem_of(plan.out)
     names = {info.base_name for info in filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))}
     if CHECKPOINT_FILE not in names:
         if names - STARTED:
-            raise ValueError(f"--out {plan.out} holds other files and no training; name a new or empty folder")
+            raise ValueError(f"out {plan.out} holds other files and no training; name a new or empty folder")
         return None
     with filesystem.open_input_stream(f"{path}/{CHECKPOINT_FILE}") as stream:
         state = torch.load(io.BytesIO(stream.read()), weights_only=True, map_location="cpu")
@@ -253,13 +260,13 @@ def _saved(plan: Plan) -> dict[str, Any] | None:
     ]
     if changed:
         raise ValueError(
-            f"--out {plan.out} holds another training ({'; '.join(changed)}); name another folder for this one"
+            f"out {plan.out} holds another training ({'; '.join(changed)}); name another folder for this one"
         )
     return state
 
 
 def _flat(parts: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in parts.items() if key != "recipe"} | parts["recipe"]
+    return {key: value for key, value in parts.items() if key != "recipe"} | renamed(parts["recipe"])
 
 
 def _write_metrics(out: str, history: list[dict[str, Any]]) -> None:

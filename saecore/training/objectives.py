@@ -1,4 +1,4 @@
-"""What an SAE is trained to do: the recipe, and the loss of one batch for every architecture.
+"""What an SAE is trained to do: the loss of one batch, for every architecture.
 
 With u the standardised embeddings and u_i the reconstruction at nested level i of m (m = 1 without nesting):
 
@@ -8,12 +8,12 @@ With u the standardised embeddings and u_i the reconstruction at nested level i 
         nmse    mean over images of |u_i - u|^2 / |u|^2                  (u has mean 0 over the data)
         cosine  mean over images of (1 - cos(u_i, u))^2
     S   l1      mean over images of |a|_1 / |u|_2
-        l0      (mean number that fires / k - 1)^2, through `kernels.step`: jumprelu only (arXiv:2407.14435, section 5.3)
+        l0      (mean number that fires / k - 1)^2, by `saecore.training.kernels.step`: jumprelu only (arXiv:2407.14435, 5.3)
         tanh    mean over images of sum_j tanh(a_j), divided by k
-    e'  what the strongest dead latents make of e = u - u_m, with e taken as a constant (arXiv:2406.04093, appendix A.2)
+    e'  reconstruction of e = u - u_m by the strongest dead latents; e is a constant here (arXiv:2406.04093, appendix A.2)
 
-Nested levels cost one decode, not m: the supports are nested, so level i is level i - 1 and the terms of rank k_(i-1)..k_i
-(prefixes: the latents n_(i-1)..n_i), and all increments are bags of one sparse product.
+Nested levels cost one decode, not m. Level i is level i - 1 plus the terms of rank k_(i-1)..k_i (for prefixes, plus the latents
+n_(i-1)..n_i), and all these increments are bags of one sparse product.
 
 Left out: gated SAEs, transcoders, end-to-end losses through CLIP.
 
@@ -33,16 +33,16 @@ from saecore.training.kernels import decode_entries, jump_relu, picked, step
 from saecore.training.recipe import Recipe
 
 SPARSE_SHARE = 1 / 16
-"""Share of latents that fire above which dense products win: bags cost several times as much per entry."""
+"""If more than this share of all latents fires, dense products are faster: bags cost several times as much per entry."""
 
 
 class Outcome(NamedTuple):
-    """What a batch came to."""
+    """Results of one batch."""
 
     loss: Tensor
     """Scalar, with its graph."""
     error: Tensor
-    """(B, d): u less its reconstruction, without a graph."""
+    """(B, d): u minus its reconstruction, without a graph."""
     fired: Tensor
     """bool (n,): latents that fired for any image."""
 
@@ -51,7 +51,7 @@ def objective(sae: SAE, recipe: Recipe, x: Tensor, dead: Tensor) -> Outcome:
     """Loss of a batch of CLIP embeddings (B, d); `dead` is bool (n,)."""
     u, seen = sae.standardise(x), sae.inputs(x)
     v = seen.values
-    # (v - b) E + c with the bias folded: the gradient of b is then a vector's, not that of a (B, d) product.
+    # (v - b) E + c, with the bias folded into c: the gradient of b is then that of a vector, not of a (B, d) matrix.
     with torch.set_grad_enabled(_is_dense(sae.config)):
         p = torch.addmm(sae.latent_bias - sae.pre_bias @ sae.encoder, v, sae.encoder)
     strength = p.abs() if sae.config.by_magnitude else p
@@ -90,7 +90,7 @@ def _is_dense(config: SAEConfig) -> bool:
 
 
 def _open(sae: SAE, recipe: Recipe, p: Tensor, strength: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where no k rules: fired (n,), decoded (B, 1, d), weighted penalty."""
+    """Of relu and jumprelu: fired (n,), decoded (B, 1, d), weighted penalty."""
     penalty, weight = recipe.penalised()
     if sae.threshold is None:
         a = sae.output(p)
@@ -99,7 +99,7 @@ def _open(sae: SAE, recipe: Recipe, p: Tensor, strength: Tensor, u: Tensor) -> t
         a = jump_relu(strength, sae.threshold, recipe.bandwidth)
         if sae.config.by_magnitude:
             a = a * {"relu": p > 0, "signed": p.sign(), "absolute": torch.ones_like(p)}[sae.config.output]
-        # Not `sae.output`: |a| has no slope at 0, so that thresholds would not hear of latents that stay just below them.
+        # Not `sae.output`: |a| has no slope at 0, and thresholds would get no gradient from latents that stay just below them.
         if cap := sae.config.soft_cap:
             a = cap * torch.tanh(a / cap)
         if penalty == "l0":
@@ -110,13 +110,14 @@ def _open(sae: SAE, recipe: Recipe, p: Tensor, strength: Tensor, u: Tensor) -> t
 
 
 def _layered(sae: SAE, recipe: Recipe, p: Tensor, strength: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Nested levels of k that reach far into the dictionary: the first of them as bags, the others as dense products.
+    """The same as `_sparse` for nested levels of k that reach far into the dictionary: the first levels as bags, the others as
+    dense products.
 
-    With 6,144 latents, levels 64, 128, .. 6144 and B = 1,024 this is 3 times as fast as bags alone.
+    With 6,144 latents, levels 64, 128, .. 6144 and B = 1,024 this is 3 times as fast as bags only.
     """
     levels, n = sae.config.nested, p.shape[1]
     reach = n
-    if sae.config.output == "relu":  # beyond the largest number of positive ones, all levels are the same
+    if sae.config.output == "relu":  # no image has more positive pre-activations, so all further levels are the same
         reach = int((strength > 0).sum(-1).amax())
     few = [k for k in levels if k <= max(n * SPARSE_SHARE, levels[0])]
     cuts = [k for k in levels[len(few) :] if k < min(reach, n)]
@@ -152,7 +153,7 @@ def _penalty(name: str, a: Tensor, u: Tensor, k: int) -> Tensor:
 def _sparse(
     sae: SAE, recipe: Recipe, p: Tensor, strength: Tensor, v: Tensor, u: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Where a k rules: fired (n,), decoded at every nested level (B, m, d), weighted penalty."""
+    """Of topk and batchtopk: fired (n,), decoded at every nested level (B, m, d), weighted penalty."""
     config = sae.config
     m = max(1, len(config.nested))
     if config.architecture == "topk":
@@ -162,7 +163,7 @@ def _sparse(
         rows, cols = flat.div(p.shape[1], rounding_mode="floor"), flat % p.shape[1]
         group = _group(cols, config.nested) if config.nested else torch.zeros_like(cols)
     bags = rows * m + group
-    if config.nesting == "prefixes":  # ranked entries lie in the order of their bags already
+    if config.nesting == "prefixes":  # entries by rank already lie in the order of their bags
         order = torch.argsort(bags, stable=True)
         rows, cols, bags = rows[order], cols[order], bags[order]
     values = sae.output(picked(v, sae.pre_bias, sae.encoder, sae.latent_bias, p, rows, cols))
@@ -177,9 +178,9 @@ def _sparse(
 
 
 def _ranked(strength: Tensor, levels: tuple[int, ...], drop: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, columns and level of the entries with rank below levels[-1]; `drop` leaves out what max(p, 0) makes nothing of."""
+    """Rows, columns and levels of the entries with a rank below levels[-1]; `drop` omits those of which max(p, 0) is 0."""
     most = levels[-1]
-    if drop:  # beyond the largest number of positive ones, all levels are the same
+    if drop:  # no image has more positive pre-activations, so all further levels are the same
         most = max(1, min(most, int((strength > 0).sum(-1).amax())))
     top = strength.topk(most, dim=-1)
     keep = top.values > 0 if drop else torch.ones_like(top.values, dtype=torch.bool)
@@ -188,7 +189,7 @@ def _ranked(strength: Tensor, levels: tuple[int, ...], drop: bool) -> tuple[Tens
 
 
 def _group(position: Tensor, bounds: tuple[int, ...]) -> Tensor:
-    """Which of the half-open intervals [0, b_0), [b_0, b_1).. each position lies in."""
+    """In which of the intervals [0, b_0), [b_0, b_1) and so on each position lies."""
     return torch.searchsorted(torch.tensor(bounds, device=position.device), position, right=True)
 
 

@@ -1,12 +1,20 @@
-"""How to train an SAE: the choices, what contradicts itself, and the course of the learning rate. No PyTorch here."""
+"""How to train an SAE: the choices, which of them contradict each other, and the course of the learning rate.
+
+Sentences of `Recipe.check` begin with the name of the field that is wrong.
+
+Left out: PyTorch, so that a command line can be checked at once.
+"""
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from saecore.sae.config import CHOICES as SAE_CHOICES
 from saecore.sae.config import SAEConfig
 
-# Architecture of the recipe -> (the SAE's architecture, nesting, learning rate, penalty). Rates are MSAE's; jumprelu's is ours.
+# Architecture of the recipe -> (the SAE's architecture, nesting, learning rate, penalty). The rates are MSAE's, except that of
+# jumprelu, which is ours.
 ARCHITECTURES = {
     "relu": ("relu", "none", 5e-5, "l1"),
     "topk": ("topk", "none", 5e-4, "none"),
@@ -29,7 +37,7 @@ CHOICES = {
 }
 
 SPARSITY = {"none": 0.0, "l1": 0.003, "l0": 1.0, "tanh": 0.003}
-"""Default weight of each penalty; l1's is MSAE's."""
+"""Default weight of each penalty. That of l1 is MSAE's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,53 +51,54 @@ class Recipe:
     k: int = 64
     """How many latents fire for an image: exactly (topk), on average (batchtopk, jumprelu), at the first level (matryoshka)."""
     nested: tuple[int, ...] = ()
-    """Levels of k, or sizes of prefixes, ascending; none is k, 2k, 4k.. up to all latents, or all / 16, / 8.. for prefixes."""
+    """Levels of k, or sizes of prefixes, ascending. By default k, 2k, 4k and so on up to all latents, or, of prefixes, a
+    sixteenth, an eighth and so on up to all latents."""
     weighting: str = "uniform"
-    """Weights of nested levels: uniform, or reverse (m, m-1, .. 1: the sparsest counts most)."""
+    """Weights of m nested levels: uniform (all are 1) or reverse (m, m - 1 and so on down to 1: the sparsest counts most)."""
     loss: str = "mse"
-    """Reconstruction: mse, nmse or cosine."""
+    """Loss of the reconstruction: mse, nmse or cosine."""
     penalty: str = "auto"
-    """Sparsity: none, l1, l0 or tanh; auto is l1 for relu, l0 for jumprelu and none where a k rules."""
+    """Penalty for latents that fire: none, l1, l0 or tanh. auto is l1 for relu, l0 for jumprelu, and none for all others."""
     sparsity: float = -1.0
-    """Weight of the penalty; -1 is 0.003 (l1, tanh) or 1 (l0)."""
+    """Weight of the penalty; -1 stands for 0.003 (l1, tanh) or 1 (l0)."""
     rate: float = 0.0
-    """Peak learning rate of AdamW; 0 is 5e-5 for relu, 1e-4 for matryoshka, 5e-4 for others, at 4,096 embeddings a step."""
+    """Peak learning rate of AdamW; 0 stands for 5e-5 (relu), 1e-4 (matryoshka) or 5e-4 (others), for a batch size of 4096."""
     batch_size: int = 4096
-    """Embeddings a step."""
+    """Embeddings in a step."""
     epochs: float = 30.0
     """Passes over the embeddings."""
     schedule: str = "linear"
-    """Learning rate: linear (to zero over the last fifth), cosine (to a tenth) or constant, all after the warm-up."""
+    """How the learning rate goes after the warm-up: linear (to zero over the last fifth), cosine (to a tenth) or constant."""
     warmup: int = 0
-    """Steps in which the learning rate rises from a tenth to its peak."""
-    clip: float = 1.0
-    """Largest norm of the gradient; 0 is no limit."""
+    """Steps over which the learning rate rises from a tenth of its peak to the peak."""
+    clip_norm: float = 1.0
+    """A gradient with a larger norm is scaled down to this norm; 0 sets no limit."""
     dead: str = "aux"
-    """What becomes of dead latents: aux (they learn to explain the rest), resample (they begin anew) or none."""
+    """What becomes of dead latents: aux (they learn to explain the error that is left), resample (they begin anew) or none."""
     dead_after: int = 0
-    """Embeddings without firing after which a latent is dead; 0 is one epoch, at most a million."""
+    """A latent that does not fire for so many embeddings is dead; 0 stands for one epoch, but at most a million."""
     aux: float = 1 / 32
-    """Weight of the auxiliary loss."""
+    """Weight of the auxiliary loss, by which dead latents learn (dead: aux)."""
     tied: bool = False
-    """Decoder = encoder transposed."""
+    """Use the transposed encoder as the decoder."""
     output: str = "relu"
     """What a latent that fires gives: relu, signed or absolute."""
     by_magnitude: bool = False
-    """Let latents compete by |pre-activation|."""
+    """Let latents compete by the magnitude of their pre-activations instead of by their value."""
     soft_cap: float = 0.0
-    """Cap activations softly at this value; 0 is no cap."""
+    """Cap activations softly at this value; 0 sets no cap."""
     normalise: str = "none"
-    """Normalise each embedding: none, layer_norm or constant_norm."""
+    """How each embedding is normalised: none, layer_norm or constant_norm."""
     centre: bool = True
-    """Subtract the mean of the embeddings."""
+    """Subtract the mean of the embeddings from each embedding."""
     rescale: bool = True
-    """Scale the embeddings to a mean squared norm of their width."""
+    """Scale the embeddings so that their mean squared norm is their width."""
     pre_bias: str = "zero"
-    """Where the pre-bias begins: zero, or the geometric median of the standardised embeddings."""
+    """Where the pre-bias begins: zero, or median (the geometric median of the standardised embeddings)."""
     bandwidth: float = 0.1
-    """jumprelu: width of the kernel through which thresholds learn, in standardised pre-activations."""
+    """Width of the kernel through which the thresholds of jumprelu learn, in standardised pre-activations."""
     ema: float = 0.0
-    """Decay of an average of the weights, which is then what is evaluated and saved; 0 is none."""
+    """Decay of a moving average of the weights, which is evaluated and saved in place of the weights; 0 keeps no average."""
     seed: int = 42
     """Seed of the initial weights, the order of the embeddings and the held-out rows."""
 
@@ -97,41 +106,48 @@ class Recipe:
         object.__setattr__(self, "nested", tuple(self.nested))
 
     def check(self) -> None:
-        """ValueError in one sentence for what cannot be."""
+        """ValueError, in one sentence that begins with the name of a field, for a recipe that contradicts itself."""
+        self._check_ranges()
+        self._check_nested()
+        architecture = ARCHITECTURES[self.architecture][0]
+        if self.penalty == "l0" and self.architecture != "jumprelu":
+            raise ValueError("penalty l0 needs thresholds that learn, which only the architecture jumprelu has")
+        if self.by_magnitude and self.output == "relu" and architecture in ("relu", "topk"):
+            raise ValueError("by_magnitude needs the output signed or absolute")
+        self.sae(1)  # ValueError for what SAEConfig refuses
+
+    def _check_ranges(self) -> None:
         for field, choices in CHOICES.items():
             if getattr(self, field) not in choices:
-                raise ValueError(f"{_flag(field)} {getattr(self, field)}: must be one of {', '.join(choices)}")
+                raise ValueError(f"{field} {getattr(self, field)}: must be one of {', '.join(choices)}")
         least = {"latents": 1, "k": 1, "batch_size": 1}
-        for field in (*least, "warmup", "clip", "aux", "rate", "soft_cap", "dead_after", "seed"):
+        for field in (*least, "warmup", "clip_norm", "aux", "rate", "soft_cap", "dead_after", "seed"):
             if getattr(self, field) < least.get(field, 0):
-                raise ValueError(f"{_flag(field)} {getattr(self, field)}: must be at least {least.get(field, 0)}")
+                raise ValueError(f"{field} {getattr(self, field)}: must be at least {least.get(field, 0)}")
         for field in ("epochs", "bandwidth"):
             if getattr(self, field) <= 0:
-                raise ValueError(f"{_flag(field)} {getattr(self, field)}: must be above 0")
+                raise ValueError(f"{field} {getattr(self, field)}: must be above 0")
         if self.k > self.latents:
-            raise ValueError(f"--k {self.k}: there are only {self.latents} latents")
+            raise ValueError(f"k {self.k}: there are only {self.latents} latents")
         if not 0 <= self.ema < 1:
-            raise ValueError(f"--ema {self.ema}: must be at least 0 and below 1")
-        if self.penalty == "l0" and self.architecture != "jumprelu":
-            raise ValueError("--penalty l0 needs thresholds that learn: --architecture jumprelu")
-        architecture, nesting, _, _ = ARCHITECTURES[self.architecture]
-        if self.by_magnitude and self.output == "relu" and architecture in ("relu", "topk"):
-            raise ValueError("--by-magnitude needs --output signed or --output absolute")
-        if self.nested and nesting == "none":
-            raise ValueError(
-                f"--nested: {self.architecture} has no nested levels; matryoshka and matryoshka-prefixes do"
-            )
+            raise ValueError(f"ema {self.ema}: must be at least 0 and below 1")
+
+    def _check_nested(self) -> None:
+        if not self.nested:
+            return
+        nesting = ARCHITECTURES[self.architecture][1]
+        if nesting == "none":
+            raise ValueError(f"nested: {self.architecture} has no nested levels; matryoshka and matryoshka-prefixes do")
         ascending = sorted({*self.nested, 0})[1:] == list(self.nested)
-        if self.nested and (not ascending or self.nested[-1] > self.latents):
-            raise ValueError(f"--nested {self.nested}: must ascend, from at least 1 to at most {self.latents} latents")
-        if nesting == "levels" and self.nested and self.nested[0] != self.k:
-            raise ValueError(f"--nested {self.nested}: the first level is what fires, so it must be --k {self.k}")
-        if nesting == "prefixes" and self.nested and self.nested[-1] != self.latents:
-            raise ValueError(f"--nested {self.nested}: the last prefix is the dictionary, so it must be {self.latents}")
-        self.sae(1)  # what the SAE itself refuses
+        if not ascending or self.nested[-1] > self.latents:
+            raise ValueError(f"nested {self.nested}: must ascend, from at least 1 to at most {self.latents} latents")
+        if nesting == "levels" and self.nested[0] != self.k:
+            raise ValueError(f"nested {self.nested}: the first level is what fires, so it must be k, which is {self.k}")
+        if nesting == "prefixes" and self.nested[-1] != self.latents:
+            raise ValueError(f"nested {self.nested}: the last prefix is the dictionary, so it must be {self.latents}")
 
     def sae(self, width: int, source: str = "") -> SAEConfig:
-        """The SAE that this recipe trains, on embeddings of that width."""
+        """The config of the SAE that this recipe trains on embeddings of a width."""
         architecture, nesting, _, _ = ARCHITECTURES[self.architecture]
         nested = self.nested
         if not nested and nesting == "levels":
@@ -154,7 +170,7 @@ class Recipe:
         )
 
     def peak_rate(self) -> float:
-        """The learning rate, given or published."""
+        """The learning rate that was given, or else the architecture's own."""
         return self.rate or ARCHITECTURES[self.architecture][2]
 
     def penalised(self) -> tuple[str, float]:
@@ -163,17 +179,18 @@ class Recipe:
         return penalty, SPARSITY[penalty] if self.sparsity < 0 else self.sparsity
 
 
-def _flag(field: str) -> str:
-    return "--" + field.replace("_", "-")
+def renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a recipe that a file holds, by the names of today: `clip_norm` was `clip`."""
+    return {"clip_norm" if name == "clip" else name: value for name, value in fields.items()}
 
 
 def doubled(first: int, last: int) -> tuple[int, ...]:
-    """first, 2 first, 4 first.. as long as below last, and last: MSAE's nesting list."""
+    """MSAE's nesting list: first, 2 first, 4 first and so on while they are below last, and then last."""
     return (*(first << i for i in range(math.ceil(math.log2(last / first)))), last)
 
 
 def pace(recipe: Recipe, t: int, total: int) -> float:
-    """Learning rate of step t = 0 .. total - 1 over its peak.
+    """Learning rate of step t = 0, 1, .. total - 1, divided by its peak.
 
     warm-up (t < w):    0.1 + 0.9 t / w
     linear:             1 while t < 0.8 total, then (total - t) / (0.2 total)

@@ -1,10 +1,16 @@
 """One SAE in training: a step of the optimiser, and everything that the next step depends on.
 
-One step (MSAE's order, with the norm restored after the step instead of before): gradient; its part along each decoder row is
-removed; clipped to norm `clip`; AdamW (betas 0.9, 0.999, eps 6.25e-10, no weight decay); decoder rows back to length 1.
+    gradient of `saecore.training.objectives.objective`
+    -> its part along each decoder row is removed
+    -> it is clipped to `clip_norm`
+    -> AdamW (betas 0.9, 0.999, eps 6.25e-10, no weight decay)
+    -> decoder rows are brought back to length 1
 
-With several processes each takes every `world`-th row of the same batches and gradients are averaged, so that their number
-changes results by rounding only (batchtopk chooses within a process's part).
+This is MSAE's order, except that MSAE restores the length before the step. Of several processes each takes every `world`-th
+row of the same batches, and gradients are averaged, so that their number changes results only by rounding; the exception is
+batchtopk, which selects within the rows of a process.
+
+Left out: when to evaluate, save and stop (`saecore.training.loop`).
 """
 
 import dataclasses
@@ -23,14 +29,15 @@ from saecore.training.recipe import Recipe, pace
 from saecore.training.survey import Survey, geometric_median
 
 MAX_DEAD_AFTER = 1_000_000
-"""Embeddings without firing after which a latent is dead at the latest."""
+"""The largest default of `Recipe.dead_after`, in embeddings."""
 
 RESAMPLE_ENCODER = 0.2
-"""Length of a resampled latent's encoder row over the mean of those alive (Bricken et al. 2023, Towards Monosemanticity)."""
+"""Length of a resampled latent's encoder row, divided by the mean length of the rows of latents that are not dead (Bricken et
+al. 2023, Towards Monosemanticity)."""
 
 
 class Worker(NamedTuple):
-    """This process's place among those that train together."""
+    """The place of this process among those that train together."""
 
     rank: int = 0
     world: int = 1
@@ -38,7 +45,7 @@ class Worker(NamedTuple):
 
 
 class Trainer:
-    """An SAE, its optimiser and what they remember."""
+    """An SAE, its optimiser, and the counters that they need."""
 
     def __init__(self, recipe: Recipe, width: int, seen: Survey, worker: Worker) -> None:
         self.recipe, self.worker, self.step = recipe, worker, 0
@@ -51,7 +58,7 @@ class Trainer:
         self.average = [parameter.detach().clone() for parameter in self.parameters] if recipe.ema else []
         self.dead_after = recipe.dead_after or min(seen.rows - len(seen.held_out), MAX_DEAD_AFTER)
         self.silent = torch.zeros(recipe.latents, dtype=torch.int64, device=worker.device)
-        """Embeddings since each latent fired."""
+        """int64 (n,): embeddings since each latent fired."""
 
     @property
     def dead(self) -> Tensor:
@@ -60,7 +67,7 @@ class Trainer:
 
     def train(self, batch: np.ndarray, total: int) -> float:
         """One step on a whole batch (batch_size, d), of which this worker takes its rows; returns the loss."""
-        # A copy of its own: rows of the buffer, every world-th of them.
+        # A copy: the batch is a view of the buffer, and this worker takes every world-th row of it.
         x = torch.from_numpy(batch[self.worker.rank :: self.worker.world].copy()).to(
             self.worker.device, non_blocking=True
         )
@@ -71,8 +78,8 @@ class Trainer:
         outcome.loss.backward()
         self._share(outcome.fired)
         self._project()
-        if self.recipe.clip:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip, foreach=True)
+        if self.recipe.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_norm, foreach=True)
         self.optimiser.step()
         self._normalise()
         self.silent += len(batch)
@@ -113,7 +120,7 @@ class Trainer:
 
     @torch.no_grad()
     def _resample(self, x: Tensor, error: Tensor) -> None:
-        """Dead latents begin anew as embeddings that are reconstructed badly, chosen in proportion to the squared error."""
+        """Each dead latent begins anew as an embedding, which is drawn with a probability proportional to its squared error."""
         places = self.dead.nonzero().squeeze(1)
         if not len(places):
             return
@@ -149,7 +156,7 @@ class Trainer:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take up where `state` was left."""
+        """Go on from what `state` returned."""
         self.step = state["step"]
         self.sae.load_state_dict(state["sae"])
         self.optimiser.load_state_dict(state["optimiser"])
@@ -157,7 +164,7 @@ class Trainer:
         self.silent = state["silent"].to(self.worker.device)
 
     def finished(self, sample: Tensor, source: str = "") -> SAE:
-        """The SAE as it would be saved now: averaged where asked for, and calibrated where it needs a threshold."""
+        """The SAE as it would be saved now: of the averaged weights if the recipe has an average, and with a threshold."""
         sae = (
             SAE(dataclasses.replace(self.sae.config, source=source)).to(self.worker.device).requires_grad_(False).eval()
         )
@@ -185,7 +192,8 @@ def initial(recipe: Recipe, width: int, seen: Survey) -> SAE:
         if recipe.pre_bias == "median":
             sae.pre_bias.copy_(torch.from_numpy(geometric_median(sae.inputs(sample).values.numpy())))
         if isinstance(sae.threshold, torch.nn.Parameter):
-            # So that k latents fire from the first step on: a threshold far from that finds no gradient to come back by.
+            # With these thresholds k latents fire from the first step on. A threshold far from all pre-activations has no
+            # gradient and would stay there.
             p = sae.pre_activations(sample[:1024])
             strength = (p.abs() if recipe.by_magnitude else p).flatten()
             sae.threshold.fill_(max(0.0, float(strength.kthvalue(len(strength) - recipe.k * len(p) + 1).values)))

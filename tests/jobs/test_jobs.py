@@ -510,6 +510,16 @@ def test_a_mistake_is_one_sentence(
     assert not (tmp_path / "run").exists()
 
 
+def test_help_says_what_is_needed_and_titles_the_options_of_methods(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        explain.main(["--help"])
+    assert ended.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Needs --out, and --images, --clip and --sae, or --demo in place of these three." in said
+    assert "methods' options" in said
+    assert "options options" not in said
+
+
 def test_an_argument_that_does_not_exist_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         explain.main(["--imagse", "x"])

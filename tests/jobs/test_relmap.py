@@ -106,7 +106,7 @@ def test_the_help_of_a_flag_that_turns_something_off_says_so(capsys: pytest.Capt
     with pytest.raises(SystemExit):
         relmap.main(["train", "--help"])
     text = without_boxes(capsys.readouterr().out)
-    assert "--no-centre Subtract the mean of the embeddings. (done unless this flag is given)" in text
+    assert "--centre, --no-centre Subtract the mean of the embeddings from each embedding. (default: on)" in text
 
 
 SLOW_IMPORT = """

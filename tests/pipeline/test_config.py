@@ -9,11 +9,11 @@ import pytest
 
 from jobs import explain, pipeline
 from saecore.methods import Options, parse_targets
-from saecore.pipeline.config import EmbedConfig, ExplainConfig, Models, Part, changes_results, parts_of, said_of
+from saecore.pipeline.config import EmbedConfig, ExplainConfig, ModelDigests, Part, changes_results, parts_of, said_of
 from saecore.runs.run import fingerprint
 from tests.conftest import command
 
-MODELS = Models("c" * 16, "5" * 16, "embedding")
+MODELS = ModelDigests("c" * 16, "5" * 16, "embedding")
 
 CONFIG = ExplainConfig(clip="demo", sae="demo", k=12, targets=parse_targets(["kept", "concept:red"]))
 
@@ -30,7 +30,7 @@ OTHERS: dict[str, Any] = {
 """Another value of every field that changes results by itself."""
 
 OF_MODELS = {
-    "clip": Models("d" * 16, *MODELS[1:]),
+    "clip": ModelDigests("d" * 16, *MODELS[1:]),
     "sae": MODELS._replace(sae="6" * 16),
     "site": MODELS._replace(site="x"),
 }

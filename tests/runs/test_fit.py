@@ -81,7 +81,7 @@ def test_an_sae_that_does_not_fit_stops_its_run(
     assert "resuming: 280 of 320 images are done" in said_all
     assert "warning       320 of 320 images are reconstructed poorly" in said_all
     assert json.loads((out / "run.json").read_text())["fit"] == {"judged": N, "poor": N}
-    assert report.main(["--run", str(out), "--latents", "1", "--images", "1"]) == 0
+    assert report.main(["--run", str(out), "--latent-pages", "1", "--image-pages", "1"]) == 0
     assert "This SAE does not fit these images." in (out / "report" / "index.html").read_text()
     # A run that is complete is complete, with the flag or without; the exit code tells which of them it was.
     assert explain.main([*command_line, "--allow-poor-fit"]) == 0

@@ -13,9 +13,9 @@ from saecore.runs.record import Record, Unread, from_document, read_record, to_d
 COMPLETE: dict[str, Any] = {
     "status": "complete",
     "fingerprint": "604f",
-    "parts": {"schema": 2, "embeddings": True},
+    "parts": {"schema": 2, "dtype": "float32", "clip": "0f5f", "sae": "33fe", "embeddings": True},
     "command": "python -m jobs.explain --demo --out runs/demo",
-    "config": {"clip": "demo", "sae": "saes/x", "methods": ["contrib"], "images": ["photos"]},
+    "config": {"clip": "demo", "sae": "saes/x", "site": "embedding", "methods": ["contrib"], "images": ["photos"]},
     "replicas": 1,
     "versions": {"python": "3.11.7"},
     "git_commit": None,
@@ -44,7 +44,8 @@ def test_a_file_of_a_complete_run_is_read_and_written_again_as_it_was(tmp_path: 
     assert (record.grid, record.fit, record.n_refused) == ((8, 8), Fit(5, 1), 0)
     assert (record.lost, record.damaged) == (Unread(1, ["a.tar"], 2), Unread(4, ["b.tar", "c.tar", "d.tar"]))
     assert (record.kind, record.clip, record.sae_address) == ("explain", "demo", "saes/x")
-    assert record.methods == ["contrib"]
+    assert (record.clip_sha256, record.sae_sha256, record.dtype) == ("0f5f", "33fe", "float32")
+    assert (record.methods, record.inputs, record.given_site) == (["contrib"], ["photos"], "embedding")
     assert record.keeps_embeddings
     write_record(str(tmp_path), record)
     written = json.loads((tmp_path / "run.json").read_text())
@@ -64,7 +65,8 @@ def test_a_run_that_goes_on_does_not_say_what_is_not_known_yet() -> None:
 def test_keys_that_older_runs_lack_have_values_that_say_nothing() -> None:
     record = from_document({"status": "complete", "parts": {"schema": 2}, "session_seconds": 2.0})
     assert record == Record(status="complete", parts={"schema": 2}, session_seconds={"images": 2.0})
-    assert (record.clip, record.sae_address, record.methods, record.worst_completeness_error) == ("", "", [], None)
+    assert (record.clip, record.sae_address, record.clip_sha256, record.given_site) == ("", "", "", "")
+    assert (record.methods, record.inputs, record.worst_completeness_error) == ([], [], None)
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"status": "complete"}', '{"status": "complete", "parts": []}', "3"])

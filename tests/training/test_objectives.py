@@ -1,6 +1,8 @@
 """The loss of one batch against NumPy, its gradients against autograd of dense, naive code; recipes and their schedules."""
 
+import dataclasses
 import math
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -261,28 +263,28 @@ def test_levels_double_as_msaes_do() -> None:
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"architecture": "gated"}, "--architecture gated: must be one of relu, topk, batchtopk"),
-        ({"loss": "mae"}, "--loss mae: must be one of mse, nmse, cosine"),
-        ({"pre_bias": "mean"}, "--pre-bias mean: must be one of zero, median"),
-        ({"latents": 0}, "--latents 0: must be at least 1"),
-        ({"k": 0}, "--k 0: must be at least 1"),
-        ({"k": 41}, "--k 41: there are only 40 latents"),
-        ({"batch_size": 0}, "--batch-size 0: must be at least 1"),
-        ({"rate": -1e-3}, "--rate -0.001: must be at least 0"),
-        ({"warmup": -1}, "--warmup -1: must be at least 0"),
-        ({"dead_after": -1}, "--dead-after -1: must be at least 0"),
-        ({"soft_cap": -1.0}, "--soft-cap -1.0: must be at least 0"),
-        ({"seed": -1}, "--seed -1: must be at least 0"),
-        ({"epochs": 0.0}, "--epochs 0.0: must be above 0"),
-        ({"bandwidth": 0.0}, "--bandwidth 0.0: must be above 0"),
-        ({"ema": 1.0}, "--ema 1.0: must be at least 0 and below 1"),
-        ({"penalty": "l0"}, "--penalty l0 needs thresholds that learn"),
-        ({"architecture": "relu", "by_magnitude": True}, "--by-magnitude needs --output signed"),
-        ({"architecture": "relu", "output": "absolute", "k": 50}, "--k 50: there are only 40 latents"),
+        ({"architecture": "gated"}, "architecture gated: must be one of relu, topk, batchtopk"),
+        ({"loss": "mae"}, "loss mae: must be one of mse, nmse, cosine"),
+        ({"pre_bias": "mean"}, "pre_bias mean: must be one of zero, median"),
+        ({"latents": 0}, "latents 0: must be at least 1"),
+        ({"k": 0}, "k 0: must be at least 1"),
+        ({"k": 41}, "k 41: there are only 40 latents"),
+        ({"batch_size": 0}, "batch_size 0: must be at least 1"),
+        ({"rate": -1e-3}, "rate -0.001: must be at least 0"),
+        ({"warmup": -1}, "warmup -1: must be at least 0"),
+        ({"dead_after": -1}, "dead_after -1: must be at least 0"),
+        ({"soft_cap": -1.0}, "soft_cap -1.0: must be at least 0"),
+        ({"seed": -1}, "seed -1: must be at least 0"),
+        ({"epochs": 0.0}, "epochs 0.0: must be above 0"),
+        ({"bandwidth": 0.0}, "bandwidth 0.0: must be above 0"),
+        ({"ema": 1.0}, "ema 1.0: must be at least 0 and below 1"),
+        ({"penalty": "l0"}, "penalty l0 needs thresholds that learn"),
+        ({"architecture": "relu", "by_magnitude": True}, "by_magnitude needs the output signed or absolute"),
+        ({"architecture": "relu", "output": "absolute", "k": 50}, "k 50: there are only 40 latents"),
         ({"nested": (5, 10)}, "topk has no nested levels"),
         ({"architecture": "matryoshka", "nested": (5, 5)}, "must ascend"),
         ({"architecture": "matryoshka", "nested": (5, 41)}, "to at most 40 latents"),
-        ({"architecture": "matryoshka", "nested": (6, 40)}, "it must be --k 5"),
+        ({"architecture": "matryoshka", "nested": (6, 40)}, "it must be k, which is 5"),
         ({"architecture": "matryoshka-prefixes", "nested": (5, 20)}, "it must be 40"),
         ({"architecture": "matryoshka-prefixes", "nested": (0, 40)}, "must ascend, from at least 1"),
     ],
@@ -291,4 +293,4 @@ def test_what_cannot_be_is_refused_in_one_sentence(fields: dict[str, Any], sente
     with pytest.raises(ValueError, match=sentence) as caught:
         Recipe(**{"latents": LATENTS, "k": K, **fields}).check()
     assert "\n" not in str(caught.value)
-    assert "_" not in str(caught.value).split(":")[0]
+    assert re.split(r"\W", str(caught.value))[0] in {field.name for field in dataclasses.fields(Recipe)}

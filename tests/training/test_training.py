@@ -136,6 +136,11 @@ def test_a_folder_with_another_training_is_refused(planted: tuple[Path, np.ndarr
     other = Recipe(latents=ATOMS, k=ACTIVE + 1, batch_size=1024, epochs=0.2)
     with pytest.raises(ValueError, match="k was 3, now 4"):
         make_plan(other, str(planted[0]), "embedding", str(tmp_path), Course(evaluations=1))
+    # Before `clip_norm` had this name, checkpoints called it `clip`.
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    state["parts"]["recipe"]["clip"] = state["parts"]["recipe"].pop("clip_norm")
+    torch.save(state, tmp_path / "checkpoint.pt")
+    make_plan(recipe, str(planted[0]), "embedding", str(tmp_path), Course(evaluations=1))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(ValueError, match="holds other files and no training"):
@@ -218,9 +223,10 @@ def test_the_command_leaves_what_it_says(
         (["--architecture", "gated"], "--architecture gated: must be one of relu, topk"),
         (["--batch-size", "40000"], "--batch-size 40000: there are 27,000 embeddings to train on"),
         (["--embeddings", "nowhere.npy"], "nowhere.npy: no such file"),
-        (["--penalty", "l0"], "--architecture jumprelu"),
+        (["--penalty", "l0"], "--penalty l0 needs thresholds that learn, which only the architecture jumprelu has"),
+        (["--clip-norm", "-1"], "--clip-norm -1.0: must be at least 0"),
         (["--nested", "3", "5"], "has no nested levels"),
-        (["--held-out", "0"], "at least one must be held out"),
+        (["--held-out", "0"], "--held-out 0: of 30,000 embeddings at least one must be held out"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(
@@ -230,5 +236,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
     more: list[str],
     complaint: str,
 ) -> None:
-    assert complaint in mistake(train.main, arguments(planted[0], tmp_path / "out", *more), capsys)
+    sentence = mistake(train.main, arguments(planted[0], tmp_path / "out", *more), capsys)
+    assert sentence.startswith(more[0])
+    assert complaint in sentence
     assert not (tmp_path / "out" / "sae.safetensors").exists()

@@ -1,0 +1,202 @@
+"""One picture explained in Python, without a run folder: which latents fire for it, and where in it they come from.
+
+    models = load("demo", "demo")
+    explained = explain_image("photo.jpg", models)
+    explained.latents               # a table: latent, name, activation, pre_activation
+    explained.maps.shape            # (targets, H, W), float32, in units of the pre-activation
+    explained.overlay(9)            # latent 9 over the picture, a PIL image
+
+The picture takes the way of an image of a run, in float32: the same decoder, tower, SAE and method, but its maps are not
+rounded to 8 bits. This file stands on top of all wings, and none of them knows it.
+
+Left out: many pictures (`jobs.explain`), and names, which a run has: pass them as a mapping.
+
+Shapes: n targets of maps, k kept latents, H x W the patch grid.
+"""
+
+import base64
+import dataclasses
+import html
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
+
+from saecore.images.decode import Decoded, ImageError, decode, open_rgb
+from saecore.methods import DEFAULT_OPTIONS, RECORDS, Options, parse_methods, parse_targets
+from saecore.pipeline.config import ExplainConfig
+from saecore.pipeline.models import check_latents, load_models, load_word_targets
+from saecore.relevance.explain import check_fits, explain_forward, trace_needs
+from saecore.relevance.targets import TargetAxis, Targets, no_word_targets
+from saecore.report import display
+from saecore.sae.model import SAE
+from saecore.towers.tower import ImageTower
+
+LOSSLESS = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+"""Modes of PIL that a PNG holds as they are."""
+
+SHOWN = 6
+"""Maps that a notebook shows of a picture by itself."""
+
+
+class Models(NamedTuple):
+    """A CLIP and an SAE that fit each other, on one device."""
+
+    clip: str
+    """The address of CLIP: its text tower is loaded from there when a text is to be explained."""
+    tower: ImageTower
+    sae: SAE
+
+
+def load(clip: str, sae: str, site: str = "", device: str = "cpu") -> Models:
+    """The models at these addresses, as `relmap explain` takes them; ValueError if they cannot be had or do not fit."""
+    tower, autoencoder = load_models(clip, sae, site)
+    return Models(clip, tower.to(device), autoencoder.to(device))
+
+
+@dataclasses.dataclass(frozen=True)
+class ExplainedImage:
+    """What a CLIP and an SAE see in one picture, and where."""
+
+    crop: Image.Image
+    """The part of the picture that CLIP saw, in the file's own pixels."""
+    latents: pa.Table
+    """One row for each kept latent, strongest first: latent, name (if names were given), activation, pre_activation."""
+    targets: list[str]
+    """What each map explains: `latent 9`, `text: a red square`, `concept: red`."""
+    maps: np.ndarray
+    """float32 (n, H, W), signed; in pre-activation units if the method has units."""
+    remainders: np.ndarray
+    """float32 (n,): what no patch accounts for, so that a map's sum + its remainder = the pre-activation; NaN if the method is
+    no decomposition."""
+    pre_activations: np.ndarray
+    """float32 (n,): the values that the maps explain."""
+    method: str
+    """How the maps were made."""
+
+    def overlay(self, target: int | str | None = None, side: int = 448) -> Image.Image:
+        """One target's map over the picture, with a colour bar.
+
+        target: a latent's number, or an entry of `targets`; the first one unless it is given. All overlays of a picture share
+        one scale. side: pixels along the longer side. ValueError for what has no map.
+        """
+        row = self._row(target)
+        picture = display.resized(np.asarray(self.crop), side)
+        limit = display.shared_limit(list(self.maps))
+        tile = display.overlay(picture, self.maps[row], limit)
+        bar = display.colour_bar(limit, tile.shape[1], signed=bool(RECORDS[self.method].units))
+        words = f"{self.targets[row]}   {self.pre_activations[row]:.3g}"
+        foot = f"{self.method}, {RECORDS[self.method].units or 'no units'}"
+        return display.mosaic([[(tile, words)], [(bar, "")]], foot=foot)
+
+    def _row(self, target: int | str | None) -> int:
+        name = self.targets[0] if target is None else f"latent {target}" if isinstance(target, int) else target
+        if name not in self.targets:
+            raise ValueError(f"{name} has no map here; there are maps of {', '.join(self.targets)}")
+        return self.targets.index(name)
+
+    def _repr_html_(self) -> str:
+        """The latents and the first maps, for a notebook."""
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{_cell(value)}</td>" for value in row.values()) + "</tr>"
+            for row in self.latents.to_pylist()
+        )
+        heads = "".join(f"<th>{html.escape(name)}</th>" for name in self.latents.column_names)
+        pictures = "".join(
+            f'<img alt="map of {html.escape(target)}" src="data:image/png;base64,{_encoded(self.overlay(target, 224))}">'
+            for target in self.targets[:SHOWN]
+        )
+        return f"<div>{pictures}</div><table><tr>{heads}</tr>{rows}</table>"
+
+
+def explain_image(
+    image: str | Path | bytes | Image.Image,
+    models: Models,
+    k: int = 8,
+    method: str = "contrib",
+    targets: Sequence[str] = ("kept",),
+    options: Options = DEFAULT_OPTIONS,
+    names: Mapping[int, str] | None = None,
+) -> ExplainedImage:
+    """Explain one picture: a path, the bytes of a file, or a PIL image.
+
+    k: latents that are kept, the strongest; fewer if the SAE lets fewer fire. method: one of `saecore.methods.METHODS`.
+    targets: what the maps explain, as `saecore.methods.parse_targets` reads it: `kept`, `latents:3,17`, `text:a red square`,
+    `concept:red`. names: what latents are called. ValueError for a picture that cannot be decoded, or a wrong argument.
+    """
+    (name, *others), request = parse_methods(method), parse_targets(targets)
+    if others:
+        raise ValueError(f"method {method}: one at a time; explain the picture again for another")
+    if k < 1:
+        raise ValueError(f"k {k}: must be at least 1")
+    options.check()
+    clip, tower, sae = models
+    check_fits(tower, (name,), options)
+    check_latents(request, sae)
+    device = sae.encoder.device
+    most = sae.config.k if sae.config.architecture == "topk" else sae.config.n_latents
+    k = min(k, most)
+    config = ExplainConfig(clip=clip, sae="", k=k, methods=(name,), targets=request, options=options)
+    words = load_word_targets(config, tower, sae) or no_word_targets(sae)
+    data = _bytes_of(image)
+    decoded = _decoded(data, tower, image)
+    with torch.inference_mode():
+        pixels = torch.from_numpy(decoded.pixels[None].copy()).to(device)
+        embedding, trace = tower(pixels, **trace_needs((name,), options, len(tower.path())))
+        code = sae.encode_sparse(embedding, at_least=k)
+        axis = TargetAxis.of(request, k)
+        explained = Targets(sae, axis.latents(code.latents[:, :k]), words.to(device))
+        maps = explain_forward((name,), tower, pixels, embedding, trace, explained, options)[name]
+        values = explained.values(embedding[:, None])[0, 0]
+    written = axis.written(explained.latents.cpu().numpy())[0]
+    of_latents = [f"latent {latent}" for latent in explained.latents[0].tolist()]
+    kept = code.latents[0, :k].tolist()
+    columns = {
+        "latent": pa.array(kept, pa.int32()),
+        **({} if names is None else {"name": pa.array([names.get(latent) for latent in kept], pa.string())}),
+        "activation": code.activations[0, :k].cpu().numpy(),
+        "pre_activation": code.pre_activations[0, :k].cpu().numpy(),
+    }
+    return ExplainedImage(
+        crop=open_rgb(data).image.crop(decoded.crop),
+        latents=pa.table(columns),
+        targets=[target for target, shown in zip([*of_latents, *axis.labels], written, strict=True) if shown],
+        maps=maps.relevance[0].unflatten(-1, tower.grid).cpu().numpy()[written],
+        remainders=maps.remainder[0].cpu().numpy()[written],
+        pre_activations=values.cpu().numpy()[written],
+        method=name,
+    )
+
+
+def _bytes_of(image: str | Path | bytes | Image.Image) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, Image.Image):
+        sink = io.BytesIO()
+        (image if image.mode in LOSSLESS else image.convert("RGB")).save(sink, "PNG", compress_level=1)
+        return sink.getvalue()
+    try:
+        return Path(image).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{image} cannot be read: {error.strerror}") from error
+
+
+def _decoded(data: bytes, tower: ImageTower, image: str | Path | bytes | Image.Image) -> Decoded:
+    try:
+        return decode(data, tower.preprocess)
+    except ImageError as error:
+        what = image if isinstance(image, str | Path) else "the picture"
+        raise ValueError(f"{what} cannot be decoded: {error.reason}, {error.detail}") from error
+
+
+def _cell(value: object) -> str:
+    return html.escape(f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value))
+
+
+def _encoded(picture: Image.Image) -> str:
+    return base64.b64encode(display.png(picture)).decode()
