@@ -250,9 +250,9 @@ def help_rules() -> tyro.constructors.ConstructorRegistry:
         quiet = tyro.conf.arg(help_behavior_hint=shown)
 
         def told(field: tyro.constructors.StructFieldSpec) -> tyro.constructors.StructFieldSpec:
+            one_flag: Any = tyro.conf.FlagCreatePairsOff
             kind: Any = Annotated[field.type, quiet]
-            if field.default is False:
-                kind = tyro.conf.FlagCreatePairsOff[kind]
+            kind = one_flag[kind] if field.default is False else kind
             return dataclasses.replace(field, type=kind, helptext=as_called(field.helptext))
 
         named = re.findall(r"--[a-z-]+", info.type.__doc__ or "")
