@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Protocol, TypeVar
 
 import tyro
 
@@ -192,7 +192,6 @@ def parse(kind: type[A], argv: list[str], name: str) -> A:
 
     --help shows the first lines of the class, the examples in the head of its module, and what the fields say.
     """
-    pair_flags(kind)
     arguments = tyro.cli(
         kind,
         args=argv,
@@ -204,22 +203,6 @@ def parse(kind: type[A], argv: list[str], name: str) -> A:
     check_addresses(arguments)
     arguments.check()
     return arguments
-
-
-def pair_flags(kind: type) -> None:
-    """Let tyro make one flag of a boolean that is off by default, `--tied`, and two of one that is on: `--centre, --no-centre`.
-
-    tyro has one setting for all booleans: with it help says either `--no-centre (default: True)` or `--tied, --no-tied`.
-    """
-    hints = get_type_hints(kind, include_extras=True)
-    for field in dataclasses.fields(kind):
-        hint = hints[field.name]
-        plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-        if dataclasses.is_dataclass(plain) and isinstance(plain, type):
-            pair_flags(plain)
-        elif plain is bool and field.default is False:
-            single: Any = tyro.conf.FlagCreatePairsOff
-            kind.__annotations__[field.name] = single[hint]
 
 
 def examples(kind: type) -> list[str]:
@@ -238,10 +221,11 @@ def as_called(text: str | Callable[[], str | None] | None) -> str | None:
 
 
 def help_rules() -> tyro.constructors.ConstructorRegistry:
-    """tyro's rules, and two of our own.
+    """tyro's rules, and three of our own.
 
     Flags that the first lines of a class name come first, in their order there. Help omits a default that says nothing, such as
-    `(default: '')`.
+    `(default: '')`. A switch that is off has one flag, `--tied`; one that is on has two, `--centre, --no-centre`: a single
+    setting of tyro's would give both one, or both two.
     """
     registry = tyro.constructors.ConstructorRegistry()
     inside = False
@@ -266,7 +250,9 @@ def help_rules() -> tyro.constructors.ConstructorRegistry:
         quiet = tyro.conf.arg(help_behavior_hint=shown)
 
         def told(field: tyro.constructors.StructFieldSpec) -> tyro.constructors.StructFieldSpec:
+            one_flag: Any = tyro.conf.FlagCreatePairsOff
             kind: Any = Annotated[field.type, quiet]
+            kind = one_flag[kind] if field.default is False else kind
             return dataclasses.replace(field, type=kind, helptext=as_called(field.helptext))
 
         named = re.findall(r"--[a-z-]+", info.type.__doc__ or "")
