@@ -57,7 +57,7 @@ def ray_session() -> Iterator[None]:
 def no_replica_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """After a test on Ray, let go of what it holds.
 
-    A job that ended by an exception is a cycle of traceback and frames, and in it is the executor of Ray Data with its replicas:
+    A job that ended by an exception is a cycle of traceback and frames. In it is the executor of Ray Data with its replicas:
     they hold CPUs that the next test waits for, until Python happens to collect garbage.
     """
     yield
