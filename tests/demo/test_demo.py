@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+from transformers import AutoTokenizer, CLIPModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from saecore.demo import drawing, figures, lessons, outlines, scenes, writing
 from saecore.sae.checkpoints import load_folder
@@ -178,7 +179,7 @@ def sample() -> list[scenes.Scene]:
 @pytest.fixture(scope="module")
 def embeddings(clip: CLIPModel, sample: list[scenes.Scene]) -> torch.Tensor:
     """Through the JPEG at 192 pixels and the image processor that is saved with the model."""
-    processor = AutoImageProcessor.from_pretrained(CLIP)
+    processor = CLIPImageProcessorPil.from_pretrained(CLIP)
     images = [Image.open(io.BytesIO(drawing.jpeg(scene, SIZE))) for scene in sample]
     with torch.no_grad():
         return figures.image_embeddings(clip, processor(images=images, return_tensors="pt")["pixel_values"])

@@ -35,6 +35,8 @@ def mapped(folder: Path, rows: np.ndarray) -> Embeddings:
 def table(lists: list[Any], kind: pa.DataType) -> pa.Table:
     """The column between others, one of them nested: its place among Parquet's leaves is not its place in the schema."""
     other = pa.array([{"a": i, "b": i} for i in range(len(lists))])
+    if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):  # Python's floats are no float16 for every pyarrow
+        lists = [row if row is None else np.array(row, kind.value_type.to_pandas_dtype()) for row in lists]
     return pa.table({"key": pa.array(map(str, range(len(lists)))), "pair": other, "embedding": pa.array(lists, kind)})
 
 
@@ -58,7 +60,10 @@ def test_parquet_with_nulls_for_images_that_were_refused(tmp_path: Path, kind: p
     refused = {0, 7, *range(200, 300), 349}
     lists = [None if i in refused else values for i, values in enumerate(lists)]
     for name, some in (("0-none", [None] * 5), ("1", lists[:220]), ("2", lists[220:])):
-        pq.write_table(table(some, kind), tmp_path / f"{name}.parquet", row_group_size=100)
+        try:
+            pq.write_table(table(some, kind), tmp_path / f"{name}.parquet", row_group_size=100)
+        except pa.ArrowNotImplementedError:
+            pytest.skip("this pyarrow writes no such lists with nulls")
     source = open_embeddings(str(tmp_path))
     assert source.width == WIDTH
     assert len(source.block_rows) > 2
