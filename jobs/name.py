@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from saecore import spellings
+from saecore.naming.vocabulary import read_lines, read_texts, read_vocabulary
 from saecore.query import results
 from saecore.runs import card, latents
 from saecore.runs.files import parquet_bytes
@@ -175,8 +176,7 @@ def prepare(arguments: Arguments) -> Job:
     run = results.open(arguments.run) if arguments.run else None
     if arguments.by == "data" and not has_embeddings(run):
         raise ValueError("--by data needs a run of jobs.explain --keep-embeddings; --by decoder needs none")
-    from saecore.naming import names as naming
-    from saecore.towers import text  # and with them PyTorch: --help does without
+    from saecore.naming import names as naming  # and with it PyTorch: --help does without
 
     sae = load_sae(arguments, run)
     way = arguments.by or ("data" if has_embeddings(run) else "decoder")
@@ -184,7 +184,8 @@ def prepare(arguments: Arguments) -> Job:
     tower, texts = None, None
     if arguments.interpreter:
         way = "interpreter"
-        words = text.read_lines(arguments.vocabulary, "--vocabulary")  # as they are: row i is line i
+        with commands.given("--vocabulary"):
+            words = read_lines(arguments.vocabulary)  # as they are: row i is line i
         naming.open_interpreter(arguments.interpreter, len(words), sae.config.n_latents)
     else:
         tower = load_tower(clip, run)
@@ -234,38 +235,41 @@ def load_sae(arguments: Arguments, run: results.Results | None) -> "SAE":
 
 def check_model(arguments: Arguments, sae: "SAE") -> None:
     """ValueError if the SAE was trained on another model than --clip; says so where that cannot be told."""
-    from saecore.towers.clip import load_tower
+    from saecore.towers.loading import load_tower
 
     clip = arguments.clip
-    digest = load_tower(clip).sha256()[:16] if sae.config.model_sha256 else ""
-    found = spellings.Model(spellings.telling(clip), digest)
-    remark = spellings.check_same(sae.config.trained_on, arguments.sae, f"--clip {clip}", found, arguments.any_clip)
+    with commands.given("--clip"):
+        digest = load_tower(clip).sha256()[:16] if sae.config.model_sha256 else ""
+    model, trained_on = spellings.Model(spellings.telling(clip), digest), sae.config.trained_on
+    remark = commands.check_same_model("--sae", arguments.sae, trained_on, f"--clip {clip}", model, arguments.any_clip)
     if remark:
         print(remark)
 
 
 def load_tower(clip: str, run: results.Results | None) -> "TextTower":
     """CLIP's text tower; ValueError if there is none, or its other half is not the run's."""
-    from saecore.towers import text
-    from saecore.towers.clip import load_tower
+    from saecore.towers.loading import load_text_tower, load_tower
 
     if run:
-        check_same("clip", clip, load_tower(clip).sha256(), run)
-    return text.load_text_tower(clip)
+        with commands.given("--clip"):
+            digest = load_tower(clip).sha256()
+        check_same("clip", clip, digest, run)
+    with commands.given("--clip"):
+        return load_text_tower(clip)
 
 
 def words_of(arguments: Arguments, tower: "TextTower", clip: str) -> tuple[list[str], np.ndarray | None]:
     """The vocabulary, and its embeddings where --texts holds them; ValueError if there is none, or it is of another CLIP."""
-    from saecore.towers import text
-
     if arguments.texts:
-        words, embeddings, digest = text.read_texts(arguments.texts)
+        with commands.given("--texts"):
+            words, embeddings, digest = read_texts(arguments.texts)
         if not tower.sha256().startswith(digest) or embeddings.shape[1] != tower.n_outputs:
             raise ValueError(f"--texts {arguments.texts} was made with another CLIP than {clip}")
         return words, embeddings
     if not arguments.vocabulary and clip != "demo":
         raise ValueError("give --vocabulary, a file with a word a line (docs/names.md says where some are), or --texts")
-    return text.read_vocabulary(arguments.vocabulary or "demo", "--vocabulary").words, None
+    with commands.given("--vocabulary"):
+        return read_vocabulary(arguments.vocabulary or "demo").words, None
 
 
 def check_same(model: str, address: str, digest: str, run: results.Results | None) -> None:

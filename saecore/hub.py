@@ -24,7 +24,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-DEMO_CLIP = Path(__file__).parent / "demo" / "clip"
+_DEMO = Path(__file__).parent / "demo"
+
+DEMO_CLIP, DEMO_SAE, DEMO_VOCABULARY = _DEMO / "clip", _DEMO / "sae", _DEMO / "vocabulary.txt"
+"""What the address `demo` stands for: a model, an SAE for it, and the words of the drawn world that both know."""
 
 PATIENCE = 8.0
 """Seconds to wait for the Hub's answer, which is a few kilobytes. With the second or two in which Python loads its modules, a
@@ -37,10 +40,14 @@ class UnreachableError(Exception):
     """The Hub gave no answer; the message says why, as the end of a sentence."""
 
 
+def embedded(address: str, path: Path) -> str:
+    """`address`, or, if it is `demo`, the path of what the library brings along."""
+    return str(path) if address == "demo" else address
+
+
 def model_folder(address: str, revision: str | None = None) -> Path:
     """The folder of a CLIP or SigLIP model in transformers' format; ValueError, in one sentence, if it cannot be had."""
-    if address == "demo":
-        return DEMO_CLIP
+    address = embedded(address, DEMO_CLIP)
     if os.path.isdir(address):  # not Path's, which raises for a name that is too long
         return Path(address)
     if os.path.exists(address) or not _REPOSITORY.fullmatch(address):

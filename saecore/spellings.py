@@ -100,7 +100,7 @@ def differ(one: str, other: str) -> bool | None:
 
 
 def telling(clip: str) -> str:
-    """The name of the model that `--clip` stands for; of a folder what its files or its own name tell, or nothing."""
+    """The name of the model at an address; for a folder, what its files or its own name tell, or nothing."""
     folder = Path(clip)
     if not folder.is_dir():  # an id, or a folder that was elsewhere
         return published(clip)
@@ -131,27 +131,25 @@ def _stated(config: Path) -> str:
     return name if isinstance(name, str) else ""
 
 
-def check_same(said: Model, sae: str, clip: str, found: Model, any_clip: bool) -> str:
-    """A remark where it cannot be told whether the SAE belongs to this model, or where `any_clip` lets it pass; else nothing.
+def check_same(trained_on: Model, sae: str, clip: str, model: Model, any_clip: bool) -> str:
+    """A remark if it cannot be told whether the SAE belongs to this model, or if `any_clip` lets another pass; else nothing.
 
-    `said` is the model that the SAE was trained on, `clip` the option that names the other, `found` what is known of that.
-    ValueError if the two are different models.
+    `trained_on` is the model that the SAE was trained on, `clip` says in words what the other one is, and `model` is what is
+    known of that. ValueError if the two are different models.
     """
-    if not said.name:
+    if not trained_on.name:
         return ""
-    known = published(said.name)  # folders that a path leads through are no part of a model's name
-    name = known + (f" ({said.sha256})" if said.sha256 else "")
-    if said.sha256 and found.sha256:
-        other: bool | None = said.sha256 != found.sha256
+    known = published(trained_on.name)  # folders that a path leads through are no part of a model's name
+    name = known + (f" ({trained_on.sha256})" if trained_on.sha256 else "")
+    if trained_on.sha256 and model.sha256:
+        other: bool | None = trained_on.sha256 != model.sha256
     else:
-        other = differ(known, found.name) if found.name else None
+        other = differ(known, model.name) if model.name else None
     if other is None:
         return f"model         the SAE was trained on {name}; whether {clip} is that model, their names do not tell"
     if not other:
         return ""
-    another = clip + (f" ({found.sha256})" if said.sha256 and found.sha256 else "")
+    another = clip + (f" ({model.sha256})" if trained_on.sha256 and model.sha256 else "")
     if any_clip:
-        return f"model         the SAE was trained on {name}, which {another} is not: --any-clip lets it pass"
-    raise ValueError(
-        f"--sae {sae} was trained on {name}, and {another} is another model; --any-clip runs it all the same"
-    )
+        return f"model         the SAE was trained on {name}, and {another} is another model; the job goes on, as asked"
+    raise ValueError(f"{sae} was trained on {name}, and {another} is another model")

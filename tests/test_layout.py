@@ -287,8 +287,6 @@ def flags_in(path: Path) -> list[str]:
 
 
 ALLOWED = {
-    "saecore/images/columns.py",
-    "saecore/images/listing.py",
     "saecore/naming/names.py",
     "saecore/runs/card.py",
     "saecore/runs/run.py",
@@ -296,9 +294,6 @@ ALLOWED = {
     "saecore/sae/embedding_formats.py",
     "saecore/sae/model.py",
     "saecore/sae/sites.py",
-    "saecore/spellings.py",
-    "saecore/towers/clip.py",
-    "saecore/towers/text.py",
     "saecore/training/embeddings.py",
     "saecore/training/loop.py",
     "saecore/training/recipe.py",

@@ -39,7 +39,7 @@ def derivative(tower: ImageTower, trace: Trace, direction: Tensor, layers: int) 
 
     The trace must hold as many layers, and their keys if there are several.
     """
-    tangent = torch.zeros_like(trace.cls_final, dtype=torch.float32)
+    tangent = torch.zeros_like(trace.query_final, dtype=torch.float32)
     s = signs(layers, tower.n_heads, trace.values[-1].shape[1]).to(tangent.device)
     for index, layer in zip(range(-layers, 0), tower.path()[-layers:], strict=True):
         tangent = _through(tower, trace, index, layer, s[index], tangent, entered=index > -layers)
@@ -50,14 +50,14 @@ def _through(
     tower: ImageTower, trace: Trace, index: int, layer: PathLayer, s: Tensor, tangent: Tensor, entered: bool
 ) -> Tensor:
     """The tangent (B, D) entering a layer -> leaving it; not `entered`: it is nothing yet."""
-    A, v = trace.cls_attention[index], _heads(tower, trace.values[index])
+    A, v = trace.query_attention[index], _heads(tower, trace.values[index])
     moved, given = A * s, torch.zeros_like(v[:, :, 0])
     if entered:
         assert layer.entry is not None  # a learned query has no layer below
         entry, norm = layer.entry, layer.entry.norm1
-        normed = _of_norm(norm, trace.cls_before[index], tangent)
+        normed = _of_norm(norm, trace.query_before[index], tangent)
         q, k_own, v_own = (_heads(tower, normed[:, None] @ w.float().T) for w in (entry.q, entry.k, entry.v))
-        q_held, keys = _heads(tower, trace.cls_query[index][:, None]), _heads(tower, trace.keys[index])
+        q_held, keys = _heads(tower, trace.query_q[index][:, None]), _heads(tower, trace.keys[index])
         scores = (keys * q).sum(-1)
         scores[..., 0] += (q_held * k_own).sum((2, 3))
         held = (keys * q_held).sum(-1) * entry.scale
@@ -65,8 +65,8 @@ def _through(
         given = A[..., :1] * v_own[:, :, 0]
     given = given + (moved[:, :, None] @ v).squeeze(2)
     after = tangent + given.flatten(1) @ layer.out.float().T
-    inner = _of_norm(layer.norm2, trace.cls_after[index], after) @ layer.mlp.fc1.weight.float().T
-    out = _moved(layer.mlp.activation_fn, trace.cls_inner[index], inner)
+    inner = _of_norm(layer.norm2, trace.query_after[index], after) @ layer.mlp.fc1.weight.float().T
+    out = _moved(layer.mlp.activation_fn, trace.query_inner[index], inner)
     return after + out @ layer.mlp.fc2.weight.float().T
 
 

@@ -48,11 +48,11 @@ def attention_gradients(
     `exact`: through the final LayerNorm's deviation too, instead of holding it constant. The trace must hold as many layers,
     and their keys if `layers` is above 1.
     """
-    G = tower.pull_back(read_outs, trace.cls_final, exact).direction
+    G = tower.pull_back(read_outs, trace.query_final, exact).direction
     path = tower.path()
     for index in range(-1, -1 - layers, -1):
         layer = path[index]
-        after, inner, values = trace.cls_after[index], trace.cls_inner[index], trace.values[index]
+        after, inner, values = trace.query_after[index], trace.query_inner[index], trace.values[index]
         inside = within_layer(layer, tower.n_heads, after, inner, values, G)
         yield index, inside.D, inside.G_y
         if index > -layers:
@@ -71,16 +71,16 @@ def within_layer(layer: PathLayer, n_heads: int, after: Tensor, inner: Tensor, v
 
 def _before_attention(tower: ImageTower, trace: Trace, index: int, entry: Entry, inside: Within) -> Tensor:
     """What reaches the CLS token before a layer through its query, its key and its value (B, k, D)."""
-    A = trace.cls_attention[index][:, :, None]  # B H 1 N
+    A = trace.query_attention[index][:, :, None]  # B H 1 N
     D = inside.D.transpose(1, 2)  # B H k N
     dS = entry.scale * A * (D - (A * D).sum(-1, keepdim=True))
     keys = by_head(trace.keys[index], tower.n_heads).transpose(1, 2).float()  # B H N Dh
     dq = (dS @ keys).transpose(1, 2).flatten(2)
-    q = by_head(trace.cls_query[index], tower.n_heads).transpose(0, 1)  # H B Dh
+    q = by_head(trace.query_q[index], tower.n_heads).transpose(0, 1)  # H B Dh
     through_key = (q @ entry.k.unflatten(0, (tower.n_heads, -1))).float().transpose(0, 1)  # B H D
     dv = (A[..., 0].transpose(1, 2)[..., None] * inside.G_o).flatten(2)
     into = product(dq, entry.q) + dS[..., 0].transpose(1, 2) @ through_key + product(dv, entry.v)
-    return _norm_vjp(entry.norm1, trace.cls_before[index], into)
+    return _norm_vjp(entry.norm1, trace.query_before[index], into)
 
 
 def mlp_vjp(layer: PathLayer, after: Tensor, slope: Tensor, G: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ right and lower edge that fill no whole patch are not seen: 6 of 384 with patche
 Shapes as in `saecore.towers.tower`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -21,8 +21,7 @@ from torch.nn.functional import linear
 from transformers import SiglipVisionModel
 
 from saecore.images.preprocess import Preprocess
-from saecore.towers.cls_path import within_layer
-from saecore.towers.tower import ImageTower, PathLayer, ReadOut, Step, Trace
+from saecore.towers.tower import ImageTower, PathLayer, ReadOut, Step
 
 
 class SiglipTower(ImageTower):
@@ -59,32 +58,23 @@ class SiglipTower(ImageTower):
         out = self.vision.head.attention.out_proj
         return [PathLayer(None, out.weight, out.bias, self.vision.head.layernorm, self.vision.head.mlp)]
 
-    def embed_cls(self, cls: Tensor) -> Tensor:
-        """See `ImageTower.embed_cls`: it is the embedding."""
-        return cls.float()
+    def embed_query(self, final: Tensor) -> Tensor:
+        """See `ImageTower.embed_query`: it is the embedding."""
+        return final.float()
 
-    def embed_alone(self, tokens: Tensor) -> Tensor:
-        """See `ImageTower.embed_alone`: as if the pooling looked at that token alone."""
+    def embed_each(self, tokens: Tensor) -> Tensor:
+        """See `ImageTower.embed_each`: as if the pooling looked at that token alone."""
         v = self._projected(2, self.vision.post_layernorm(tokens))
         a = self.vision.head.attention.out_proj(v).float()
         return self._out_of_mlp(a, self._into_mlp(a))
 
-    def pull_back(self, read_outs: Tensor, cls: Tensor, exact: bool = False) -> ReadOut:
+    def pull_back(self, read_outs: Tensor, final: Tensor, exact: bool = False) -> ReadOut:
         """See `ImageTower.pull_back`: nothing lies between."""
         return ReadOut(read_outs.float(), torch.zeros_like(read_outs[..., 0]))
 
-    def own_targets(
-        self, trace: Trace, read_outs: Callable[[Tensor], Tensor], layers: int, exact: bool = False
-    ) -> Iterator[Tensor]:
-        """See `ImageTower.own_targets`: what leaves the layer is pooled, and the pooling's attention differentiated by.
-
-        As in the published code the pooling sees the tokens without LN, which is not how the model was trained.
-        """
-        for tokens in reversed(trace.tokens[-layers:]):
-            step = self._pool_normed(tokens, tokens)
-            layer, after, inner = self.path()[0], step.after[:, 0], step.inner[:, 0]
-            w = read_outs(step.leaving[:, 0])
-            yield within_layer(layer, self.n_heads, after, inner, step.v, w).D.clamp(min=0)
+    def pool_unnormed(self, tokens: Tensor) -> Step:
+        """The pooling of tokens (B, N, D) as they stand, without the LayerNorm that comes before it in the model."""
+        return self._pool_normed(tokens, tokens)
 
     def _steps(self, hidden: Tensor, whole: bool = False, weights: "list[Tensor] | None" = None) -> Iterator[Step]:
         for step in super()._steps(hidden, whole, weights):

@@ -15,7 +15,7 @@ Shapes: B images, L layers, N tokens, P patches, H heads, Dh head width, D = H D
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -28,27 +28,30 @@ SINK_DEVIATIONS = 4.0
 
 
 class Trace(NamedTuple):
-    """What one forward leaves for relevance maps. Lists have one entry a layer that the query passes, first layer first; those
-    of values, attention, queries and keys begin at the first layer that was asked for, so count layers from the last."""
+    """What one forward leaves for relevance maps.
+
+    A list has one entry for each layer that the query passes, first layer first. The lists `values`, `keys`,
+    `query_attention` and `query_q` hold only the last `layers` layers, so index all lists from the last: -1, -2, ..
+    """
 
     values: list[Tensor]
     """(B, N, D) value vectors of all tokens, heads side by side."""
-    cls_attention: list[Tensor]
-    """float32 (B, H, N): the query's attention over all tokens, after softmax."""
-    cls_before: list[Tensor]
-    """(B, D) the query's residual stream entering the layer."""
-    cls_after: list[Tensor]
+    query_attention: list[Tensor]
+    """float32 (B, H, N): the row of attention by which the query looks at all tokens, after softmax."""
+    query_before: list[Tensor]
+    """(B, D) the query's residual stream where it enters the layer."""
+    query_after: list[Tensor]
     """(B, D) the same between attention and MLP."""
-    cls_inner: list[Tensor]
+    query_inner: list[Tensor]
     """(B, 4 D) the same inside the MLP, before its activation function: one row, but a product with few rows is slow."""
-    cls_final: Tensor
-    """(B, D) the same leaving the last layer, before the final LayerNorm if there is one."""
+    query_final: Tensor
+    """(B, D) the same where it leaves the last layer, before the final LayerNorm if there is one."""
     sinks: Tensor
     """bool (B, P): patches whose norm was an outlier where they enter any layer of the upper half."""
     keys: list[Tensor]
     """(B, N, D) key vectors of all tokens; empty unless asked for, since they double what a trace holds."""
-    cls_query: list[Tensor]
-    """(B, D) the query itself."""
+    query_q: list[Tensor]
+    """(B, D) the vector q by which the query looks at the keys."""
     tokens: list[Tensor]
     """(B, N, D) residual streams entering each of the last layers, then that leaving the last; as many as were asked for."""
 
@@ -155,29 +158,19 @@ class ImageTower(nn.Module):
         """The layers as the query passes through them, first layer first."""
         raise NotImplementedError
 
-    def embed_cls(self, cls: Tensor) -> Tensor:
+    def embed_query(self, final: Tensor) -> Tensor:
         """The query's final residual stream (B, D) -> float32 embedding (B, E)."""
         raise NotImplementedError
 
-    def embed_alone(self, tokens: Tensor) -> Tensor:
+    def embed_each(self, tokens: Tensor) -> Tensor:
         """Final residual streams (B, n, D) -> embeddings (B, n, E), had the query become each, or looked at it alone."""
         raise NotImplementedError
 
-    def pull_back(self, read_outs: Tensor, cls: Tensor, exact: bool = False) -> ReadOut:
-        """Read-outs of the embedding (B, k, E) -> read-outs of the query's `cls` (B, D) that give the same numbers.
+    def pull_back(self, read_outs: Tensor, final: Tensor, exact: bool = False) -> ReadOut:
+        """Read-outs of the embedding (B, k, E) -> read-outs of the query's final residual stream (B, D) that give the
+        same numbers.
 
         `exact`: the direction is the true gradient, and the constant what is left then.
-        """
-        raise NotImplementedError
-
-    def own_targets(
-        self, trace: Trace, read_outs: Callable[[Tensor], Tensor], layers: int, exact: bool = False
-    ) -> Iterator[Tensor]:
-        """LeGrad as published: each layer's own target z^l, a stand-in for the embedding's that sees this layer and no later.
-
-        read_outs: of an embedding (B, E), here the layer's own, to w (B, k, E), since norms are that embedding's. Of the last
-        `layers` layers, last first: max(dz^l/dA^l, 0), A the attention that the target sees through, averaged over query rows,
-        float32 (B, k, H, N). The trace must hold the last `layers` + 1 residual streams.
         """
         raise NotImplementedError
 
@@ -196,32 +189,45 @@ class ImageTower(nn.Module):
         layers: of how many last layers that the query passes the trace holds values, attention and queries; all, if None.
         keys: theirs too. tokens: how many last residual streams it holds; with any, the last layer computes all tokens.
         """
-        trace = Trace([], [], [], [], [], pixels, pixels, [], [], [])
+        values, keys_kept, streams, norms = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
+        before, after, inner = list[Tensor](), list[Tensor](), list[Tensor]()
+        rows, queries = list[Tensor](), list[Tensor]()
         looks_end = self.looks_from + len(self.path())
-        norms: list[Tensor] = []
         for index, step in enumerate(self._steps(self.first_tokens(pixels), whole=tokens > 0)):
             if index >= self.n_layers // 2:
                 patches = step.entering[:, self.n_own :]
                 norms.append(torch.linalg.vector_norm(patches, dim=-1, dtype=torch.float32))
             if index + tokens > self.n_layers:
-                trace.tokens.append(step.entering)
+                streams.append(step.entering)
             if index < self.looks_from:
                 continue
-            # clones, since a view would keep every layer's whole residual stream in memory
-            trace.cls_before.append(step.before[:, 0].clone())
-            trace.cls_after.append(step.after[:, 0].clone())
-            trace.cls_inner.append(step.inner[:, 0].clone())
+            # Clones, since a view would keep every layer's whole residual stream in memory.
+            before.append(step.before[:, 0].clone())
+            after.append(step.after[:, 0].clone())
+            inner.append(step.inner[:, 0].clone())
             if layers is None or index + layers >= looks_end:
-                query = step.q[:, 0].clone()
-                trace.values.append(step.v)
-                trace.cls_attention.append(self._attention_row(query, step.k))
-                trace.cls_query.append(query)
-                if keys:
-                    trace.keys.append(step.k)
-        if len(trace.tokens) < tokens:  # what leaves the last layer has entered a pooling already, where there is one
-            trace.tokens.append(step.leaving)
+                queries.append(step.q[:, 0].clone())
+                rows.append(self._attention_row(queries[-1], step.k))
+                values.append(step.v)
+                keys_kept += [step.k] if keys else []
+        if (
+            len(streams) < tokens
+        ):  # of a tower with a pooling, what leaves the last layer is kept as what enters the pooling
+            streams.append(step.leaving)
         final = step.leaving[:, 0]
-        return self.embed_cls(final), trace._replace(cls_final=final, sinks=_outliers(norms))
+        trace = Trace(
+            values=values,
+            query_attention=rows,
+            query_before=before,
+            query_after=after,
+            query_inner=inner,
+            query_final=final,
+            sinks=_outliers(norms),
+            keys=keys_kept,
+            query_q=queries,
+            tokens=streams,
+        )
+        return self.embed_query(final), trace
 
     def embed(self, pixels: Tensor) -> Tensor:
         """The embedding alone: the plain forward that the cost of maps is measured against."""
@@ -229,7 +235,7 @@ class ImageTower(nn.Module):
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """First tokens (B, n, D), the tower's own and any of the patches -> embedding (B, E): what it makes of only these."""
-        return self.embed_cls(deque(self._steps(tokens), maxlen=1).pop().leaving[:, 0])
+        return self.embed_query(deque(self._steps(tokens), maxlen=1).pop().leaving[:, 0])
 
     def attend_plainly(self, first: Tensor) -> tuple[Tensor, list[Tensor]]:
         """First tokens -> the query's final residual (B, D) and every step's whole attention (B, H, n, N), in autograd's graph.
