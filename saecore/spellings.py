@@ -1,8 +1,8 @@
 """What models are called, and whether two names can mean one model.
 
 One model has several spellings: `openai/clip-vit-base-patch16` is `ViT-B/16` to OpenAI's own loader, `ViT-B-16` in a file's
-name, `models--openai--clip-vit-base-patch16` in a cache. Names are compared by what they say of family, size, patch and
-resolution: they differ where both say it and say something else. Where a name does not say, nothing is concluded.
+name, `models--openai--clip-vit-base-patch16` in a cache. Names are compared by the family, size, patch and resolution that they
+state: they differ if both state one of these and it is not the same. Nothing is concluded from what a name does not state.
 """
 
 import json
@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 
 
 class Model(NamedTuple):
-    """A model, as far as a file tells of it."""
+    """What a file tells of a model."""
 
     name: str = ""
-    """As it stands there: an id, a shape such as ViT-B/16, `demo`, a folder."""
+    """The name as the file has it: an id, a shape such as ViT-B/16, `demo`, a folder."""
     sha256: str = ""
     """What `ImageTower.sha256` begins with."""
 
 
-# Who trained it, and on what, in the order in which a name is searched: a TinyCLIP may name LAION's data too.
+# Who trained a model, or on what, in the order in which a name is searched: a TinyCLIP may name LAION's data too.
 _FAMILIES = (
     "siglip2",
     "siglip",
@@ -51,7 +51,7 @@ _RESOLUTION = re.compile(r"-(\d{3})(?:px)?(?=-|$)")
 
 
 class _Traits(NamedTuple):
-    """What a name says; None where it does not."""
+    """What a name states; None for what it does not."""
 
     family: str | None
     size: str | None
@@ -71,18 +71,18 @@ def _traits(name: str) -> _Traits:
 
 
 def _plain(name: str) -> str:
-    """Without the prefixes by which loaders tell where a model comes from."""
+    """A name without the prefixes by which loaders tell where a model comes from."""
     return re.sub(r"^(open[-_]clip:|hf-hub:|hf://|timm:|timm/)+", "", name.lower()).rstrip("/")
 
 
 def _identifier(name: str) -> tuple[str, str] | None:
-    """Owner and name of a Hugging Face id; None of anything else, such as a path or ViT-B/16."""
+    """Owner and name of a Hugging Face id; None for anything else, such as a path or ViT-B/16."""
     parts = _plain(name).split("/")
     return (parts[0], parts[1]) if len(parts) == 2 and all(parts) and not parts[1][:2].isdigit() else None
 
 
 def differ(one: str, other: str) -> bool | None:
-    """Whether two names mean different models; None where they do not tell."""
+    """Whether two names mean different models; None if they do not tell."""
     ids = _identifier(one), _identifier(other)
     if _plain(one) == _plain(other):
         return False
@@ -114,7 +114,7 @@ def telling(clip: str) -> str:
 
 
 def published(clip: str) -> str:
-    """A model's name as others may read it: of a path the id that a cache's folder holds, or else the last folder alone."""
+    """A model's name as others may read it: for a path, the id in the name of a cache's folder, or else the last folder."""
     if not clip.startswith("/") and "://" not in clip:
         return clip
     cached = [part for part in Path(clip).parts if part.startswith("models--")]
@@ -125,7 +125,7 @@ def _stated(config: Path) -> str:
     """The name that transformers wrote into a folder's config.json."""
     try:
         content: Any = json.loads(config.read_bytes())
-    except (OSError, ValueError):  # the loader of the model tells what is wrong with it
+    except (OSError, ValueError):  # whoever loads the model says what is wrong with the file
         return ""
     name = content.get("_name_or_path") if isinstance(content, dict) else None
     return name if isinstance(name, str) else ""

@@ -572,7 +572,10 @@ CLIPS: dict[str, tuple[Damage, str, str]] = {
             ("", "is not JSON"),
             ("[]", "holds a JSON list"),
             ("{}", "weight_map in .* is None"),
-            ('{"weight_map": {"a": "none.safetensors"}}', "names 'none.safetensors', expected a file beside it"),
+            (
+                '{"weight_map": {"a": "none.safetensors"}}',
+                "names 'none.safetensors', expected a file in the same folder",
+            ),
             (
                 '{"weight_map": {"a": "../../../../etc/passwd"}}',
                 "names '../../../../etc/passwd', expected a file beside",

@@ -74,7 +74,7 @@ def test_a_bad_vocabulary_is_one_sentence(content: bytes | None, complaint: str,
 def test_what_is_no_clip_with_a_text_side_is_refused(tmp_path: Path) -> None:
     from transformers import CLIPTextConfig, CLIPTextModel, ViTConfig
 
-    with pytest.raises(ValueError, match="^no/such-model") as caught:
+    with pytest.raises(ValueError, match=r"^no/such-model") as caught:
         load_text_tower("no/such-model")
     assert "\n" not in str(caught.value)
     ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path / "vit")
