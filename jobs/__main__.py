@@ -43,7 +43,7 @@ COMMANDS = {
 EXAMPLES = {
     "run --demo --out runs/demo": "drawn scenes; models included",
     "run --images photos/ --clip MODEL --sae SAE --out runs/photos": "images of your own",
-    "query top runs/demo green": "where is it green?",
+    "query find runs/demo green": "which latent stands for green?",
     "report --run runs/demo --serve": "everything, in a browser",
 }
 """Command lines -> why one calls them."""

@@ -4,7 +4,7 @@ Nothing in them runs, nothing is allocated because a file claims it, and whateve
 sentence that names the file, what it holds and what was expected.
 
 Left out: what the content means (`saecore.sae.config`, `saecore.sae.formats`, `saecore.towers.model_files`), and whether a
-model computes anything (`saecore.towers.soundness`).
+model computes anything (`saecore.sae.soundness`, `saecore.towers.soundness`).
 """
 
 import io

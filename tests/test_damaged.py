@@ -235,7 +235,7 @@ OWN: dict[str, tuple[Damage, str, str]] = {
     "values that overflow together": (
         together,
         "sae",
-        "makes numbers that are not finite of an ordinary embedding",
+        "computes numbers that are not finite for an ordinary embedding",
     ),
 }
 

@@ -226,8 +226,8 @@ def made(record: Record) -> dict[str, str]:
     clip, sae = record.clip, record.sae_address
     known = {
         "command": record.command,
-        "CLIP": f"{clip} ({record.clip_sha256})" if clip else None,
-        "SAE": f"{sae} ({record.sae_sha256})" if sae else None,
+        "CLIP": f"{clip} ({record.sha256_of('clip')})" if clip else None,
+        "SAE": f"{sae} ({record.sha256_of('sae')})" if sae else None,
         "site": record.sae.get("site"),
         "started": record.started,
         "time": durations.waited(record) if record.session_seconds else None,

@@ -97,8 +97,8 @@ def _facts(record: Record) -> dict[str, str]:
     latents = f", {record.n_latents:,} latents" if record.sae_address else ""
     return {
         "images": f"{record.images:,}" + (f", of which {record.n_refused:,} were refused" if record.n_refused else ""),
-        "CLIP": _model(record.clip, record.clip_sha256),
-        "SAE": _model(record.sae_address, record.sae_sha256) + latents,
+        "CLIP": _model(record.clip, record.sha256_of("clip")),
+        "SAE": _model(record.sae_address, record.sha256_of("sae")) + latents,
         "maps": ", ".join([*map(_code, record.methods), *grid]),
         "of": ", ".join(map(_code, parts.get("targets", []))),
         "latents kept of each image": f"{parts['k']}" if "k" in parts else "",

@@ -108,15 +108,9 @@ class Record:
         """Address of the SAE, empty if there is none."""
         return str(self.config.get("sae", ""))
 
-    @property
-    def clip_sha256(self) -> str:
-        """The first digits of the SHA-256 of the CLIP, empty if the record does not say; `sae_sha256` of the SAE."""
-        return str(self.parts.get("clip", ""))
-
-    @property
-    def sae_sha256(self) -> str:
-        """See `clip_sha256`."""
-        return str(self.parts.get("sae", ""))
+    def sha256_of(self, model: str) -> str:
+        """The first digits of the SHA-256 of a model, `clip` or `sae`; empty if the record does not say."""
+        return str(self.parts.get(model, ""))
 
     @property
     def given_site(self) -> str:

@@ -517,6 +517,8 @@ def test_help_says_what_is_needed_and_titles_the_options_of_methods(capsys: pyte
     said = " ".join(capsys.readouterr().out.split())
     assert "Needs --images, --clip and --sae, or --demo in place of these three; and --out." in said
     assert "methods' options" in said
+    listed = said.partition("--method STR")[2].partition(", joined by commas")[0]
+    assert tuple(re.findall(r"\b(\w+)(?: \([a-z ]+\))?(?:,|$)", listed.partition("one or several of")[2])) == METHODS
     assert "options options" not in said
 
 

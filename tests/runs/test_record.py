@@ -44,7 +44,7 @@ def test_a_file_of_a_complete_run_is_read_and_written_again_as_it_was(tmp_path: 
     assert (record.grid, record.fit, record.n_refused) == ((8, 8), Fit(5, 1), 0)
     assert (record.lost, record.damaged) == (Unread(1, ["a.tar"], 2), Unread(4, ["b.tar", "c.tar", "d.tar"]))
     assert (record.kind, record.clip, record.sae_address) == ("explain", "demo", "saes/x")
-    assert (record.clip_sha256, record.sae_sha256, record.dtype) == ("0f5f", "33fe", "float32")
+    assert (record.sha256_of("clip"), record.sha256_of("sae"), record.dtype) == ("0f5f", "33fe", "float32")
     assert (record.methods, record.inputs, record.given_site) == (["contrib"], ["photos"], "embedding")
     assert record.keeps_embeddings
     write_record(str(tmp_path), record)
@@ -65,7 +65,7 @@ def test_a_run_that_goes_on_does_not_say_what_is_not_known_yet() -> None:
 def test_keys_that_older_runs_lack_have_values_that_say_nothing() -> None:
     record = from_document({"status": "complete", "parts": {"schema": 2}, "session_seconds": 2.0})
     assert record == Record(status="complete", parts={"schema": 2}, session_seconds={"images": 2.0})
-    assert (record.clip, record.sae_address, record.clip_sha256, record.given_site) == ("", "", "", "")
+    assert (record.clip, record.sae_address, record.sha256_of("clip"), record.given_site) == ("", "", "", "")
     assert (record.methods, record.inputs, record.worst_completeness_error) == ([], [], None)
 
 
