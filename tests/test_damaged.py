@@ -578,7 +578,7 @@ CLIPS: dict[str, tuple[Damage, str, str]] = {
             ),
             (
                 '{"weight_map": {"a": "../../../../etc/passwd"}}',
-                "names '../../../../etc/passwd', expected a file beside",
+                "names '../../../../etc/passwd', expected a file in the same folder",
             ),
         ]
     },
