@@ -1,6 +1,6 @@
 """The methods by which maps are made: one record each, their options, and the request that says what is to be explained.
 
-`RECORDS` is the only place that knows a method's facts: its name, what it gives, its units, what it looks at and what it needs.
+`METHODS` is the only place that knows a method's facts: its name, what it gives, its units, what it looks at and what it needs.
 The command line, the pages, the table in docs/maps.md and what a tower must keep of its forward are made of it. The
 formulas are with the functions, in `saecore.relevance`; what each method costs was measured in docs/benchmarks.md.
 
@@ -47,7 +47,7 @@ class Method:
 
 PRE_ACTIVATION = "pre-activation units"
 
-RECORDS = {
+METHODS = {
     "contrib": Method(
         gives="exact contribution of each patch to the CLS token",
         norm="frozen",
@@ -130,12 +130,6 @@ RECORDS = {
 UNKNOWN = Method(gives="", norm="none", layers=None, target="none", is_cause=False)
 """What is known of a method of another version, whose runs can still be looked at, and of a run without maps."""
 
-METHODS = tuple(RECORDS)
-"""The names of the methods."""
-
-DECOMPOSE = tuple(name for name, method in RECORDS.items() if method.decomposes)
-"""The names of the methods whose maps add up to the pre-activation with their remainder."""
-
 CHOICES = {
     "norm": ("auto", "frozen", "exact"),
     "legrad_target": ("mean", "cls"),
@@ -188,14 +182,14 @@ class Options:
 
     def norm_of(self, method: str) -> str:
         """The norm that a method is computed with: `frozen`, `exact`, or what its record says where there is no choice."""
-        own = RECORDS[method].norm
+        own = METHODS[method].norm
         if method == "dense" and self.dense == "token":
             return "always exact"
         return self.norm if self.norm != "auto" and own in ("frozen", "exact") else own
 
     def layers_of(self, method: str, available: int) -> int:
         """How many last layers a method looks at, of so many that there are to look at."""
-        return self.layers or min(RECORDS[method].layers or available, available)
+        return self.layers or min(METHODS[method].layers or available, available)
 
 
 DEFAULT_OPTIONS = Options()
@@ -204,7 +198,7 @@ DEFAULT_OPTIONS = Options()
 def dtype_of(device: str, methods: Sequence[str] = ()) -> str:
     """The tower's precision: bfloat16 on CUDA, unless a method needs float32."""
     return (
-        "bfloat16" if device == "cuda" and not any(RECORDS[method].needs_float32 for method in methods) else "float32"
+        "bfloat16" if device == "cuda" and not any(METHODS[method].needs_float32 for method in methods) else "float32"
     )
 
 

@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 
 from saecore.images.decode import Decoded, ImageError, decode, open_rgb
-from saecore.methods import DEFAULT_OPTIONS, RECORDS, Options, parse_methods, parse_targets
+from saecore.methods import DEFAULT_OPTIONS, METHODS, Options, parse_methods, parse_targets
 from saecore.pipeline.config import ExplainConfig
 from saecore.pipeline.models import check_latents, load_models, load_word_targets
 from saecore.relevance.explain import check_fits, explain_forward, trace_needs
@@ -89,9 +89,9 @@ class ExplainedImage:
         picture = display.resized(np.asarray(self.crop), side)
         limit = display.shared_limit(list(self.maps))
         tile = display.overlay(picture, self.maps[row], limit)
-        bar = display.colour_bar(limit, tile.shape[1], signed=bool(RECORDS[self.method].units))
+        bar = display.colour_bar(limit, tile.shape[1], signed=bool(METHODS[self.method].units))
         words = f"{self.targets[row]}   {self.pre_activations[row]:.3g}"
-        foot = f"{self.method}, {RECORDS[self.method].units or 'no units'}"
+        foot = f"{self.method}, {METHODS[self.method].units or 'no units'}"
         return display.mosaic([[(tile, words)], [(bar, "")]], foot=foot)
 
     def _row(self, target: int | str | None) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from saecore import heatmaps
-from saecore.methods import DEFAULT_OPTIONS, KEPT, RECORDS, Options, TargetRequest, dtype_of
+from saecore.methods import DEFAULT_OPTIONS, KEPT, METHODS, Options, TargetRequest, dtype_of
 from saecore.relevance.explain import explain_forward, trace_needs
 from saecore.relevance.maps import completeness_error, sink_share
 from saecore.relevance.targets import TargetAxis, Targets, WordTargets, no_word_targets
@@ -126,7 +126,7 @@ class Inference(_OnDevice[Inferred]):
         maps = [by_method[name] for name in self.methods]
         values = targets.values(embedding[:, None])[:, 0]
         errors = [
-            completeness_error(by_method[name], values).amax(-1) for name in self.methods if RECORDS[name].decomposes
+            completeness_error(by_method[name], values).amax(-1) for name in self.methods if METHODS[name].decomposes
         ]
         columns = {
             "embedding": embedding,

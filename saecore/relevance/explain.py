@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from saecore.methods import DEFAULT_OPTIONS, RECORDS, Options
+from saecore.methods import DEFAULT_OPTIONS, METHODS, Options
 from saecore.relevance import maps
 from saecore.relevance.maps import Batch, Maps
 from saecore.relevance.occlusion import occlusion
@@ -32,7 +32,7 @@ FUNCTIONS: dict[str, Callable[[Batch], Maps]] = {
     "occlusion": occlusion,
     "attention": maps.attention,
 }
-"""The function of each method of `saecore.methods.RECORDS`."""
+"""The function of each method of `saecore.methods.METHODS`."""
 
 
 def trace_needs(methods: Iterable[str], options: Options, n_layers: int) -> dict[str, int]:
@@ -43,7 +43,7 @@ def trace_needs(methods: Iterable[str], options: Options, n_layers: int) -> dict
     own_targets = options.legrad_target == "mean"  # legrad's, which leave the CLS path alone
     keeps_layers, keeps_keys, keeps_tokens = 0, False, 0
     for name in methods:
-        method = RECORDS[name]
+        method = METHODS[name]
         if method.has_own_forwards:
             continue
         depth = options.layers_of(name, n_layers) if method.takes_layers else 1
@@ -59,7 +59,7 @@ def trace_needs(methods: Iterable[str], options: Options, n_layers: int) -> dict
 
 def check_fits(tower: ImageTower, methods: Sequence[str], options: Options) -> None:
     """ValueError if a method is to look at more layers than its query passes, or to drop all that there is to look at."""
-    for name in (name for name in methods if RECORDS[name].takes_layers):
+    for name in (name for name in methods if METHODS[name].takes_layers):
         own = name == "legrad" and options.legrad_target == "mean"  # whatever the query passes, all layers have targets
         most = tower.n_layers if own else len(tower.path())
         if options.layers > most:
