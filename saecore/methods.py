@@ -42,8 +42,8 @@ class Method:
     has_own_forwards: bool = False
     """Whether it runs the tower itself and needs nothing from the forward that the other methods share."""
     needs_float32: bool = False
-    """Whether it subtracts two forwards. The rounding of bfloat16 is as large as the effect of one patch: on the embedded models
-    such maps were 6 % off in bfloat16, and those of the other methods 1 %."""
+    """Whether it subtracts two forwards. The rounding of bfloat16 is as large as the effect of one patch: on the embedded
+    models such maps were 6 % off in bfloat16, and those of the other methods 1 %."""
 
 
 PRE_ACTIVATION = "pre-activation units"
