@@ -247,7 +247,12 @@ def benchmark(argv: list[str]) -> int:
     )
     with commands.mistakes():
         chosen = tyro.cli(
-            kinds, args=argv, prog="python -m benchmarks", description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
+            kinds,
+            args=argv,
+            prog="python -m benchmarks",
+            description=(__doc__ or "").partition("\n\n")[0],
+            config=(tyro.conf.OmitArgPrefixes,),
+            registry=commands.help_rules(),
         )
         chosen.check()
     chosen.tell()

@@ -88,7 +88,7 @@ class DrawMethods:
     """The picture."""
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: rollout differentiates, and cannot with weights that are loaded in that mode
 def draw_methods(config: DrawMethods) -> None:
     tower, sae = load_tower("demo"), load_folder(SAE_FOLDER)
     scene = scenes.scene_at(scenes.SEED_DEMO, config.scene)

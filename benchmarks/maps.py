@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from benchmarks import naive_maps
-from saecore.images.decode import Preprocess
+from saecore.images.preprocess import Preprocess
 from saecore.methods import DEFAULT_OPTIONS, Options, dtype_of
 from saecore.relevance.explain import explain_forward, trace_needs
 from saecore.relevance.maps import Maps

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Protocol, TypeVar
 
 import tyro
 
@@ -192,34 +192,17 @@ def parse(kind: type[A], argv: list[str], name: str) -> A:
 
     --help shows the first lines of the class, the examples in the head of its module, and what the fields say.
     """
-    pair_flags(kind)
     arguments = tyro.cli(
         kind,
         args=argv,
         prog=program(name),
-        description="\n\n".join([inspect.cleandoc(kind.__doc__ or ""), *examples(kind)]),
+        description="\n\n".join([as_called(inspect.getdoc(kind)) or "", *examples(kind)]),
         config=(tyro.conf.HelptextFromCommentsOff,),
         registry=help_rules(),
     )
     check_addresses(arguments)
     arguments.check()
     return arguments
-
-
-def pair_flags(kind: type) -> None:
-    """Let tyro make one flag of a boolean that is off by default, `--tied`, and two of one that is on: `--centre, --no-centre`.
-
-    tyro has one setting for all booleans: with it help says either `--no-centre (default: True)` or `--tied, --no-tied`.
-    """
-    hints = get_type_hints(kind, include_extras=True)
-    for field in dataclasses.fields(kind):
-        hint = hints[field.name]
-        plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-        if dataclasses.is_dataclass(plain) and isinstance(plain, type):
-            pair_flags(plain)
-        elif plain is bool and field.default is False:
-            single: Any = tyro.conf.FlagCreatePairsOff
-            kind.__annotations__[field.name] = single[hint]
 
 
 def examples(kind: type) -> list[str]:
@@ -231,11 +214,18 @@ def examples(kind: type) -> list[str]:
     return ["\n".join(["Examples:", *lines])] if lines else []
 
 
+def as_called(text: str | Callable[[], str | None] | None) -> str | None:
+    """A text of help, or what gives one, with commands as they are called here: `jobs.name` may be `relmap name`."""
+    words = text() if callable(text) else text
+    return re.sub(r"\bjobs\.", "relmap ", words) if words and IS_INSTALLED else words
+
+
 def help_rules() -> tyro.constructors.ConstructorRegistry:
-    """tyro's rules, and two of our own.
+    """tyro's rules, and three of our own.
 
     Flags that the first lines of a class name come first, in their order there. Help omits a default that says nothing, such as
-    `(default: '')`.
+    `(default: '')`. A switch that is off has one flag, `--tied`; one that is on has two, `--centre, --no-centre`: a single
+    setting of tyro's would give both one, or both two.
     """
     registry = tyro.constructors.ConstructorRegistry()
     inside = False
@@ -258,17 +248,18 @@ def help_rules() -> tyro.constructors.ConstructorRegistry:
         if not isinstance(spec, tyro.constructors.StructConstructorSpec):
             return None
         quiet = tyro.conf.arg(help_behavior_hint=shown)
+
+        def told(field: tyro.constructors.StructFieldSpec) -> tyro.constructors.StructFieldSpec:
+            one_flag: Any = tyro.conf.FlagCreatePairsOff
+            kind: Any = Annotated[field.type, quiet]
+            kind = one_flag[kind] if field.default is False else kind
+            return dataclasses.replace(field, type=kind, helptext=as_called(field.helptext))
+
         named = re.findall(r"--[a-z-]+", info.type.__doc__ or "")
         order = sorted(spec.fields, key=lambda field: [*named, flag(field.name)].index(flag(field.name)))
-        fields = [_annotated(field, quiet) for field in order]
-        return dataclasses.replace(spec, fields=tuple(fields))
+        return dataclasses.replace(spec, fields=tuple(map(told, order)))
 
     return registry
-
-
-def _annotated(field: Any, more: Any) -> Any:
-    """A field of tyro's with one more annotation of its type."""
-    return dataclasses.replace(field, type=Annotated[field.type, more])
 
 
 def check_addresses(arguments: Any) -> None:

@@ -5,15 +5,17 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from rich.console import Console
 
 from . import cluster
 from .commands import behind
+
+S = TypeVar("S", bound=Sized)
 
 LINES_EVERY = 10.0
 """Seconds between progress lines where the output is not a terminal."""
@@ -127,3 +129,12 @@ class Progress:
     def close(self) -> None:
         """Print the line for the last time."""
         print(f"\r{self.text()}\033[K" if self._console.is_terminal else self.text(), flush=True)
+
+
+def with_progress(blocks: Iterable[S], total: int, unit: str) -> Iterator[S]:
+    """The same blocks, whose lengths add up to the total, with a progress line."""
+    progress = Progress(total, 0, unit)
+    for block in blocks:
+        yield block
+        progress.add(len(block), 0)
+    progress.close()

@@ -1,16 +1,16 @@
-"""Images, or the words of a vocabulary, to CLIP embeddings: projected, before any normalisation, float32.
+"""Embed images, or the words of a vocabulary, with CLIP: projected, before any normalisation, float32.
 
     python -m jobs.embed --images photos/ 'shards/*.tar' --clip openai/clip-vit-large-patch14 --out runs/photos-clip
     python -m jobs.embed --text words.txt --clip openai/clip-vit-large-patch14 --out runs/words-clip
 
-Images take the flow of `jobs.pipeline`, with `saecore.pipeline.stages.Embed` in its replicas, to a run with the table
-`images` alone:
+Images take the flow of `jobs.pipeline`, with `saecore.pipeline.stages.Embed` in its replicas, to a run that has only the table
+`images`:
 
     plan -> decode (CPU tasks) -> CLIP (replicas) -> write (CPU tasks) -> progress -> memory map
 
-Its memory map, as MSAE's training reads it (`saecore.training.memmaps`), has a row for every image that was not refused, in
-the order of the run's chunks, which is that of image_id. Words are few: they are embedded in this process, to `texts.parquet`
-and a memory map in the vocabulary's order.
+The memory map of a run, in the form that MSAE's training reads (`saecore.training.memmaps`), has a row for every image that was
+not refused, in the order of image_id. Words are few, so they are embedded in this process, to `texts.parquet` and a memory map
+in the vocabulary's order.
 
 Left out: resuming in the middle of a vocabulary.
 """
@@ -25,8 +25,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs
-import pyarrow.parquet as pq
 
 from saecore import schema
 from saecore.pipeline.clock import Clock
@@ -36,7 +34,7 @@ from saecore.runs.files import ROW_GROUP_ROWS, parquet_bytes
 from saecore.runs.refusals import refusals
 from saecore.runs.run import listing_hash, refuse_other
 from saecore.schema import TEXTS_FILE
-from saecore.storage import filesystem_of, join_uri, write_atomic
+from saecore.storage import Place, exists, join_uri, read_parquet, write_atomic
 from saecore.training import memmaps
 
 from . import cluster, commands, console, pipeline
@@ -48,7 +46,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Arguments(pipeline.Arguments):
-    """Images, or the words of a vocabulary, to CLIP embeddings.
+    """Embed images, or the words of a vocabulary, with CLIP.
 
     Needs --images or --text, --clip and --out.
     """
@@ -56,13 +54,13 @@ class Arguments(pipeline.Arguments):
     text: str = ""
     """Embed this vocabulary, one word a line, instead of images; in this process, without Ray. --limit counts words."""
     templates: tuple[str, ...] = ("{}",)
-    """With --text: what each word is put into, at {}. Of several, the mean of their L2-normalised embeddings."""
-    name: str = ""
-    """First field of the memory map's file name; without it, the name of the out folder or of the vocabulary."""
+    """With --text: texts into which each word is put, at {}. Several give the mean of their L2-normalised embeddings."""
+    dataset: str = ""
+    """First field of the memory map's file name. The default is the name of the out folder or of the vocabulary."""
     split: str = "train"
     """Third field of the memory map's file name, for images."""
     no_npy: bool = False
-    """Leave the memory map away, and write Parquet alone."""
+    """Write no memory map, only Parquet."""
 
     def check(self) -> None:
         """See `pipeline.Arguments.check`."""
@@ -73,9 +71,11 @@ class Arguments(pipeline.Arguments):
         commands.check_templates(self.templates)
         if self.templates != ("{}",) and not self.text:
             raise ValueError("--templates is for --text")
-        for field in ("name", "split"):
+        for field in ("dataset", "split"):
             if "/" in getattr(self, field):
-                raise ValueError(f"--{field} {getattr(self, field)}: becomes part of a file's name, so no / in it")
+                raise ValueError(
+                    f"--{field} {getattr(self, field)}: becomes part of a file's name, so it must have no /"
+                )
         super().check()
 
 
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def embed(argv: list[str]) -> int:
-    """Check everything, run what is pending, say what came of it."""
+    """Check everything, run what is pending, and print the results."""
     clock = Clock()
     with commands.mistakes():
         arguments = commands.parse(Arguments, argv, "embed")
@@ -135,8 +135,8 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
 
 
 def embed_vocabulary(arguments: Arguments) -> int:
-    """A vocabulary to `texts.parquet` and its memory map; the same command again does nothing."""
-    from saecore.towers import text  # and with it PyTorch
+    """Embed a vocabulary to `texts.parquet` and its memory map; the same command again does nothing."""
+    from saecore.towers import text  # slow: PyTorch comes with it
 
     with commands.mistakes():
         vocabulary = text.read_vocabulary(arguments.text)
@@ -173,32 +173,31 @@ def embed_vocabulary(arguments: Arguments) -> int:
 
 
 def texts(tower: "TextTower", words: list[str], arguments: Arguments, device: str) -> pa.Table:
-    """schema.TEXTS, with a progress line; says how many texts were cut."""
+    """schema.TEXTS, with a progress line. Prints how many texts were cut."""
     from saecore.towers.text import embed_words
 
     size, templates = arguments.batch_size, arguments.templates
     progress = console.Progress(len(words), 0, "words")
-    found, cut = [], 0
+    blocks, n_cut = [], 0
     for start in range(0, len(words), size):
         block = words[start : start + size]
-        found.append(embed_words(tower, block, templates, size, device))
-        cut += tower.too_long([template.replace("{}", word) for word in block for template in templates])
+        blocks.append(embed_words(tower, block, templates, size, device))
+        n_cut += tower.too_long([template.replace("{}", word) for word in block for template in templates])
         progress.add(len(block), 0)
     progress.close()
-    if cut:
-        print(f"{cut:,} texts are longer than the {tower.n_tokens} tokens of this CLIP: cut there")
-    embeddings = pa.array(np.concatenate(found).ravel())
+    if n_cut:
+        print(f"{n_cut:,} texts are longer than the {tower.n_tokens} tokens of this CLIP, and were cut there")
+    embeddings = pa.array(np.concatenate(blocks).ravel())
     ends = pa.array(np.arange(len(words) + 1) * tower.n_outputs, pa.int32())
     lists = pa.ListArray.from_arrays(ends, embeddings, type=schema.TEXTS.field("embedding").type)
     return pa.Table.from_arrays([pa.array(words, pa.string()), lists], schema=schema.TEXTS)
 
 
 def holds_texts(out: str, parts: dict[str, Any]) -> bool:
-    """Whether `out` holds these texts already; ValueError if it holds others, or a run over images."""
-    filesystem, folder = filesystem_of(out)
-    if filesystem.get_file_info(f"{folder}/run.json").type != pyarrow.fs.FileType.NotFound:
+    """Whether `out` already holds these texts; ValueError if it holds others, or a run over images."""
+    if exists(join_uri(out, "run.json")):
         raise ValueError(f"--out {out} holds a run over images; name another folder for words")
-    if filesystem.get_file_info(f"{folder}/{TEXTS_FILE}").type == pyarrow.fs.FileType.NotFound:
+    if not exists(join_uri(out, TEXTS_FILE)):
         return False
     with commands.given("--out"):
         refuse_other(out, json.loads((read_texts(out).schema.metadata or {}).get(b"parts", b"{}")), parts)
@@ -207,23 +206,22 @@ def holds_texts(out: str, parts: dict[str, Any]) -> bool:
 
 def read_texts(out: str) -> pa.Table:
     """texts.parquet."""
-    filesystem, folder = filesystem_of(out)
-    return pq.read_table(f"{folder}/{TEXTS_FILE}", filesystem=filesystem)
+    return read_parquet(join_uri(out, TEXTS_FILE))
 
 
 def write_memory_map(
     arguments: Arguments, clip: str, split: str, kind: str, shape: tuple[int, int], rows: Iterable[np.ndarray]
 ) -> str:
-    """The memory map in the out folder, unless it is there; returns the line that says what came of it."""
-    filesystem, folder = filesystem_of(arguments.out)
+    """Write the memory map into the out folder, unless it is there; returns the line that says so."""
+    place = Place(arguments.out)
     if arguments.no_npy:
         return "memory map    none, as --no-npy asks"
-    if not isinstance(filesystem, pyarrow.fs.LocalFileSystem):
-        return f"memory map    none: {arguments.out} is no local folder, and what is elsewhere cannot be mapped"
+    if not place.is_local:
+        return f"memory map    none: {arguments.out} is no local folder, and only local files can be mapped"
     if not shape[0]:
         return "memory map    none: every image was refused"
-    name = arguments.name or (Path(arguments.text).stem if arguments.text else Path(folder).name)
-    target = Path(folder, memmaps.file_name(name, clip, split, kind, shape))
+    dataset = arguments.dataset or (Path(arguments.text).stem if arguments.text else Path(place.path).name)
+    target = Path(place.path, memmaps.file_name(dataset, clip, split, kind, shape))
     if not target.exists():
         memmaps.write(target, rows, shape)
     return f"memory map    {target.name}: raw float32 {shape[0]:,} x {shape[1]:,}, no npy header"

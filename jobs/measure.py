@@ -1,13 +1,13 @@
-"""How good any SAE is, on embeddings: `saecore.evaluation.quality` in one command, for any SAE.
+"""Measure how good an SAE is on embeddings: `saecore.evaluation.quality` in one command, for an SAE of any format.
 
     python -m jobs.measure --sae runs/sae --embeddings runs/photos
     python -m jobs.measure --sae demo --embeddings val.npy --labels val.txt --texts runs/classes --against runs/sae2 --json
     python -m jobs.measure --sae SAE_of_any_format --embeddings runs/photos --save runs/sae    # convert, and calibrate
 
-Figures are honest on embeddings that the SAE was not trained on alone: of the file it was trained on, --rows and --seed of
-`jobs.train`'s --held-out and --seed draw just the rows held out there.
+Figures are honest only on embeddings that the SAE was not trained on. Of the file that it was trained on, --rows and --seed
+with the values of --held-out and --seed of `jobs.train` draw exactly the rows that were held out there.
 
-Left out: `--against` at n above about 10,000, where the one-to-one matching takes hours and n^2 numbers.
+Left out: `--against` for more than about 10,000 latents, where the one-to-one matching takes hours and n^2 numbers.
 """
 
 import dataclasses
@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.fs
 
 from saecore.spellings import check_same, telling
-from saecore.storage import filesystem_of, resolved
+from saecore.storage import names_in, resolved
 from saecore.training.embeddings import Embeddings, open_embeddings
 from saecore.training.recipe import doubled
 from saecore.training.survey import draw, unit_length
@@ -34,39 +33,39 @@ if TYPE_CHECKING:
     from saecore.sae.model import SAE
 
 FIRST_K, LAST_K = 16, 1024
-"""Where the recovery curve begins by default, as MSAE's does, and where it ends: beyond, decoding outweighs all else."""
+"""The first and the last k of the default recovery curve. MSAE's begins at 16 too; above 1,024 decoding takes too long."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """How good any SAE is, on embeddings."""
+    """Measure how good an SAE is on embeddings."""
 
     sae: str
-    """demo, a folder, a foreign checkpoint, or hf://OWNER/REPOSITORY."""
+    """demo, a folder, another project's checkpoint, or hf://OWNER/REPOSITORY."""
     embeddings: str
-    """A run of jobs.embed (or of jobs.explain --embeddings), NAME_rows_width.npy, or Parquet with a column of lists."""
+    """A run of jobs.embed (or of jobs.explain --keep-embeddings), NAME_rows_width.npy, or Parquet with a column of lists."""
     site: str = ""
-    """Where the SAE reads, if its files do not say: embedding, or embedding:l2 if it was trained on embeddings of length 1."""
+    """Where the SAE reads, if its files do not say it: embedding, or embedding:l2 (trained on embeddings of length 1)."""
     any_clip: bool = False
-    """Measure an SAE whose files name another model than the embeddings'."""
+    """Accept an SAE whose files name another model than that of the embeddings."""
     against: str = ""
-    """Another SAE on the same CLIP, to compare atoms with: another seed, say."""
+    """Another SAE on the same CLIP whose atoms are compared, for example one with another seed."""
     against_site: str = ""
-    """--site of that one."""
+    """--site of the SAE of --against."""
     ks: tuple[int, ...] = ()
-    """Numbers of latents at which to look at recovery; none is 16, 32, 64.. up to 1,024."""
+    """Numbers of latents for the recovery curve. The default is 16, 32, 64 and so on up to 1024."""
     labels: str = ""
-    """File with one label a line, an integer or a word, for every embedding: adds a linear probe."""
+    """File with a label, an integer or a word, in one line for each embedding. Adds a linear probe."""
     texts: str = ""
-    """Out folder of jobs.embed --text whose words are the classes, in the order of integer labels: adds zero-shot answers."""
+    """Folder that jobs.embed --text wrote. Its words are the classes, in the order of integer labels. Adds a zero-shot test."""
     save: str = ""
-    """Folder to write the SAE to, in our own format and with its threshold."""
+    """Folder into which the SAE is written, in our own format and with its threshold."""
     json: bool = False
     """Print one JSON object and nothing else."""
     rows: int = 16_384
-    """Random embeddings to measure on, at most."""
+    """The largest number of random embeddings that are measured on."""
     seed: int = 42
-    """Seed of their choice."""
+    """Seed that chooses these embeddings."""
     column: str = "embedding"
     """Parquet column that holds the embeddings."""
 
@@ -83,15 +82,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(argv: list[str]) -> int:
-    """Check everything, measure, save, say what came of it."""
+    """Check everything, measure, save, and print the results."""
     with commands.mistakes():
         arguments = commands.parse(Arguments, argv, "measure")
         if arguments.save:
             check_folder(arguments)
-        source = open_embeddings(arguments.embeddings, arguments.column)
+        with commands.given("--embeddings"):
+            source = open_embeddings(arguments.embeddings, arguments.column)
         words, classes = list[str](), np.zeros((0, 0), np.float32)
         if arguments.texts:
-            from saecore.towers.text import read_texts  # and with it PyTorch: --help does without
+            from saecore.towers.text import read_texts  # slow: PyTorch comes with it
 
             words, classes, _ = read_texts(arguments.texts)
         labels = read_labels(arguments.labels, source, words) if arguments.labels else None
@@ -114,7 +114,7 @@ def measure(argv: list[str]) -> int:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x, sae = torch.from_numpy(rows).to(device), sae.to(device)
-    found: dict[str, Any] = {
+    measured: dict[str, Any] = {
         "sae": arguments.sae,
         **dataclasses.asdict(sae.config),
         "embeddings": arguments.embeddings,
@@ -126,33 +126,33 @@ def measure(argv: list[str]) -> int:
     }
     if sae.config.architecture == "batchtopk":
         assert sae.threshold is not None
-        found["calibrated"] = bool(torch.isnan(sae.threshold).any())
-        if found["calibrated"]:
+        measured["calibrated"] = bool(torch.isnan(sae.threshold).any())
+        if measured["calibrated"]:
             with commands.mistakes():
                 calibrate(sae, x, sae.config.k)
-        found["threshold"] = float(sae.threshold)
+        measured["threshold"] = float(sae.threshold)
     figures = quality.quality(sae, x)._asdict()
-    found["figures"] = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+    measured["figures"] = {name: value if math.isfinite(value) else None for name, value in figures.items()}
     n = sae.config.n_latents
-    found["recovery"] = quality.recovery(sae, x, list(arguments.ks or doubled(min(FIRST_K, n), min(LAST_K, n))))
+    measured["recovery"] = quality.recovery(sae, x, list(arguments.ks or doubled(min(FIRST_K, n), min(LAST_K, n))))
     answers = None if labels is None else torch.from_numpy(labels[numbers]).to(device)
     if arguments.texts:
-        found["zero_shot"] = quality.zero_shot(sae, x, torch.from_numpy(classes).to(device), answers)
+        measured["zero_shot"] = quality.zero_shot(sae, x, torch.from_numpy(classes).to(device), answers)
     if answers is not None:
-        # Dense: the probe's classes are those that occur.
-        found["linear_probe"] = quality.linear_probe(sae, x, torch.unique(answers, return_inverse=True)[1])
+        # The classes of the probe are only those that occur, numbered without gaps.
+        measured["linear_probe"] = quality.linear_probe(sae, x, torch.unique(answers, return_inverse=True)[1])
     if other is not None:
-        found["alignment"] = {"against": arguments.against, **quality.alignment(sae, other.to(device))}
+        measured["alignment"] = {"against": arguments.against, **quality.alignment(sae, other.to(device))}
     if arguments.save:
         save_sae(sae, resolved(arguments.save))
-        found["saved"] = arguments.save
-    print(json.dumps(found, indent=2) if arguments.json else measuring_summary(found))
+        measured["saved"] = arguments.save
+    print(json.dumps(measured, indent=2) if arguments.json else measuring_summary(measured))
     return 0
 
 
 def load(arguments: Arguments, flag: str, address: str, site: str, source: Embeddings) -> "tuple[SAE, str]":
     """The SAE at `address`, and what remains unsure of its model; ValueError if there is none for these embeddings."""
-    from saecore.sae.checkpoints import load_embedding_sae  # this and PyTorch are not loaded for --help
+    from saecore.sae.checkpoints import load_embedding_sae  # slow: PyTorch comes with it
 
     with commands.given(flag):
         sae = load_embedding_sae(address, site)
@@ -168,7 +168,7 @@ def load(arguments: Arguments, flag: str, address: str, site: str, source: Embed
 
 
 def read_labels(path: str, source: Embeddings, words: list[str]) -> np.ndarray:
-    """int64, one for every embedding: the number of its word among `words` where there are some, or an integer as it stands."""
+    """int64, one for each embedding: the number of its word among `words` if there are words, or the integer in the file."""
     try:
         lines = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -195,14 +195,12 @@ def read_labels(path: str, source: Embeddings, words: list[str]) -> np.ndarray:
 
 
 def check_folder(arguments: Arguments) -> None:
-    """ValueError if --save names a folder in which other files lie, or that cannot be written.
+    """ValueError if --save names a folder that has other files, or that cannot be written.
 
-    The SAE's own may be written again, with its threshold, and so may what a full disk left of one.
+    The SAE's own folder may be written again, with its threshold, and so may the folder that a full disk left incomplete.
     """
-    filesystem, path = filesystem_of(arguments.save)
     commands.check_writable("--save", arguments.save)
-    held = filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
-    left = {info.base_name for info in held} <= {"README.md", "sae.safetensors"}  # its config.json comes last
+    left = names_in(arguments.save) <= {"README.md", "sae.safetensors"}  # its config.json comes last
     if not left and resolved(arguments.save) != resolved(arguments.sae):
         raise ValueError(f"--save {arguments.save} holds other files; name a new or empty folder")
 

@@ -1,4 +1,4 @@
-"""Names for the latents of a run's SAE, or of any SAE: words of a vocabulary, into RUN/latents.parquet (schema.NAMES).
+"""Name the latents of a run's SAE, or of any SAE, by the words of a vocabulary: RUN/latents.parquet (schema.NAMES).
 
     python -m jobs.name --run runs/demo
     python -m jobs.name --run runs/photos --vocabulary words.txt --templates 'a photo of a {}' 'a drawing of a {}'
@@ -7,87 +7,87 @@
 
     vocabulary -> text embeddings -> scores, a block of words at a time -> the nearest words -> names
 
-How names are found, and which of the ways tells the truth: `saecore.naming.names`. The same command again does the same again.
-By data, the embeddings of all top images are held at once: at most 1.5 GB for 24,576 latents of width 768.
+`saecore.naming.scores` has the formulas, and says which of the ways gives true names. The same command again writes the same
+names again. By data, the embeddings of all top images are held at once: at most 1.5 GB for 24,576 latents of width 768.
+
+Left out: how true names are, which only the demo knows.
 """
 
 import dataclasses
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from saecore import spellings
 from saecore.query import results
 from saecore.runs import card, latents
 from saecore.runs.files import parquet_bytes
 from saecore.runs.record import read_complete
+from saecore.spellings import Model, check_same, telling
 from saecore.storage import write_atomic
-from saecore.training.embeddings import open_embeddings
-from saecore.training.survey import draw
 
 from . import commands, console
 from .hints import after_name
 from .summaries import naming_summary
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from saecore.naming.names import Valid
+    from saecore.naming.names import Nearest, Valid
     from saecore.sae.model import SAE
     from saecore.towers.text import TextTower
 
 WAYS = ("data", "decoder", "decoder+mean")
 
-SAMPLE_IMAGES = 4096
-"""Random images that say what scores are usual: mean and standard deviation to 1.6 %."""
+NO_EMBEDDINGS = (
+    "the names are by decoder, since this run keeps no embeddings; names by data are true more often, and need a run of "
+    "jobs.explain --keep-embeddings"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Names for the latents of a run, or of an SAE: words of a vocabulary.
+    """Name the latents of a run, or of an SAE, by the words of a vocabulary.
 
     Needs --run, or else --sae, --clip and --out; and --vocabulary, unless the CLIP is `demo`.
     """
 
     run: str = ""
-    """A complete run of jobs.explain, local or at an address: its latents.parquet gets the names."""
+    """A complete run of jobs.explain, local or at an address. The names go into its latents.parquet."""
     vocabulary: str = ""
-    """Words or phrases, one a line, UTF-8; `demo`, the words of the drawn world, is what the embedded CLIP takes by default."""
+    """A UTF-8 file with a word or phrase in each line. `demo` stands for the words of the demo, the default for its CLIP."""
     templates: tuple[str, ...] = ("{}",)
-    """What each word is put into, at {}. Of several, the mean of their L2-normalised embeddings."""
+    """Texts into which each word is put, at {}. Several give the mean of their L2-normalised embeddings."""
     texts: str = ""
-    """Out folder of jobs.embed --text, instead of --vocabulary and --templates."""
+    """Folder that jobs.embed --text wrote; takes the place of --vocabulary and --templates."""
     by: str = ""
-    """data, decoder or decoder+mean; by default data where the run has embeddings, else decoder."""
+    """How names are found: data, decoder or decoder+mean. The default is data if the run keeps embeddings, else decoder."""
     subtract_mean: bool = False
-    """Take the vocabulary's mean from every text embedding: what all texts share and no image has."""
+    """Subtract the vocabulary's mean from every text embedding: it is what all texts share and no image has."""
     interpreter: str = ""
-    """MSAE's Concept_Interpreter_*.npy, whose scores of --vocabulary's words are taken instead of any of ours."""
+    """MSAE's Concept_Interpreter_*.npy, which holds scores for the words of --vocabulary; they replace our scores."""
     words: int = 10
-    """Nearest words kept for each latent."""
+    """How many nearest words are kept for each latent."""
     min_score: float | None = None
-    """Least score of a valid name: by default 1 standard deviation by data, none by direction."""
+    """Least score of a valid name. The default is 1 standard deviation by data, and no limit by direction."""
     min_margin: float | None = None
-    """Least margin to the runner-up of a valid name: by default 0.2, in standard deviations or cosines."""
+    """Least margin between a valid name and its runner-up. The default is 0.2, in standard deviations or cosines."""
     min_ratio: float | None = None
-    """Least ratio to a runner-up of positive score of a valid name: by default none."""
+    """Least ratio of the score of a valid name to that of its runner-up, if the latter is positive. The default is no limit."""
     seed: int = 42
-    """Seed of the random images that names by data compare with."""
+    """Seed of the random images with which names by data are compared."""
     sae: str = ""
-    """An SAE without a run, with --out; or where the run's SAE lies now."""
+    """An SAE without a run, with --out; or the place to which the run's SAE was moved."""
     site: str = ""
-    """Where that SAE reads, if its files do not say: embedding or embedding:l2; by default what the run was told."""
+    """Where that SAE reads, if its files do not say it: embedding or embedding:l2. The default is what the run was told."""
     any_clip: bool = False
-    """Take an SAE whose files name another model than --clip; a run's was let pass before."""
+    """Accept an SAE whose files name another model than --clip. A run's SAE needs this only once, when the run is made."""
     clip: str = ""
-    """The CLIP whose embeddings that SAE is for; or where the run's CLIP lies now."""
+    """The model whose embeddings that SAE is for; or the place to which the run's model was moved."""
     out: str = ""
-    """Parquet file for the names, where there is no run."""
+    """Parquet file for the names, if there is no run."""
 
     def check(self) -> None:
         """See `commands.Checked.check`."""
@@ -99,21 +99,20 @@ class Arguments:
         if self.by and self.by not in WAYS:
             raise ValueError(f"--by {self.by}: must be one of {', '.join(WAYS)}")
         if self.texts and (self.vocabulary or self.templates != ("{}",)):
-            raise ValueError("--texts holds its own words and templates: leave --vocabulary and --templates away")
+            raise ValueError("--texts holds its own words and templates: omit --vocabulary and --templates")
         if self.interpreter:
             if not self.vocabulary:
                 raise ValueError("--interpreter needs the --vocabulary that its rows are for")
             if self.texts or self.by or self.subtract_mean or self.templates != ("{}",):
                 raise ValueError(
-                    "--interpreter brings its own scores: leave --by, --texts, --templates and --subtract-mean away"
+                    "--interpreter brings its own scores: omit --by, --texts, --templates and --subtract-mean"
                 )
         if self.words < 2:
             raise ValueError(f"--words {self.words}: must be at least 2, a name and its runner-up")
         commands.at_least(self, seed=0)
         for field in ("min_score", "min_margin", "min_ratio"):
-            value = getattr(self, field)
-            if value is not None and not math.isfinite(value):
-                raise ValueError(f"--{field.replace('_', '-')} {value}: must be a number")
+            if not math.isfinite(value := getattr(self, field) or 0.0):
+                raise ValueError(f"{commands.flag(field)} {value}: must be a number")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -122,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def name(argv: list[str]) -> int:
-    """Check everything, find names, write them, say what came of it."""
+    """Check everything, find names, write them, and print the results."""
     with commands.mistakes():
         arguments = commands.parse(Arguments, argv, "name")
     with console.quiet() as log:
@@ -131,13 +130,14 @@ def name(argv: list[str]) -> int:
             job = prepare(arguments)
         log.run = arguments.run
         table = names(job, arguments)
-    metadata = {"naming": json.dumps(job.made_by)}
+    table = table.replace_schema_metadata({"naming": json.dumps(job.made_by)})
     if job.run:
-        latents.merge(arguments.run, table.replace_schema_metadata(metadata))
+        latents.merge(arguments.run, table)
         card.write(arguments.run, job.run.record)
     else:
-        data = parquet_bytes(table.replace_schema_metadata(metadata), latents.ROW_GROUP_ROWS)
-        write_atomic(arguments.out, data)
+        write_atomic(arguments.out, parquet_bytes(table, latents.ROW_GROUP_ROWS))
+    if job.remark:
+        print(job.remark)
     print(naming_summary(table, job.made_by, arguments.run, arguments.out))
     if job.run:
         commands.propose(after_name(arguments.run))
@@ -153,71 +153,79 @@ def check_place(arguments: Arguments) -> None:
         commands.check_file("--out", arguments.out)
 
 
+# ---- What is named, by which words, and how.
+
+
+class Vocabulary(NamedTuple):
+    """Words, and what gives their embeddings."""
+
+    words: list[str]
+    tower: "TextTower | None" = None
+    """None with an interpreter, which needs no embeddings."""
+    embeddings: np.ndarray | None = None
+    """float32 (words, width), if --texts holds them."""
+
+
 class Job(NamedTuple):
     """What the arguments come to."""
 
     sae: "SAE"
     run: results.Results | None
-    tower: "TextTower | None"
-    """None with an interpreter."""
-    words: list[str]
-    texts: np.ndarray | None
-    """float32 (words, width), where --texts holds them."""
+    vocabulary: Vocabulary
     way: str
-    """One of WAYS, or `interpreter`: what names are by."""
+    """How names are found: one of WAYS, or `interpreter`."""
     valid: "Valid"
     made_by: dict[str, Any]
     """For the table's metadata."""
+    remark: str
+    """One sentence on the way, or nothing."""
 
 
 def prepare(arguments: Arguments) -> Job:
     """Load what is needed; ValueError for what the user can mend."""
-    run = results.open(arguments.run) if arguments.run else None
-    if arguments.by == "data" and not has_embeddings(run):
-        raise ValueError("--by data needs a run of jobs.explain --keep-embeddings; --by decoder needs none")
-    from saecore.naming import names as naming
-    from saecore.towers import text  # and with them PyTorch: --help does without
+    from saecore.naming.names import thresholds  # slow: PyTorch comes with it
 
+    run = results.open(arguments.run) if arguments.run else None
+    way, remark = choose_way(arguments, run)
     sae = load_sae(arguments, run)
-    way = arguments.by or ("data" if has_embeddings(run) else "decoder")
     clip = arguments.clip or (run.record.clip if run else "")
-    tower, texts = None, None
-    if arguments.interpreter:
-        way = "interpreter"
-        words = text.read_lines(arguments.vocabulary, "--vocabulary")  # as they are: row i is line i
-        naming.open_interpreter(arguments.interpreter, len(words), sae.config.n_latents)
-    else:
-        tower = load_tower(clip, run)
-        if tower.n_outputs != sae.config.n_inputs:
-            raise ValueError(
-                f"--clip {clip} makes embeddings of width {tower.n_outputs}, the SAE is for {sae.config.n_inputs}: "
-                "it is another CLIP's"
-            )
-        if run is None:
-            check_model(arguments, sae)
-        words, texts = words_of(arguments, tower, clip)
-    if len(words) < 2:
-        raise ValueError(f"a vocabulary of {len(words)} words leaves no choice: it must hold at least 2")
-    asked = {field: getattr(arguments, f"min_{field}") for field in naming.Valid._fields}
-    valid = naming.VALID_BY_DATA if way == "data" else naming.VALID_BY_DIRECTION
-    valid = valid._replace(**{field: value for field, value in asked.items() if value is not None})
+    vocabulary = interpreter_words(arguments, sae) if way == "interpreter" else clip_words(arguments, clip, sae, run)
+    if len(vocabulary.words) < 2:
+        raise ValueError(f"a vocabulary of {len(vocabulary.words)} words leaves no choice: it must hold at least 2")
+    valid = thresholds(way == "data", arguments.min_score, arguments.min_margin, arguments.min_ratio)
     made_by = {
         "by": way,
         "valid": valid._asdict(),
         "clip": clip,
         "sae_sha256": sae.sha256()[:16],
         "vocabulary": arguments.texts or arguments.vocabulary or "demo",
-        "n_words": len(words),
+        "n_words": len(vocabulary.words),
         "templates": [] if arguments.texts else arguments.templates,
         "subtract_mean": arguments.subtract_mean,
         "interpreter": arguments.interpreter,
     }
-    return Job(sae, run, tower, words, texts, way, valid, made_by)
+    return Job(sae, run, vocabulary, way, valid, made_by, remark)
+
+
+def choose_way(arguments: Arguments, run: results.Results | None) -> tuple[str, str]:
+    """How names are found, and a remark on it; ValueError if it is to be by data and there are no embeddings."""
+    if arguments.interpreter:
+        return "interpreter", ""
+    if has_embeddings(run):
+        return arguments.by or "data", ""
+    if arguments.by == "data":
+        raise ValueError("--by data needs a run of jobs.explain --keep-embeddings; --by decoder needs none")
+    if run is None or arguments.by or run.record.keeps_embeddings:
+        return arguments.by or "decoder", ""
+    return "decoder", NO_EMBEDDINGS
 
 
 def has_embeddings(run: results.Results | None) -> bool:
-    """Whether the run was made with --keep-embeddings, and of some images."""
+    """Whether the run keeps the embeddings of some images."""
     return run is not None and run.record.keeps_embeddings and run.n_images > 0
+
+
+# ---- Models.
 
 
 def load_sae(arguments: Arguments, run: results.Results | None) -> "SAE":
@@ -228,110 +236,109 @@ def load_sae(arguments: Arguments, run: results.Results | None) -> "SAE":
     site = arguments.site or (run.record.given_site if run else "")
     with commands.given("--sae"):
         sae = load_embedding_sae(address, site)
-    check_same("sae", address, sae.sha256(), run)
+    check_of_run("sae", address, sae.sha256(), run)
     return sae
 
 
-def check_model(arguments: Arguments, sae: "SAE") -> None:
-    """ValueError if the SAE was trained on another model than --clip; says so where that cannot be told."""
-    from saecore.towers.clip import load_tower
-
-    clip = arguments.clip
-    digest = load_tower(clip).sha256()[:16] if sae.config.model_sha256 else ""
-    found = spellings.Model(spellings.telling(clip), digest)
-    remark = spellings.check_same(sae.config.trained_on, arguments.sae, f"--clip {clip}", found, arguments.any_clip)
-    if remark:
-        print(remark)
-
-
-def load_tower(clip: str, run: results.Results | None) -> "TextTower":
-    """CLIP's text tower; ValueError if there is none, or its other half is not the run's."""
+def clip_words(arguments: Arguments, clip: str, sae: "SAE", run: results.Results | None) -> Vocabulary:
+    """The vocabulary for a CLIP and an SAE; ValueError if they do not belong together, or it was made with another CLIP."""
     from saecore.towers import text
     from saecore.towers.clip import load_tower
 
-    if run:
-        check_same("clip", clip, load_tower(clip).sha256(), run)
-    return text.load_text_tower(clip)
-
-
-def words_of(arguments: Arguments, tower: "TextTower", clip: str) -> tuple[list[str], np.ndarray | None]:
-    """The vocabulary, and its embeddings where --texts holds them; ValueError if there is none, or it is of another CLIP."""
-    from saecore.towers import text
-
+    check_of_run("clip", clip, load_tower(clip).sha256() if run else "", run)
+    tower = text.load_text_tower(clip)
+    if tower.n_outputs != sae.config.n_inputs:
+        widths = f"makes embeddings of width {tower.n_outputs}, and the SAE is for {sae.config.n_inputs}"
+        raise ValueError(f"--clip {clip} {widths}: it is another CLIP's")
+    if run is None:
+        check_model(arguments, sae)
     if arguments.texts:
         words, embeddings, digest = text.read_texts(arguments.texts)
         if not tower.sha256().startswith(digest) or embeddings.shape[1] != tower.n_outputs:
             raise ValueError(f"--texts {arguments.texts} was made with another CLIP than {clip}")
-        return words, embeddings
+        return Vocabulary(words, tower, embeddings)
     if not arguments.vocabulary and clip != "demo":
-        raise ValueError("give --vocabulary, a file with a word a line (docs/names.md says where some are), or --texts")
-    return text.read_vocabulary(arguments.vocabulary or "demo", "--vocabulary").words, None
+        raise ValueError("give --vocabulary, a file with a word in each line (docs/names.md lists some), or --texts")
+    return Vocabulary(text.read_vocabulary(arguments.vocabulary or "demo", "--vocabulary").words, tower)
 
 
-def check_same(model: str, address: str, digest: str, run: results.Results | None) -> None:
-    """ValueError if a model is not what the run was made with."""
+def interpreter_words(arguments: Arguments, sae: "SAE") -> Vocabulary:
+    """The words of an interpreter's rows; ValueError if their number does not fit, or the interpreter is none."""
+    from saecore.naming.scores import open_interpreter
+    from saecore.towers import text
+
+    words = text.read_lines(arguments.vocabulary, "--vocabulary")  # unchanged: row i is line i
+    with commands.given("--interpreter"):
+        open_interpreter(arguments.interpreter, len(words), sae.config.n_latents)
+    return Vocabulary(words)
+
+
+def check_model(arguments: Arguments, sae: "SAE") -> None:
+    """ValueError if the SAE was trained on another model than --clip. Prints a line if that cannot be told."""
+    from saecore.towers.clip import load_tower
+
+    digest = load_tower(arguments.clip).sha256()[:16] if sae.config.model_sha256 else ""
+    model, clip = Model(telling(arguments.clip), digest), f"--clip {arguments.clip}"
+    if remark := check_same(sae.config.trained_on, arguments.sae, clip, model, arguments.any_clip):
+        print(remark)
+
+
+def check_of_run(model: str, address: str, digest: str, run: results.Results | None) -> None:
+    """ValueError if a model is not the one that the run was made with."""
     if run and not digest.startswith(made_with := run.record.sha256_of(model)):
         raise ValueError(
             f"--{model} {address} is not what {run.uri} was made with: its hash begins with {digest[:16]}, not {made_with}"
         )
 
 
+# ---- The work.
+
+
 def names(job: Job, arguments: Arguments) -> pa.Table:
     """schema.NAMES of the SAE's latents."""
+    from saecore.naming.names import names_table, nearest
+    from saecore.naming.scores import open_interpreter
+
+    words = job.vocabulary.words
+    if job.way == "interpreter":
+        with commands.mistakes(), commands.given("--interpreter"):
+            scores = open_interpreter(arguments.interpreter, len(words), job.sae.config.n_latents)
+            direction = nearest(scores, arguments.words)
+        return names_table(words, direction, None, False, job.valid)
+    return names_table(words, *nearest_words(job, arguments), job.way == "data", job.valid)
+
+
+def nearest_words(job: Job, arguments: Arguments) -> "tuple[Nearest, Nearest | None]":
+    """The nearest words by direction and, if the run keeps embeddings, by data."""
     import torch
 
-    from saecore.naming import names as naming
+    from saecore.naming.evidence import gather
+    from saecore.naming.names import nearest
+    from saecore.naming.scores import DIRECTIONS, by_data, by_direction, centred, directions
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    texts_VE = torch.from_numpy(text_embeddings(job.vocabulary, arguments.templates, device)).to(device)
+    if arguments.subtract_mean:
+        texts_VE = centred(texts_VE)
+    towards = directions(job.sae.to(device), job.way if job.way in DIRECTIONS else "decoder")
+    direction = nearest(by_direction(towards, texts_VE), arguments.words)
+    if job.run is None or not has_embeddings(job.run):
+        return direction, None
+    scores = by_data(*gather(job.run, arguments.seed).to(device), texts_VE)
+    return direction, nearest(console.with_progress(scores, len(job.vocabulary.words), "words"), arguments.words)
+
+
+def text_embeddings(vocabulary: Vocabulary, templates: tuple[str, ...], device: str) -> np.ndarray:
+    """float32 (words, width). Prints how many texts were cut."""
     from saecore.towers.text import embed_words
 
-    n = arguments.words
-    if job.tower is None:
-        scores = naming.open_interpreter(arguments.interpreter, len(job.words), job.sae.config.n_latents)
-        with commands.mistakes():
-            direction = naming.nearest(scores, n)
-        return naming.table(job.words, direction, None, False, job.valid)
-    device, texts = "cuda" if torch.cuda.is_available() else "cpu", job.texts
-    if texts is None:
-        if cut := job.tower.too_long([t.replace("{}", word) for word in job.words for t in arguments.templates]):
-            print(f"{cut:,} texts are longer than the {job.tower.n_tokens} tokens of this CLIP: cut there")
-        texts = embed_words(job.tower, job.words, arguments.templates, device=device)
-    sae, texts_VE = job.sae.to(device), torch.from_numpy(texts).to(device)
-    if arguments.subtract_mean:
-        texts_VE = naming.centred(texts_VE)
-    towards = naming.directions(sae, job.way if job.way in naming.DIRECTIONS else "decoder")
-    direction, data = naming.nearest(naming.by_direction(towards, texts_VE), n), None
-    if job.run is not None and has_embeddings(job.run):
-        images, top, sample = (found.to(device) for found in evidence(job.run, arguments.seed))
-        data = naming.nearest(watched(naming.by_data(images, top, sample, texts_VE), len(job.words)), n)
-    return naming.table(job.words, direction, data, job.way == "data", job.valid)
-
-
-def evidence(run: results.Results, seed: int) -> "tuple[Tensor, Tensor, Tensor]":
-    """What `saecore.naming.names.by_data` takes: embeddings of all top images, whose they are, embeddings of random ones."""
-    import torch
-
-    from saecore.naming.names import TOP_IMAGES
-
-    found = run.sql(
-        """SELECT latent, image_id, row_number() OVER (PARTITION BY latent ORDER BY activation DESC, image_id) AS place
-        FROM activations WHERE activation > 0 QUALIFY place <= ?""",
-        TOP_IMAGES,
-    )
-    image_ids, row = np.unique(found["image_id"].to_numpy(), return_inverse=True)
-    top = np.full((run.n_latents, TOP_IMAGES), -1)
-    top[found["latent"].to_numpy(), found["place"].to_numpy() - 1] = row
-    rows = run.tables.rows("images", pa.chunked_array([image_ids]), ["embedding"]).sort_by("image_id")
-    embeddings = rows["embedding"].combine_chunks().flatten().to_numpy().reshape(len(image_ids), -1)
-    _, sample = draw(open_embeddings(run.uri), SAMPLE_IMAGES, seed)
-    return torch.from_numpy(embeddings.copy()), torch.from_numpy(top), torch.from_numpy(sample)
-
-
-def watched(blocks: "Iterable[Tensor]", words: int) -> "Iterator[Tensor]":
-    """The same blocks, with a progress line."""
-    progress = console.Progress(words, 0, "words")
-    for block in blocks:
-        yield block
-        progress.add(len(block), 0)
-    progress.close()
+    if vocabulary.embeddings is not None:
+        return vocabulary.embeddings
+    words, tower = vocabulary.words, vocabulary.tower
+    assert tower
+    if n_cut := tower.too_long([template.replace("{}", word) for word in words for template in templates]):
+        print(f"{n_cut:,} texts are longer than the {tower.n_tokens} tokens of this CLIP, and were cut there")
+    return embed_words(tower, words, templates, device=device)
 
 
 if __name__ == "__main__":

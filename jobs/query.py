@@ -68,7 +68,8 @@ def parse(argv: list[str]) -> Question:
         args=argv,
         prog=PROGRAM,
         description="Ask a finished run.",
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        registry=commands.help_rules(),
     )
     return question
 

@@ -18,12 +18,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
-import pyarrow.fs
-import pyarrow.parquet as pq
 import tyro
 
 from saecore import storage
-from saecore.storage import filesystem_of, join_uri, resolved, write_atomic
+from saecore.storage import exists, join_uri, read_parquet, resolved, write_atomic
 from saecore.training.plot import training_plot
 from saecore.training.recipe import Recipe
 
@@ -244,10 +242,8 @@ def print_evaluations(out: str, finished: threading.Event) -> None:
 
 def read_metrics(out: str) -> list[dict[str, Any]]:
     """The evaluations so far."""
-    filesystem, path = filesystem_of(join_uri(out, "metrics.parquet"))
-    if filesystem.get_file_info(path).type == pyarrow.fs.FileType.NotFound:
-        return []
-    return pq.read_table(path, filesystem=filesystem).to_pylist()
+    metrics = join_uri(out, "metrics.parquet")
+    return read_parquet(metrics).to_pylist() if exists(metrics) else []
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
 """Paths and addresses on any pyarrow filesystem, and files that appear whole or not at all."""
 
+import json
 import os
 import posixpath
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
+import pyarrow.dataset
 import pyarrow.fs
+import pyarrow.parquet as pq
 
 # s3://bucket/path?endpoint_override=host:9000&scheme=http: settings, where a bare `?` is a wildcard or part of a name.
 _ADDRESS = re.compile(r"(?P<root>\w+://[^/?]*)(?P<path>/.*?)?(?P<settings>\?\w+=.*)?", re.DOTALL)
@@ -74,16 +77,81 @@ def check_writable(uri: str) -> None:
                 folder.rmdir()
 
 
+class Place:
+    """What an address leads to, for many questions over one connection. Paths are those inside its filesystem."""
+
+    def __init__(self, uri: str) -> None:
+        self._filesystem, self.path = filesystem_of(uri)
+        self.is_local = isinstance(self._filesystem, pyarrow.fs.LocalFileSystem)
+
+    def info(self, path: str | None = None) -> pyarrow.fs.FileInfo:
+        """Type, size and time of a file or folder; of the place itself if no path is named."""
+        return self._filesystem.get_file_info(self.path if path is None else path)
+
+    def entries(self, path: str | None = None, below: bool = False) -> list[pyarrow.fs.FileInfo]:
+        """What lies directly in a folder, or anywhere `below` it; empty if there is no such folder."""
+        folder = self.path if path is None else path
+        return self._filesystem.get_file_info(pyarrow.fs.FileSelector(folder, recursive=below, allow_not_found=True))
+
+    def open(self, path: str | None = None) -> pa.NativeFile:
+        """A file to read from any position."""
+        return self._filesystem.open_input_file(self.path if path is None else path)
+
+    def open_parquet(self, path: str | None = None, footer: pq.FileMetaData | None = None) -> pq.ParquetFile:
+        """A Parquet file to read piece by piece; its footer is not read again if it is given."""
+        return pq.ParquetFile(self.path if path is None else path, filesystem=self._filesystem, metadata=footer)
+
+    def dataset(self, paths: Sequence[str] | None = None) -> pyarrow.dataset.Dataset:
+        """Parquet files as one data set: those at `paths`, or all in the folder."""
+        files = self.path if paths is None else list(paths)
+        return pyarrow.dataset.dataset(files, filesystem=self._filesystem, format="parquet")
+
+    def remove(self, path: str | None = None) -> None:
+        """Delete a file."""
+        self._filesystem.delete_file(self.path if path is None else path)
+
+
 def exists(uri: str) -> bool:
-    """Whether there is a file, or a folder."""
-    filesystem, path = filesystem_of(uri)
-    return filesystem.get_file_info(path).type != pyarrow.fs.FileType.NotFound
+    """Whether there is a file or a folder."""
+    return Place(uri).info().type != pyarrow.fs.FileType.NotFound
+
+
+def is_file(uri: str) -> bool:
+    """Whether there is a file."""
+    return Place(uri).info().type == pyarrow.fs.FileType.File
 
 
 def is_folder(uri: str) -> bool:
     """Whether there is a folder."""
+    return Place(uri).info().type == pyarrow.fs.FileType.Directory
+
+
+def is_local(uri: str) -> bool:
+    """Whether `uri` names a place on this machine's own disks."""
+    return Place(uri).is_local
+
+
+def names_in(uri: str) -> set[str]:
+    """The names of what lies directly in a folder; empty if there is no such folder."""
+    return {info.base_name for info in Place(uri).entries()}
+
+
+def read_bytes(uri: str) -> bytes:
+    """All of a file."""
     filesystem, path = filesystem_of(uri)
-    return filesystem.get_file_info(path).type == pyarrow.fs.FileType.Directory
+    with filesystem.open_input_stream(path) as stream:
+        return stream.read()
+
+
+def read_json(uri: str) -> Any:
+    """The content of a JSON file that this project wrote. For files of others: `saecore.untrusted`."""
+    return json.loads(read_bytes(uri))
+
+
+def read_parquet(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """A Parquet file, or some columns of it, in memory."""
+    filesystem, path = filesystem_of(uri)
+    return pq.read_table(path, filesystem=filesystem, columns=columns if columns is None else list(columns))
 
 
 def parent(uri: str) -> str:

@@ -4,7 +4,7 @@ Nothing in them runs, nothing is allocated because a file claims it, and whateve
 sentence that names the file, what was found and what was expected.
 
 Left out: what the content means (`saecore.sae.config`, `saecore.sae.formats`, `saecore.towers.model_files`), and whether a
-model computes anything (`saecore.towers.soundness`).
+model computes anything (`saecore.sae.soundness`, `saecore.towers.soundness`).
 """
 
 import io
@@ -26,8 +26,8 @@ MOST = 2**31 - 1
 """The largest size that is believed: ids of latents are 32-bit integers in every table."""
 
 LARGEST = 1e15
-"""No trained weight comes near it. Float32 overflows at 3e38, so of two such numbers the product may be taken, and 10^8 of such
-products added."""
+"""The largest weight that is believed; no trained weight comes near it. Float32 overflows at 3e38, so two such numbers may be
+multiplied, and 10^8 such products added."""
 
 FLOATS = {"torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float32": "F32", "torch.float64": "F64"}
 """Types that weights may have, as torch and safetensors call them. Integers would be quantised weights without their scales."""
@@ -213,7 +213,7 @@ def _why(error: Exception) -> str:
 
 
 def check_values(tensor: "Tensor", what: str, unknown: bool = False) -> None:
-    """ValueError if a tensor holds NaN (unless that is allowed, as `unknown`), an infinity, or numbers that overflow."""
+    """ValueError if a tensor holds NaN, an infinity, or numbers that overflow. With `unknown` it may be NaN altogether."""
     if unknown and bool(tensor.isnan().all()):
         return
     least, most = (float(end) for end in tensor.aminmax())  # either is NaN where any number is

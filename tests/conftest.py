@@ -1,5 +1,6 @@
 """What several tests need: one Ray for the session, and a finished run over the demo's scenes."""
 
+import gc
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import transformers.utils.logging
 
+from saecore import storage
 from tests.helpers import disks
 
 transformers.utils.logging.set_verbosity_error()
@@ -49,6 +51,18 @@ def ray_session() -> Iterator[None]:
     cluster.taken = False  # a job that is interrupted must not end it for the tests that follow
     yield
     ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def no_replica_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After a test on Ray, let go of what it holds.
+
+    A job that ended by an exception is a cycle of traceback and frames. In it is the executor of Ray Data with its replicas:
+    they hold CPUs that the next test waits for, until Python happens to collect garbage.
+    """
+    yield
+    if request.node.get_closest_marker("ray"):
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
@@ -115,7 +129,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder that s3://bucket stands for: another pyarrow filesystem than the local one, in every module of the library."""
+    """The folder that s3://bucket stands for: another pyarrow filesystem than the local one."""
 
     def filesystem_of(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
         assert uri.startswith("s3://bucket/"), uri
@@ -125,9 +139,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     # fsspec's makes folders as files need them, as an object store seems to.
     bucket = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fsspec.filesystem("file", auto_mkdir=True)))
-    for name, module in list(sys.modules.items()):
-        if name.startswith("saecore.") and hasattr(module, "filesystem_of"):
-            monkeypatch.setattr(module, "filesystem_of", filesystem_of)
+    monkeypatch.setattr(storage, "filesystem_of", filesystem_of)
     return folder
 
 

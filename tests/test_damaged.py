@@ -17,7 +17,7 @@ import transformers
 from transformers import CLIPConfig, CLIPModel
 
 from jobs import explain, measure, name
-from saecore.images.decode import load_preprocess
+from saecore.images.preprocess import load_preprocess
 from saecore.pipeline.models import load_models
 from saecore.sae.checkpoints import load_sae
 from saecore.towers.clip import DEMO, load_tower
@@ -234,7 +234,7 @@ OWN: dict[str, tuple[Damage, str, str]] = {
     "values that overflow together": (
         together,
         "sae",
-        "makes numbers that are not finite of an ordinary embedding",
+        "computes numbers that are not finite for an ordinary embedding",
     ),
 }
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from saecore import hub
-from saecore.images.decode import load_preprocess
+from saecore.images.preprocess import load_preprocess
 from saecore.sae.checkpoints import load_sae
 from saecore.towers.clip import DEMO, load_tower
 from saecore.towers.text import load_text_tower

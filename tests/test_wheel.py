@@ -109,6 +109,8 @@ def test_the_package_itself_can_be_called(environment: dict[str, str], tmp_path:
     said = said_by(["python", "-m", "relmap", "explain", "--help"], environment, tmp_path)
     assert said.startswith("usage: relmap explain ")
     assert "    relmap explain --demo --out runs/demo\n" in said
+    assert "relmap name" in said
+    assert "jobs." not in said
     assert said_by(["relmap", "--version"], environment, tmp_path) == "relmap 0.2.0\n"
     code = "import importlib.util; print(*map(importlib.util.find_spec, ['jobs', 'tests', 'benchmarks']))"
     assert (

@@ -11,7 +11,7 @@ With x the embeddings, x' their reconstruction by the latents that fire, bars fo
     cknna           alignment of latents with embeddings among 10 nearest neighbours (Huh et al. 2024, arXiv:2405.07987)
     orthogonality   sum over i != j of (D_i . D_j)^2 / n^2 for unit rows: 0 if all atoms are orthogonal
 
-Left out: how true the latents' names or maps are.
+Left out: how true the names and maps of latents are.
 
 Shapes: B images, d inputs, n latents, C classes.
 """
@@ -31,13 +31,13 @@ BATCH = 1024
 """Images at once."""
 
 CKNNA_ROWS = 1024
-"""Images among which neighbours are looked for: the estimate's cost grows with their square."""
+"""Images among which neighbours are searched: the cost of the estimate grows with the square of this number."""
 
 NEIGHBOURS = 10
 
 
 class Quality(NamedTuple):
-    """Figures of the head of this file, and how many images they are of."""
+    """The figures in the head of this file, and the number of images."""
 
     fvu: float
     fvu_msae: float
@@ -124,7 +124,7 @@ def orthogonality(atoms: Tensor) -> float:
 def recovery(sae: SAE, x: Tensor, ks: list[int]) -> list[dict[str, float]]:
     """FVU and cosine on (B, d) if only the k strongest latents are kept, for every k.
 
-    Where a k rules (topk, batchtopk), k may exceed it: the next latents join in, as MSAE's `full` latents do.
+    For topk and batchtopk, `ks` may exceed the SAE's own k: then the next latents fire too, as in MSAE's full latents.
     """
     ks = sorted({min(k, sae.config.n_latents) for k in ks})
     error, cosine, spread = np.zeros(len(ks)), np.zeros(len(ks)), 0.0
@@ -137,9 +137,9 @@ def recovery(sae: SAE, x: Tensor, ks: list[int]) -> list[dict[str, float]]:
                 values = sae.output(code.pre_activations)
             spread += float((rows.double() - mean).square().sum())
             for place, k in enumerate(ks):
-                found = sae.decode_sparse(code.latents[:, :k], values[:, :k].contiguous(), rows)
-                error[place] += float((rows - found).double().square().sum())
-                cosine[place] += float(F.cosine_similarity(rows, found).double().sum())
+                reconstruction = sae.decode_sparse(code.latents[:, :k], values[:, :k].contiguous(), rows)
+                error[place] += float((rows - reconstruction).double().square().sum())
+                cosine[place] += float(F.cosine_similarity(rows, reconstruction).double().sum())
     return [{"k": k, "fvu": float(error[i] / spread), "cosine": float(cosine[i] / len(x))} for i, k in enumerate(ks)]
 
 
@@ -150,7 +150,7 @@ def alignment(one: SAE, other: SAE) -> dict[str, float]:
     """
     if one.config.n_inputs != other.config.n_inputs:
         raise ValueError(
-            f"SAEs on widths {one.config.n_inputs} and {other.config.n_inputs} cannot be compared: not of one CLIP"
+            f"SAEs on widths {one.config.n_inputs} and {other.config.n_inputs} cannot be compared: they are not of one CLIP"
         )
     atoms, encoders = (
         (F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).T).detach().cpu().numpy()
@@ -164,20 +164,20 @@ def alignment(one: SAE, other: SAE) -> dict[str, float]:
     }
 
 
-# ---- What classifiers see in the reconstruction.
+# ---- Classifiers on the embeddings and on their reconstruction.
 
 
 def agreement(original: Tensor, reconstructed: Tensor, labels: Tensor | None = None) -> dict[str, float]:
     """Two sets of logits (B, C) on the same images: KL(original | reconstructed) in nats, same answer, accuracy of each."""
     before, after = original.log_softmax(-1), reconstructed.log_softmax(-1)
-    found = {
+    figures = {
         "kl": float(F.kl_div(after, before, log_target=True, reduction="batchmean")),
         "same": float((before.argmax(-1) == after.argmax(-1)).double().mean()),
     }
     if labels is not None:
-        found["accuracy"] = float((before.argmax(-1) == labels).double().mean())
-        found["accuracy_reconstructed"] = float((after.argmax(-1) == labels).double().mean())
-    return found
+        figures["accuracy"] = float((before.argmax(-1) == labels).double().mean())
+        figures["accuracy_reconstructed"] = float((after.argmax(-1) == labels).double().mean())
+    return figures
 
 
 def zero_shot(

@@ -13,6 +13,9 @@ import io
 import re
 import struct
 
+MAX_PIXELS = 178_000_000
+"""Pixels of an image, as stored or as resized: Pillow refuses more than 178,956,970 whatever it is told."""
+
 MAX_READS = 1 << 18
 """Reads of a file in which Pillow must be done; of large files one in 256 bytes. A PNG takes about 5 for 8 KiB of pixels."""
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import pyarrow.fs
 
 from saecore.numbering import MOST_SHARDS
-from saecore.storage import filesystem_of, join_uri, split_settings
+from saecore.storage import Place, join_uri, split_settings
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 KINDS = {".tar": "tar", ".tar.gz": "tar.gz", ".tgz": "tar.gz", ".parquet": "parquet"}
@@ -90,9 +90,7 @@ def list_shards(
         found.add(path)
     for path in paths:
         if path not in found and not may_lack and not (found and path in folders.passed):
-            raise ValueError(
-                f"--images {path}: no such file, or no images in it; looked for {', '.join((*KINDS, *EXTENSIONS))}"
-            )
+            raise ValueError(f"{path}: no such file, or no images in it; looked for {', '.join((*KINDS, *EXTENSIONS))}")
     for links, what in ((folders.again, "links to folders that are listed already"), (folders.nowhere, "dead links")):
         if links:
             first = ", ".join(sorted(links)[:3]) + (", .." if len(links) > 3 else "")
@@ -121,33 +119,31 @@ def _files(paths: Sequence[str], folders: "_Folders") -> Iterator[tuple[str, str
     for path in paths:
         with _told(path):
             base, patterns = path, []
-            filesystem, root = filesystem_of(base)
-            if filesystem.get_file_info(root).type == pyarrow.fs.FileType.NotFound:
+            place = Place(base)
+            if place.info().type == pyarrow.fs.FileType.NotFound:
                 # A glob only where nothing is called that: a name may hold brackets.
                 address, settings = split_settings(path)
                 parts = address.split("/")
                 fixed = len(list(itertools.takewhile(lambda part: not set("*?[") & set(part), parts)))
                 patterns = [part for part in parts[fixed:] if part]
                 base = ("/".join(parts[:fixed]) or ("/" if address.startswith("/") else ".")) + settings
-                filesystem, root = filesystem_of(base)
-            is_local = isinstance(filesystem, pyarrow.fs.LocalFileSystem)
-            if is_local:
-                base = root  # absolute, so that ids do not depend on where the command was given
-            for top in _expand(filesystem, root, patterns, folders):
-                if top.is_file and is_local:
+                place = Place(base)
+            if place.is_local:
+                base = place.path  # absolute, so that ids do not depend on where the command was given
+            for top in _expand(place, place.path, patterns, folders):
+                if top.is_file and place.is_local:
                     folders.list_file(top.path)
                 if top.is_file and not patterns:
                     address, settings = split_settings(base)
                     yield path, posixpath.dirname(address) + settings, top.base_name, top
                 elif top.is_file:
-                    yield path, base, _below(root, top.path), top
-                elif is_local and top.type == pyarrow.fs.FileType.Directory:
+                    yield path, base, _below(place.path, top.path), top
+                elif place.is_local and top.type == pyarrow.fs.FileType.Directory:
                     tops.append(_Top(top.path, base, path))
-                elif not is_local:
-                    tree = pyarrow.fs.FileSelector(top.path, recursive=True, allow_not_found=True)
-                    for info in filesystem.get_file_info(tree):
+                elif not place.is_local:
+                    for info in place.entries(top.path, below=True):
                         if info.is_file and not is_hidden(_below(top.path, info.path)):
-                            yield path, base, _below(root, info.path), info
+                            yield path, base, _below(place.path, info.path), info
     for top, entries in folders.below(tops):
         with _told(top.path):
             for entry in entries:
@@ -163,7 +159,7 @@ def _told(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:  # the latter: an unknown kind of address, a name that is not UTF-8
-        raise ValueError(f"--images {path}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 
 def _below(root: str, path: str) -> str:
@@ -199,7 +195,7 @@ class _Folders:
         not depend on the order of paths.
         """
         linked = {top for top in tops if os.path.realpath(top.folder) != top.folder}
-        asked = {top for top in linked if filesystem_of(top.path)[1] == top.folder}  # and not by a glob
+        asked = {top for top in linked if Place(top.path).path == top.folder}  # and not by a glob
         fresh = [top for top in tops if top not in linked]
         while fresh or linked:
             yield from self._trees(fresh, linked)
@@ -243,38 +239,36 @@ class _Folders:
                         waiting.append((entry.path, f"{real.rstrip('/')}/{entry.name}"))
 
 
-def _tree(filesystem: pyarrow.fs.FileSystem, folder: str, folders: _Folders) -> Iterator[str]:
+def _tree(place: Place, folder: str, folders: _Folders) -> Iterator[str]:
     """A folder and all visible ones below it."""
-    if isinstance(filesystem, pyarrow.fs.LocalFileSystem):
+    if place.is_local:
         inner = _Folders()
         yield from (top.folder for top, _ in inner.below([_Top(folder, folder, folder)]))
         folders.again |= inner.again
         folders.nowhere |= inner.nowhere
         return
     yield folder
-    for info in filesystem.get_file_info(pyarrow.fs.FileSelector(folder, recursive=True, allow_not_found=True)):
+    for info in place.entries(folder, below=True):
         if info.type == pyarrow.fs.FileType.Directory and not is_hidden(_below(folder, info.path)):
             yield info.path
 
 
-def _expand(
-    filesystem: pyarrow.fs.FileSystem, folder: str, patterns: list[str], folders: _Folders
-) -> Iterator[pyarrow.fs.FileInfo]:
+def _expand(place: Place, folder: str, patterns: list[str], folders: _Folders) -> Iterator[pyarrow.fs.FileInfo]:
     """Files and folders below `folder` that match shell patterns, one a level; `**` is any number of levels."""
     if not patterns or patterns == ["**"]:
-        yield filesystem.get_file_info(folder)
+        yield place.info(folder)
         return
     first, *rest = patterns
     if first == "**":
-        for inner in _tree(filesystem, folder, folders):
-            yield from _expand(filesystem, inner, rest, folders)
+        for inner in _tree(place, folder, folders):
+            yield from _expand(place, inner, rest, folders)
         return
-    for info in filesystem.get_file_info(pyarrow.fs.FileSelector(folder, allow_not_found=True)):
+    for info in place.entries(folder):
         if fnmatch.fnmatchcase(info.base_name, first) and (not is_hidden(info.base_name) or first.startswith(".")):
             if not rest:
                 yield info
             elif info.type == pyarrow.fs.FileType.Directory:
-                yield from _expand(filesystem, info.path, rest, folders)
+                yield from _expand(place, info.path, rest, folders)
 
 
 def is_hidden(name: str) -> bool:

@@ -14,7 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from saecore import schema
-from saecore.images.decode import MAX_PIXELS, ImageError, Preprocess, decode
+from saecore.images.decode import ImageError, decode_image
+from saecore.images.effort import MAX_PIXELS
+from saecore.images.preprocess import Preprocess
 from saecore.pipeline.config import EmbedConfig, ExplainConfig
 from saecore.pipeline.models import load_models, load_word_targets
 
@@ -38,7 +40,7 @@ class Decode:
         if row["error"] is not None:
             return row
         try:
-            decoded = decode(data, self.preprocess, self.max_pixels)
+            decoded = decode_image(data, self.preprocess, self.max_pixels)
         except ImageError as error:
             return {**row, "error": error.reason, "error_detail": error.detail}
         left, top, right, bottom = decoded.crop

@@ -23,11 +23,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset
-import pyarrow.fs
 import pyarrow.parquet as pq
 
 from saecore.runs.files import of_chunks
-from saecore.storage import filesystem_of, join_uri, write_atomic
+from saecore.storage import Place, is_file, join_uri, read_json, write_atomic
 
 VERSION = 1
 ROWS, TOP = "by_latent", "top_images"
@@ -90,11 +89,9 @@ class Index:
 
 def read_index(uri: str, fingerprint: str) -> Index | None:
     """The index of the run at `uri`, None if it has none; ValueError for the index of another run, or of another version."""
-    filesystem, path = filesystem_of(join_uri(uri, ROWS, "_index.json"))
-    if filesystem.get_file_info(path).type != pyarrow.fs.FileType.File:
+    if not is_file(content := join_uri(uri, ROWS, "_index.json")):
         return None
-    with filesystem.open_input_stream(path) as stream:
-        held: dict[str, Any] = json.loads(stream.read())
+    held: dict[str, Any] = read_json(content)
     if held["fingerprint"] != fingerprint or held["version"] != VERSION:
         raise ValueError(
             f"{uri}/{ROWS} is the index of another run, or of another version: remove it, or make it again"
@@ -112,10 +109,10 @@ def write_index(uri: str, index: Index) -> None:
     write_atomic(join_uri(uri, ROWS, "_index.json"), json.dumps(dataclasses.asdict(index)).encode())
     held = {file.path for segment in index.segments for file in (*segment.rows, *segment.top)}
     for folder in (ROWS, TOP):
-        filesystem, path = filesystem_of(join_uri(uri, folder))
-        for info in filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True)):
+        place = Place(join_uri(uri, folder))
+        for info in place.entries():
             if info.base_name.endswith(".parquet") and f"{folder}/{info.base_name}" not in held:
-                filesystem.delete_file(info.path)
+                place.remove(info.path)
 
 
 def digest(manifest: pa.Table, chunk_ids: np.ndarray) -> str:
@@ -183,8 +180,8 @@ class Reader:
                         return
 
     def _row_groups(self, file: File, latent: int) -> Iterator[pa.Table]:
-        filesystem, path = filesystem_of(join_uri(self.uri, file.path))
-        with pq.ParquetFile(path, filesystem=filesystem, metadata=self._footers.get(file.path)) as parquet:
+        place = Place(join_uri(self.uri, file.path))
+        with place.open_parquet(footer=self._footers.get(file.path)) as parquet:
             footer = self._footers.setdefault(file.path, parquet.metadata)
             column = parquet.schema_arrow.get_field_index("latent")
             for number in range(footer.num_row_groups):

@@ -22,7 +22,7 @@ from saecore.query.by_latent import Reader
 from saecore.runs import latents
 from saecore.runs.files import of_chunks, open_dataset, read_manifest, read_plan
 from saecore.runs.record import Record
-from saecore.storage import filesystem_of
+from saecore.storage import Place
 
 ORIGINAL_BYTES = 16 << 20
 """Encoded images that are held at once."""
@@ -74,14 +74,14 @@ class Tables:
         """
         datasets = {table: self.files(table) for table in self.schemas}
         datasets["top_images"] = pyarrow.dataset.dataset(by_latent.top_schema(self.schemas).empty_table())
-        filesystem, root = filesystem_of(self.uri)
+        place = Place(self.uri)
         indexed = {} if self.reader is None else self.reader.paths()
-        paths = {name: [f"{root}/{path}" for path in held] for name, held in indexed.items()}
+        paths = {name: [f"{place.path}/{path}" for path in held] for name, held in indexed.items()}
         waiting = self.files("activations", self.not_indexed).files if len(self.not_indexed) else []
         paths["by_latent"] = [*paths.get("by_latent", []), *waiting] or datasets["activations"].files
         for name, held in paths.items():
             if held:
-                datasets[name] = pyarrow.dataset.dataset(held, filesystem=filesystem, format="parquet")
+                datasets[name] = place.dataset(held)
         return datasets
 
     @functools.cached_property

@@ -11,10 +11,8 @@ import json
 import re
 from collections.abc import Sequence
 
-import pyarrow.fs
-
 from saecore.runs.record import Record
-from saecore.storage import filesystem_of, join_uri, split_settings, write_atomic
+from saecore.storage import is_file, join_uri, read_bytes, split_settings, write_atomic
 
 NAME = "README.md"
 
@@ -54,7 +52,7 @@ def write(uri: str, record: Record) -> None:
 def tables(uri: str, record: Record) -> list[str]:
     """The names in `TABLES` that have files. A glob without files would make `load_dataset` fail for that table."""
     held = {name for name, rows in record.rows.items() if rows}
-    if _is_file(uri, "latents.parquet"):
+    if is_file(join_uri(uri, "latents.parquet")):
         held.add("latents")
     index = json.loads(_read(uri, "by_latent/_index.json") or "{}")
     folders = {"rows": "by_latent", "top": "top_images"}
@@ -142,14 +140,6 @@ def _code(text: str) -> str:
     return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"
 
 
-def _is_file(uri: str, name: str) -> bool:
-    filesystem, path = filesystem_of(join_uri(uri, name))
-    return filesystem.get_file_info(path).type == pyarrow.fs.FileType.File
-
-
 def _read(uri: str, name: str) -> bytes | None:
-    if not _is_file(uri, name):
-        return None
-    filesystem, path = filesystem_of(join_uri(uri, name))
-    with filesystem.open_input_stream(path) as stream:
-        return stream.read()
+    file = join_uri(uri, name)
+    return read_bytes(file) if is_file(file) else None

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset
 import pyarrow.parquet as pq
 
-from saecore.storage import filesystem_of, join_uri
+from saecore.storage import Place, join_uri, read_parquet
 
 TABLES = ("images", "activations", "maps")
 """The tables that a run may have. Which it has follows from the payload that is written."""
@@ -53,17 +53,16 @@ def of_chunks(manifest: pa.Table, chunk_ids: np.ndarray) -> pa.Table:
 def open_dataset(uri: str, table: str, manifest: pa.Table | None = None) -> pyarrow.dataset.Dataset:
     """One table of a complete run (`images`, `activations` or `maps`), or the part in some rows of its manifest."""
     files = read_manifest(uri) if manifest is None else manifest
-    filesystem, root = filesystem_of(uri)
+    place = Place(uri)
     names = files.filter(pc.equal(files["table"], table))["path"].to_pylist()
-    return pyarrow.dataset.dataset([f"{root}/{name}" for name in names], filesystem=filesystem, format="parquet")
+    return place.dataset([f"{place.path}/{name}" for name in names])
 
 
 def scan_table(uri: str, table: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
     """Some columns of a table of a complete run, in the order of the chunks and of their images, a row group at a time."""
     manifest = read_manifest(uri)
     for name in manifest.filter(pc.equal(manifest["table"], table))["path"].to_pylist():
-        filesystem, path = filesystem_of(join_uri(uri, name))
-        with pq.ParquetFile(path, filesystem=filesystem) as file:
+        with Place(join_uri(uri, name)).open_parquet() as file:
             yield from file.iter_batches(ROW_GROUP_ROWS[table], columns=columns)
 
 
@@ -96,5 +95,4 @@ def parquet_bytes(table: pa.Table, row_group_rows: int) -> pa.Buffer:
 
 def read_file(uri: str, name: str, columns: Sequence[str] | None = None) -> pa.Table:
     """One Parquet file below the run: all of it, or some columns."""
-    filesystem, path = filesystem_of(join_uri(uri, name))
-    return pq.read_table(path, columns=None if columns is None else list(columns), filesystem=filesystem)
+    return read_parquet(join_uri(uri, name), columns)

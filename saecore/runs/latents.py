@@ -9,11 +9,9 @@ columns of one may be lost; running that job again writes them.
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.fs
-import pyarrow.parquet as pq
 
 from saecore.runs.files import parquet_bytes
-from saecore.storage import filesystem_of, join_uri, write_atomic
+from saecore.storage import is_file, join_uri, read_parquet, write_atomic
 
 NAME = "latents.parquet"
 ROW_GROUP_ROWS = 65_536
@@ -21,10 +19,8 @@ ROW_GROUP_ROWS = 65_536
 
 def read(run_uri: str) -> pa.Table | None:
     """The table, ordered by `latent`; None if nothing was written yet."""
-    filesystem, path = filesystem_of(join_uri(run_uri, NAME))
-    if filesystem.get_file_info(path).type != pyarrow.fs.FileType.File:
-        return None
-    return pq.read_table(path, filesystem=filesystem)
+    uri = join_uri(run_uri, NAME)
+    return read_parquet(uri) if is_file(uri) else None
 
 
 def merge(run_uri: str, table: pa.Table) -> pa.Table:

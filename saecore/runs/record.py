@@ -13,11 +13,9 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import pyarrow.fs
-
 from saecore.runs.fit import Fit
 from saecore.schema import VERSION
-from saecore.storage import filesystem_of, join_uri, write_atomic
+from saecore.storage import is_file, join_uri, read_bytes, write_atomic
 
 FILE = "run.json"
 
@@ -178,9 +176,7 @@ def to_document(record: Record) -> dict[str, Any]:
 def read_record(uri: str) -> Record:
     """The record of the run at `uri`; ValueError, which names the file, if no run wrote it; OSError if there is none."""
     where = join_uri(uri, FILE)
-    filesystem, path = filesystem_of(where)
-    with filesystem.open_input_stream(path) as stream:
-        content = stream.read()
+    content = read_bytes(where)
     try:
         document = json.loads(content)
     except ValueError as error:
@@ -198,9 +194,8 @@ def read_complete(uri: str) -> Record:
     """The record of a complete run of jobs.explain; ValueError if there is none at `uri`."""
     if not uri:
         raise ValueError("the run's folder has no name: give that of a run of jobs.explain")
-    filesystem, path = filesystem_of(join_uri(uri, FILE))
     try:
-        if filesystem.get_file_info(path).type != pyarrow.fs.FileType.File:
+        if not is_file(join_uri(uri, FILE)):
             raise ValueError(f"{uri} holds no run: there is no run.json")
         record = read_record(uri)
     except OSError as error:

@@ -31,14 +31,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset
-import pyarrow.fs
 
 from saecore import schema
 from saecore.runs import card
 from saecore.runs.files import MANIFEST, ROW_GROUP_ROWS, TABLES, chunk_file, parquet_bytes, read_plan
 from saecore.runs.fit import Fit, judged
 from saecore.runs.record import Record, Unread, from_document, read_record, write_record
-from saecore.storage import check_writable, filesystem_of, join_uri, reason, write_atomic
+from saecore.storage import Place, check_writable, join_uri, names_in, read_json, reason, write_atomic
 
 _RECORD_READERS = 32
 """Threads that read commit records: on an object store each record is a round trip."""
@@ -93,16 +92,18 @@ class Run:
     def commits(self) -> list[Commit]:
         """The valid commit records, in the order of their chunks."""
         sizes = {
-            f"{table}/{info.base_name}": info.size for table in TABLES for info in _listing(join_uri(self.uri, table))
+            f"{table}/{info.base_name}": info.size
+            for table in TABLES
+            for info in Place(join_uri(self.uri, table)).entries()
         }
-        names = [info.base_name for info in _listing(join_uri(self.uri, "commits")) if info.base_name.endswith(".json")]
+        names = [name for name in names_in(join_uri(self.uri, "commits")) if name.endswith(".json")]
         with ThreadPoolExecutor(_RECORD_READERS) as pool:
             commits = pool.map(lambda name: self._commit(name, sizes), sorted(names))
             return [commit for commit in commits if commit is not None]
 
     def _commit(self, name: str, sizes: Mapping[str, int]) -> Commit | None:
         try:
-            commit = Commit(**json.loads(_read_bytes(join_uri(self.uri, "commits", name))))
+            commit = Commit(**read_json(join_uri(self.uri, "commits", name)))
         except (ValueError, TypeError):  # not JSON, or not a record: the chunk is not done
             return None
         whole = all(sizes.get(file["path"]) == file["bytes"] for file in commit.files)
@@ -260,7 +261,7 @@ def run_at(uri: str) -> Run | None:
 def holds_run(uri: str) -> bool:
     """Whether there is a run at `uri`; ValueError if there is something else: other files, or a file instead of a folder."""
     try:
-        names = {info.base_name for info in _listing(uri)}
+        names = names_in(uri)
     except OSError as error:
         raise ValueError(f"{uri} is no folder that can be read: {reason(error)}") from error
     # A folder that holds only these is the beginning of a run that was interrupted, or refused.
@@ -289,15 +290,3 @@ def refuse_other(uri: str, before: Mapping[str, Any], parts: Mapping[str, Any]) 
     ]
     if changed:
         raise ValueError(f"{uri} holds a run made otherwise ({'; '.join(changed)}); name another folder for this one")
-
-
-def _read_bytes(uri: str) -> bytes:
-    filesystem, path = filesystem_of(uri)
-    with filesystem.open_input_stream(path) as stream:
-        return stream.read()
-
-
-def _listing(uri: str) -> list[pyarrow.fs.FileInfo]:
-    """The files and folders directly in a folder; empty if there is no such folder."""
-    filesystem, path = filesystem_of(uri)
-    return filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))

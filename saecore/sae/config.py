@@ -1,4 +1,4 @@
-"""What an SAE is beside its tensors: the form to which every foreign format is converted, and which config.json holds."""
+"""What describes an SAE besides its tensors: the form to which every other format is converted, and which config.json holds."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ KINDS: dict[Any, tuple[type, str]] = {
     bool: (bool, "true or false"),
     tuple[int, ...]: (tuple, "a list"),
 }
-"""By the type of a field: what its values must be, and how sentences call that. Numbers have ranges too, and are not here."""
+"""For each type of a field, the class of its values and the words for it. Numbers have ranges too, and are checked apart."""
 
 MOST_INPUTS = 2**20
 """No embedding is wider. With 32-bit ids of latents, no size of a tensor overflows before it is compared with a file's."""

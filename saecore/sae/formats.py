@@ -55,11 +55,13 @@ def choose(what: str, value: Any, supported: Mapping[Any, str], where: str) -> s
 
 def take(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: str) -> list[Tensor]:
     """The tensors of exactly these names and shapes, in this order, in float64; ValueError names the first that differs."""
-    found = {name: shape_of(t, f"{where}: tensor {name!r}", weights=False) for name, t in mapping(state, where).items()}
-    for name in sorted(shapes.keys() | found.keys()):
-        if shapes.get(name) != found.get(name):
+    stored = {
+        name: shape_of(t, f"{where}: tensor {name!r}", weights=False) for name, t in mapping(state, where).items()
+    }
+    for name in sorted(shapes.keys() | stored.keys()):
+        if shapes.get(name) != stored.get(name):
             wanted = f"shape {shapes[name]}" if name in shapes else "no such tensor"
-            raise ValueError(f"{where}: tensor {name!r}: expected {wanted}, found {found.get(name, 'none')}")
+            raise ValueError(f"{where}: tensor {name!r}: expected {wanted}, found {stored.get(name, 'none')}")
     for name in shapes:
         shape_of(state[name], f"{where}: tensor {name!r}")
     return [state[name].double() for name in shapes]

@@ -32,16 +32,16 @@ _PARTS = {
     **dict.fromkeys(("", "output", "resid", "resid_post", "hook_resid_post"), "residual"),
     **dict.fromkeys(("mlp", "mlp_out", "hook_mlp_out"), "mlp"),
 }
-"""What may stand behind the layer, and which part it is."""
+"""What may follow the layer in a name, and which part of the layer it is."""
 
 
 def of_hook(name: str, where: str, tokens: str = "") -> str:
     """The site that the name of a hook, or of a module, stands for; ValueError if that is a place without a name here."""
     if name in ("embedding", "embedding:l2"):
         return name
-    found = _HOOK.fullmatch(name) or _SUBMODULE.fullmatch(name)
-    if found is not None:
-        layer, rest = int(found["layer"]), found["rest"] or ""
+    match = _HOOK.fullmatch(name) or _SUBMODULE.fullmatch(name)
+    if match is not None:
+        layer, rest = int(match["layer"]), match["rest"] or ""
         if rest.removeprefix("hook_") == "resid_pre" and layer:
             layer, rest = layer - 1, "resid"
         if rest in _PARTS:

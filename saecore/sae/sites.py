@@ -68,10 +68,10 @@ EMBEDDING = Site()
 
 def parse(text: str) -> Site:
     """The site that a text names; ValueError shows the grammar."""
-    found = _FORM.fullmatch(text) if isinstance(text, str) else None
-    if found is None:
+    match = _FORM.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
         raise ValueError(f"{text!r} is no site; a site is {GRAMMAR}")
-    layer, part, tokens, first = found.group("layer", "part", "tokens", "first")
+    layer, part, tokens, first = match.group("layer", "part", "tokens", "first")
     return Site(None if layer is None else int(layer), part or "", tokens or "", first or "")
 
 

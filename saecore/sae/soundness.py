@@ -34,11 +34,11 @@ def check_sae(sae: "SAE", where: str) -> None:
             raise ValueError(f"SAE tensor {name!r} in {where} holds zeros only: {meaning}")
     with torch.inference_mode():
         generator = torch.Generator().manual_seed(0)
-        # What the encoder sees of an ordinary embedding, whatever is normalised before.
+        # The encoder's input for an ordinary embedding, with every normaliser.
         v = torch.randn(1, sae.config.n_inputs, generator=generator)
         p = torch.addmm(sae.latent_bias, v - sae.pre_bias, sae.encoder)
         reconstruction = (sae.output(p) @ sae.atoms + sae.pre_bias) / sae.scale + sae.mean
     if not (p.isfinite().all() and reconstruction.isfinite().all()):
         raise ValueError(
-            f"the SAE in {where} makes numbers that are not finite of an ordinary embedding: they overflow"
+            f"the SAE in {where} computes numbers that are not finite for an ordinary embedding: they overflow"
         )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection, PreTrainedModel, SiglipVisionModel
 
 from saecore import hub
-from saecore.images.decode import Preprocess, load_preprocess
+from saecore.images.preprocess import Preprocess, load_preprocess
 from saecore.towers import model_files
 from saecore.towers.mean_token import mean_token_gradients
 from saecore.towers.siglip import SiglipTower

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers import SiglipVisionModel
 
-from saecore.images.decode import Preprocess
+from saecore.images.preprocess import Preprocess
 from saecore.towers.cls_path import within_layer
 from saecore.towers.tower import ImageTower, PathLayer, ReadOut, Step, Trace
 

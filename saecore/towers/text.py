@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.fs
-import pyarrow.parquet as pq
 import torch
 from torch.nn.functional import normalize
 from transformers import AutoTokenizer, CLIPTextModelWithProjection, SiglipTextModel
 
 from saecore.schema import TEXTS, TEXTS_FILE
-from saecore.storage import filesystem_of, join_uri
+from saecore.storage import is_file, join_uri, read_bytes, read_parquet
 from saecore.towers.clip import Halves, load_half
 from saecore.towers.soundness import check_texts
 from saecore.towers.tower import hash_of
@@ -55,10 +54,9 @@ def read_vocabulary(uri: str, option: str = "--text") -> Vocabulary:
 
 def read_lines(uri: str, option: str = "--text") -> list[str]:
     """Every line of such a file, without blanks around it; `option` is what the user gave it by, for the error."""
-    filesystem, path = filesystem_of(str(DEMO_VOCABULARY) if uri == "demo" else uri)
+    file = str(DEMO_VOCABULARY) if uri == "demo" else uri
     try:
-        with filesystem.open_input_stream(path) as stream:
-            lines = stream.read().decode("utf-8-sig").split("\n")
+        lines = read_bytes(file).decode("utf-8-sig").split("\n")
     except OSError as error:
         raise ValueError(f"{option} {uri} cannot be read: {' '.join(str(error).split())}") from error
     except UnicodeDecodeError as error:
@@ -82,13 +80,13 @@ class Texts(NamedTuple):
 
 def read_texts(folder: str) -> Texts:
     """Words and their embeddings in that folder; ValueError if there are none."""
-    filesystem, path = filesystem_of(join_uri(folder, TEXTS_FILE))
-    if filesystem.get_file_info(path).type != pyarrow.fs.FileType.File:
+    file = join_uri(folder, TEXTS_FILE)
+    if not is_file(file):
         raise ValueError(f"--texts {folder}: no {TEXTS_FILE} there, as jobs.embed --text writes it")
     try:
-        table = pq.read_table(path, filesystem=filesystem, columns=TEXTS.names)
+        table = read_parquet(file, TEXTS.names)
         table = table.cast(TEXTS.with_metadata(table.schema.metadata))
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise ValueError(f"--texts {folder}: {TEXTS_FILE} cannot be read: {' '.join(str(error).split())}") from error
     widths = pc.list_value_length(table["embedding"]).unique().to_pylist()
     embeddings = table["embedding"].combine_chunks().flatten().to_numpy().copy()  # PyTorch wants it writable

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from saecore.images.decode import Preprocess
+from saecore.images.preprocess import Preprocess
 
 SINK_DEVIATIONS = 4.0
 """A patch is a sink if its norm lies this many standard deviations above the mean patch norm of its image."""

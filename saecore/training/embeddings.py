@@ -20,12 +20,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset
-import pyarrow.fs
 import pyarrow.parquet as pq
 
 from saecore.runs.files import open_dataset
 from saecore.spellings import Model
-from saecore.storage import filesystem_of
+from saecore.storage import Place, exists, is_file, join_uri
 
 # dataset_model_split_image_rows_width, as `saecore.training.memmaps` and MSAE name memory maps, with the model as
 # openai~clip-vit-base-patch16.
@@ -95,18 +94,19 @@ class _MemoryMap:
 class _ParquetColumn:
     def __init__(self, address: str, column: str) -> None:
         self._address, self._column = address, column
-        self._filesystem, paths = _parquet_files(address)
+        self._place = Place(address)
+        paths = _parquet_files(address, self._place)
         self._groups: list[tuple[str, int]] = []
         self.width = 0
         rows: list[int] = []
         sizes, models = [], set[Model]()
         for path in paths:
-            file = pq.ParquetFile(path, filesystem=self._filesystem)
+            file = self._place.open_parquet(path)
             for group, n_rows in enumerate(self._rows_of(file, path)):
                 if n_rows:
                     self._groups.append((path, group))
                     rows.append(n_rows)
-            sizes.append([path, file.metadata.num_rows, self._filesystem.get_file_info(path).size])
+            sizes.append([path, file.metadata.num_rows, self._place.info(path).size])
             metadata = file.schema_arrow.metadata or {}
             models.add(Model(metadata.get(b"clip", b"").decode(), metadata.get(b"clip_sha256", b"").decode()))
         self.model = models.pop() if len(models) == 1 else Model()
@@ -144,7 +144,7 @@ class _ParquetColumn:
 
     def read(self, block: int) -> np.ndarray:
         path, group = self._groups[block]
-        table = pq.ParquetFile(path, filesystem=self._filesystem).read_row_group(group, columns=[self._column])
+        table = self._place.open_parquet(path).read_row_group(group, columns=[self._column])
         lists = table[self._column].drop_null().combine_chunks()
         if set(pc.list_value_length(lists).to_pylist()) != {self.width}:
             raise ValueError(f"{path}: the lists in {self._column!r} are not all {self.width} long")
@@ -152,21 +152,19 @@ class _ParquetColumn:
         return _checked(values.astype(np.float32, copy=False).reshape(-1, self.width), path)
 
 
-def _parquet_files(address: str) -> tuple[pyarrow.fs.FileSystem, list[str]]:
-    filesystem, path = filesystem_of(address)
-    info = filesystem.get_file_info(path)
-    if info.type == pyarrow.fs.FileType.File:
-        return filesystem, [path]
-    if info.type == pyarrow.fs.FileType.NotFound:
+def _parquet_files(address: str, place: Place) -> list[str]:
+    if is_file(address):
+        return [place.path]
+    if not exists(address):
         raise ValueError(f"{address}: no such file or folder")
-    if filesystem.get_file_info(f"{path}/run.json").type == pyarrow.fs.FileType.File:
-        if filesystem.get_file_info(f"{path}/manifest.parquet").type != pyarrow.fs.FileType.File:
+    if is_file(join_uri(address, "run.json")):
+        if not is_file(join_uri(address, "manifest.parquet")):
             raise ValueError(f"{address}: this run is not complete; the command that made it resumes it")
-        return filesystem, open_dataset(address, "images").files
-    files = pyarrow.dataset.dataset(path, filesystem=filesystem, format="parquet").files
+        return open_dataset(address, "images").files
+    files = place.dataset().files
     if not files:
         raise ValueError(f"{address}: no Parquet file in this folder")
-    return filesystem, sorted(files)
+    return sorted(files)
 
 
 def _checked(rows: np.ndarray, where: str) -> np.ndarray:

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.fs
 import pyarrow.parquet as pq
 import torch
 
@@ -32,7 +31,7 @@ from saecore.evaluation.quality import quality, recovery
 from saecore.sae.model import CONFIG_FILE, SAE
 from saecore.sae.sites import Site
 from saecore.spellings import published
-from saecore.storage import filesystem_of, join_uri, write_atomic
+from saecore.storage import exists, join_uri, names_in, read_bytes, read_json, write_atomic
 from saecore.training.batches import Batches
 from saecore.training.embeddings import open_embeddings
 from saecore.training.recipe import Recipe, pace, renamed
@@ -121,11 +120,8 @@ def make_plan(recipe: Recipe, embeddings: str, column: str, out: str, course: Co
 
 def completed(plan: Plan) -> dict[str, Any] | None:
     """The record of a training that has ended; None if it has not."""
-    filesystem, path = filesystem_of(join_uri(plan.out, TRAINING_FILE))
-    if filesystem.get_file_info(path).type == pyarrow.fs.FileType.NotFound:
-        return None
-    with filesystem.open_input_stream(path) as stream:
-        return json.loads(stream.read())
+    record = join_uri(plan.out, TRAINING_FILE)
+    return read_json(record) if exists(record) else None
 
 
 class Training:
@@ -244,14 +240,13 @@ def _save(out: str, state: dict[str, Any]) -> None:
 
 def _saved(plan: Plan) -> dict[str, Any] | None:
     """The state to go on from, None if OUT is new; ValueError if OUT holds something else."""
-    filesystem, path = filesystem_of(plan.out)
-    names = {info.base_name for info in filesystem.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))}
+    names = names_in(plan.out)
     if CHECKPOINT_FILE not in names:
         if names - STARTED:
             raise ValueError(f"out {plan.out} holds other files and no training; name a new or empty folder")
         return None
-    with filesystem.open_input_stream(f"{path}/{CHECKPOINT_FILE}") as stream:
-        state = torch.load(io.BytesIO(stream.read()), weights_only=True, map_location="cpu")
+    content = read_bytes(join_uri(plan.out, CHECKPOINT_FILE))
+    state = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
     before, now = _flat(state["parts"]), _flat(plan.parts)
     changed = [
         f"{key} was {before.get(key)!r}, now {now.get(key)!r}"

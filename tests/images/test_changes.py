@@ -8,7 +8,7 @@ import pytest
 from saecore.images.changes import Changes, since
 from saecore.images.chunks import empty_shards, plan_chunks
 from saecore.images.listing import Shard, list_shards
-from tests.images.test_shards import PICTURES, make, write_tar
+from tests.images.test_chunks import PICTURES, make, write_tar
 
 
 def inputs(folder: Path) -> list[Shard]:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from saecore.images import effort
 from saecore.images.decode import open_rgb
-from tests.images.test_images import chunk, encode, photograph, refusal
+from tests.images.test_decode import chunk, encode, photograph, refusal
 
 
 def segment(marker: int, content: bytes) -> bytes:

@@ -56,7 +56,9 @@ def test_embeddings_are_those_that_explain_writes(embedded: Path, local_run: Pat
 
 def test_ray_writes_the_same_rows(ray_session: None, shards: Path, embedded: Path, tmp_path: Path) -> None:
     assert (
-        embed.main(arguments(shards, tmp_path / "run", "--batch-size", "7", "--split", "val", "--name", "a_b", "--ray"))
+        embed.main(
+            arguments(shards, tmp_path / "run", "--batch-size", "7", "--split", "val", "--dataset", "a_b", "--ray")
+        )
         == 0
     )
     assert_same_embeddings(tmp_path / "run", embedded)
@@ -200,7 +202,7 @@ def test_the_wrong_folder_is_refused(
         (["--images", "/no/such/folder", "--clip", "demo"], "/no/such/folder"),
         (["--images", "{shards}", "--clip", "/no/clip"], "--clip /no/clip"),
         (["--images", "{shards}", "--clip", "demo", "--chunk-size", "0"], "--chunk-size 0"),
-        (["--images", "{shards}", "--clip", "demo", "--name", "a/b"], "--name a/b"),
+        (["--images", "{shards}", "--clip", "demo", "--dataset", "a/b"], "--dataset a/b"),
         (["--images", "{shards}", "--clip", "demo", "--templates", "a {{}}"], "--templates is for --text"),
         (["--text", "/no/words.txt", "--clip", "demo"], "--text /no/words.txt"),
         (["--text", "{shards}", "--clip", "demo"], "--text"),

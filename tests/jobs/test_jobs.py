@@ -39,7 +39,7 @@ from saecore.sae.checkpoints import from_tensors, load_sae
 from tests.conftest import N_SCENES, command
 from tests.helpers.mistakes import mistake
 from tests.helpers.photographs import photographs
-from tests.images.test_images import png
+from tests.images.test_decode import png
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-import torch
 from transformers import CLIPModel
 
 from jobs import embed, explain, name
@@ -18,7 +17,7 @@ from saecore import schema
 from saecore.demo import scenes
 from saecore.demo.figures import embed as embed_scenes
 from saecore.demo.lessons import FACETS
-from saecore.naming import names as naming
+from saecore.naming.names import latents_of
 from saecore.query import results
 from saecore.runs import latents
 from saecore.sae.checkpoints import load_sae
@@ -112,7 +111,7 @@ def test_names_are_true_of_other_scenes(demo_run: Path, truth: Truth) -> None:
     table, sae = named(demo_run), load_sae("demo")
     sample = list(scenes.scenes_of(scenes.SEED_EVALUATION, 1000, start=500_000))
     code = sae.encode_sparse(embed_scenes(CLIPModel.from_pretrained(DEMO).eval(), sample))
-    strength = torch.zeros(len(sample), sae.config.n_latents).scatter(1, code.latents, code.activations)
+    strength = code.dense(sae.config.n_latents)
     order = strength.argsort(dim=0, descending=True)[:20].T.tolist()
     tops = [[sample[i] for i in top if strength[i, latent] > 0] for latent, top in enumerate(order)]
     passing, true, _ = Truth(tops).figures("on other scenes", table)
@@ -183,7 +182,7 @@ def test_others_columns_stay_and_the_metadata_says_how(demo_run: Path, capsys: p
     # Asked from Python, both ways, and by address.
     run = results.open(f"file://{demo_run}")
     assert run.find("purple")["name"][0].as_py() == "purple"
-    assert naming.latents_of(run.latents, "purple")["place"][0].as_py() == 0
+    assert latents_of(run.latents, "purple")["place"][0].as_py() == 0
     again = named(f"file://{demo_run}")
     assert again.equals(table)
 
@@ -240,10 +239,16 @@ def test_an_interpreter_with_its_vocabulary(demo_run: Path, tmp_path: Path) -> N
     assert pq.read_table(tmp_path / "names.parquet")["name"].equals(table["name"])
 
 
-def test_a_run_without_embeddings_is_named_by_direction(shards: Path, tmp_path: Path) -> None:
+def test_a_run_without_embeddings_is_named_by_direction(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     given = [argument for argument in command(shards, tmp_path / "run", "--local") if argument != "--keep-embeddings"]
     assert explain.main(given) == 0
+    capsys.readouterr()
     table = named(tmp_path / "run")
+    assert "the names are by decoder, since this run keeps no embeddings" in capsys.readouterr().out
+    named(tmp_path / "run", "--by", "decoder")
+    assert "keep" not in capsys.readouterr().out
     assert not any(table["by_data"].to_pylist())
     assert table["name"].to_pylist() == table["direction_name"].to_pylist()
     assert sum(table["valid"].to_pylist()) > 20
@@ -268,15 +273,15 @@ def test_a_run_without_embeddings_is_named_by_direction(shards: Path, tmp_path: 
         (["--run", "RUN", "--templates", "a photo"], "--templates 'a photo': must hold {}"),
         (["--run", "RUN", "--texts", "RUN"], "no texts.parquet there"),
         (["--run", "RUN", "--texts", "TEXTS"], "was made with another CLIP than demo"),
-        (["--run", "RUN", "--texts", "TEXTS", "--vocabulary", "demo"], "leave --vocabulary and --templates away"),
+        (["--run", "RUN", "--texts", "TEXTS", "--vocabulary", "demo"], "omit --vocabulary and --templates"),
         (["--run", "RUN", "--words", "1"], "--words 1: must be at least 2"),
         (["--run", "RUN", "--min-margin", "nan"], "--min-margin nan: must be a number"),
         (["--run", "RUN", "--seed", "-1"], "--seed -1"),
         (["--run", "RUN", "--interpreter", "MATRIX"], "--interpreter needs the --vocabulary"),
         (["--run", "RUN", "--interpreter", "MATRIX", "--vocabulary", "demo"], "a row for each word is needed"),
         (["--run", "RUN", "--interpreter", "MATRIX", "--vocabulary", "demo", "--by", "data"], "brings its own scores"),
-        (["--run", "RUN", "--interpreter", "NAN", "--vocabulary", "TWO"], "holds scores that are not finite"),
-        (["--sae", "NARROW", "--clip", "demo", "--out", "x"], "makes embeddings of width 128, the SAE is for 24"),
+        (["--run", "RUN", "--interpreter", "NAN", "--vocabulary", "TWO"], "NAN holds scores that are not finite"),
+        (["--sae", "NARROW", "--clip", "demo", "--out", "x"], "makes embeddings of width 128, and the SAE is for 24"),
         (["--sae", "demo", "--clip", "CLIP", "--out", "x"], "give --vocabulary"),
     ],
 )

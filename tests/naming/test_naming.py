@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from saecore import schema
-from saecore.naming import names as naming
-from saecore.naming.names import Nearest, Valid
+from saecore.naming.names import Nearest, Valid, latents_of, names_table, nearest
+from saecore.naming.scores import DIRECTIONS, LEAST_IMAGES, by_data, by_direction, centred, directions, open_interpreter
 from saecore.sae.model import SAE, SAEConfig
 
 WORDS = ["red", "green", "blue", "circle", "star", "a night sky", "snow"]
@@ -39,21 +39,21 @@ def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a word or two, and of a few latents."""
-    monkeypatch.setattr(naming, "BLOCK", 2 * N)
+    monkeypatch.setattr("saecore.naming.scores.BLOCK", 2 * N)
 
 
 # ---- Planted truth.
 
 
-@pytest.mark.parametrize("kind", naming.DIRECTIONS)
+@pytest.mark.parametrize("kind", DIRECTIONS)
 def test_planted_names_are_recovered(texts: torch.Tensor, kind: str) -> None:
     """Latent j is word order[j], its row of another length; with the mean, only once that is added does it point there."""
     order = torch.tensor([3, 0, 6, 6, 2, 5, 1, 4])
     towards = texts[order] * torch.linspace(0.2, 5, 8)[:, None]
     blank = sae_of(towards)
     sae = sae_of(towards if kind == "decoder" else (towards - blank.mean) * blank.scale)
-    found = naming.nearest(naming.by_direction(naming.directions(sae, kind), texts), 3)
-    table = naming.table(WORDS, found, None, False, Valid(margin=0.05))
+    found = nearest(by_direction(directions(sae, kind), texts), 3)
+    table = names_table(WORDS, found, None, False, Valid(margin=0.05))
     assert table["name"].to_pylist() == [WORDS[word] for word in order]
     between = cosines(texts.numpy(), texts.numpy())[order.numpy()]
     np.testing.assert_allclose(table["score"], 1, atol=1e-5)
@@ -61,8 +61,8 @@ def test_planted_names_are_recovered(texts: torch.Tensor, kind: str) -> None:
     runners_up = np.argsort(-between)[:, 1]
     assert table["runner_up"].to_pylist() == [WORDS[word] for word in runners_up]
     assert table["valid"].to_pylist() == (1 - np.sort(between)[:, -2] >= 0.05).tolist()
-    others = naming.directions(sae, "decoder+mean" if kind == "decoder" else "decoder")
-    assert (naming.nearest(naming.by_direction(others, texts), 1).words[:, 0] != order).any()
+    others = directions(sae, "decoder+mean" if kind == "decoder" else "decoder")
+    assert (nearest(by_direction(others, texts), 1).words[:, 0] != order).any()
 
 
 def test_a_name_by_data_holds_of_nearly_all_top_images() -> None:
@@ -79,7 +79,7 @@ def test_a_name_by_data_holds_of_nearly_all_top_images() -> None:
 
     def found(n_top: int) -> Nearest:
         top = torch.arange(n_top)[None]
-        return naming.nearest(naming.by_data(images[:n_top], top, images[n_top:], texts), 3)
+        return nearest(by_data(images[:n_top], top, images[n_top:], texts), 3)
 
     assert found(20).words[0, 0] == 0
     assert found(20).scores[0, 0] > 3 > 2 > found(20).scores[0, 1]
@@ -92,13 +92,13 @@ def test_a_name_by_data_holds_of_nearly_all_top_images() -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("kind", naming.DIRECTIONS)
+@pytest.mark.parametrize("kind", DIRECTIONS)
 @pytest.mark.parametrize("subtract_mean", [False, True])
 def test_scores_by_direction_are_cosines(texts: torch.Tensor, kind: str, subtract_mean: bool) -> None:
     decoder = torch.randn(N, E, generator=torch.Generator().manual_seed(2))
     decoder[5] = 0
     sae = sae_of(decoder)
-    blocks = list(naming.by_direction(naming.directions(sae, kind), naming.centred(texts) if subtract_mean else texts))
+    blocks = list(by_direction(directions(sae, kind), centred(texts) if subtract_mean else texts))
     assert [len(block) for block in blocks] == [2, 2, 2, 1]
     rows, words = decoder.numpy().astype(np.float64), texts.numpy().astype(np.float64)
     if kind == "decoder+mean":
@@ -111,7 +111,7 @@ def test_scores_by_direction_are_cosines(texts: torch.Tensor, kind: str, subtrac
     if kind == "decoder":
         expected[:, 5] = -np.inf
     np.testing.assert_allclose(torch.cat(blocks), expected, atol=1e-5)
-    best = naming.nearest(iter(blocks), 4)
+    best = nearest(iter(blocks), 4)
     named = expected[0] > -np.inf
     order = np.argsort(-expected, axis=0)[:4].T
     np.testing.assert_array_equal(best.words[named], order[named])
@@ -128,12 +128,12 @@ def test_scores_by_data_are_what_four_fifths_of_the_top_images_reach(texts: torc
     for latent, count in enumerate(counts):
         top[latent, :count] = generator.choice(60, count, replace=False)
     given = (torch.from_numpy(images).float(), torch.from_numpy(top), torch.from_numpy(sample).float())
-    found = torch.cat(list(naming.by_data(*given, texts))).numpy()
+    found = torch.cat(list(by_data(*given, texts))).numpy()
     usual, each = cosines(texts.numpy(), sample), cosines(texts.numpy(), images)
     for latent, count in enumerate(counts):
         for word in range(V):
             z = (each[word, top[latent, :count]] - usual[word].mean()) / usual[word].std()
-            if count < naming.LEAST_IMAGES:
+            if count < LEAST_IMAGES:
                 assert found[word, latent] == -np.inf
             else:  # the largest value that at least four fifths reach
                 reached = max(value for value in z if np.mean(z >= value) >= 0.8)
@@ -143,10 +143,10 @@ def test_scores_by_data_are_what_four_fifths_of_the_top_images_reach(texts: torc
 def test_of_equal_words_the_first_comes_first_whatever_the_blocks() -> None:
     scores = torch.tensor([[1.0, 0], [3, 5], [2, 5], [3, 5], [3, 1]])
     for size in (1, 2, 3, 5):
-        found = naming.nearest(scores.split(size), 3)
+        found = nearest(scores.split(size), 3)
         assert found.words.tolist() == [[1, 3, 4], [1, 2, 3]]
         assert found.scores.tolist() == [[3, 3, 3], [5, 5, 5]]
-    assert naming.nearest(iter([scores]), 9).words.shape == (2, 5)
+    assert nearest(iter([scores]), 9).words.shape == (2, 5)
 
 
 # ---- The table.
@@ -157,7 +157,7 @@ def test_the_table_by_hand() -> None:
     none = float("-inf")
     direction = Nearest(torch.tensor([[0, 1], [2, 0], [0, 1]]), torch.tensor([[0.5, 0.25], [0.75, 0.5], [none, none]]))
     data = Nearest(torch.tensor([[1, 2], [0, 1], [0, 1]]), torch.tensor([[2.0, 1.5], [none, none], [none, none]]))
-    rows = naming.table(WORDS, direction, data, True, Valid(score=1, margin=0.5)).to_pylist()
+    rows = names_table(WORDS, direction, data, True, Valid(score=1, margin=0.5)).to_pylist()
     assert rows[0] == {
         "latent": 0, "name": "green", "score": 2, "runner_up": "blue", "runner_up_score": 1.5, "margin": 0.5, "valid": True,
         "by_data": True, "words": ["green", "blue"], "scores": [2, 1.5], "direction_name": "red", "direction_score": 0.5,
@@ -166,7 +166,7 @@ def test_the_table_by_hand() -> None:
     assert (rows[1]["name"], rows[1]["margin"], rows[1]["data_name"], rows[1]["by_data"]) == ("blue", 0.25, None, False)
     assert {key for key, value in rows[2].items() if value is not None} == {"latent", "valid", "by_data"}
     assert [row["valid"] for row in rows] == [True, False, False]
-    by_direction = naming.table(WORDS, direction, data, False, Valid(score=0.5)).to_pylist()
+    by_direction = names_table(WORDS, direction, data, False, Valid(score=0.5)).to_pylist()
     assert [row["name"] for row in by_direction] == ["red", "blue", None]
     assert [row["data_name"] for row in by_direction] == ["green", None, None]
     assert [row["valid"] for row in by_direction] == [True, True, False]
@@ -184,7 +184,7 @@ def test_the_table_by_hand() -> None:
 )
 def test_what_is_valid(least: Valid, expected: list[bool]) -> None:
     scores = torch.tensor([[0.5, 0.25], [0.5, 0.26], [0.25, -0.125]])
-    table = naming.table(WORDS, Nearest(torch.tensor([[0, 1]] * 3), scores), None, False, least)
+    table = names_table(WORDS, Nearest(torch.tensor([[0, 1]] * 3), scores), None, False, least)
     assert table["valid"].to_pylist() == expected
     assert table.schema == schema.NAMES
 
@@ -192,13 +192,13 @@ def test_what_is_valid(least: Valid, expected: list[bool]) -> None:
 def test_look_up_both_ways() -> None:
     words = torch.tensor([[0, 1, 2], [1, 0, 2], [0, 2, 3], [4, 5, 6]])
     scores = torch.tensor([[0.9, 0.5, 0.1], [0.8, 0.7, 0.0], [0.95, 0.1, 0.0], [-torch.inf] * 3])
-    names = naming.table(WORDS, Nearest(words, scores), None, False, Valid(margin=0.3))
-    found = naming.latents_of(names, "Red").to_pydict()
+    names = names_table(WORDS, Nearest(words, scores), None, False, Valid(margin=0.3))
+    found = latents_of(names, "Red").to_pydict()
     assert found["latent"] == [2, 0, 1]
     assert found["place"] == [0, 0, 1]
     assert found["score"] == pytest.approx([0.95, 0.9, 0.7])
     assert found["valid"] == [True, True, False]
-    assert naming.latents_of(names, "a night sky").num_rows == 0
+    assert latents_of(names, "a night sky").num_rows == 0
     assert names["words"][1].as_py() == ["green", "red", "blue"]
 
 
@@ -209,14 +209,14 @@ def test_look_up_both_ways() -> None:
 def test_a_concept_interpreter_is_read_as_it_was_written(tmp_path: Path, texts: torch.Tensor) -> None:
     """As MSAE makes it: cosines with decoder + mean, float32 [vocabulary, latents], named by the arg max over axis 0."""
     sae = sae_of(torch.randn(N, E, generator=torch.Generator().manual_seed(5)))
-    towards = naming.directions(sae, "decoder+mean")
+    towards = directions(sae, "decoder+mean")
     scores = cosines(texts.numpy(), towards.numpy()).astype(np.float32)
     path = str(tmp_path / "Concept_Interpreter_a_b.npy")
     np.save(path, scores)
-    found = naming.nearest(naming.open_interpreter(path, V, N), 3)
+    found = nearest(open_interpreter(path, V, N), 3)
     np.testing.assert_array_equal(found.words[:, 0], scores.argmax(axis=0))
     np.testing.assert_array_equal(found.scores[:, 0], scores.max(axis=0))
-    ours = naming.nearest(naming.by_direction(towards, texts), 3)
+    ours = nearest(by_direction(towards, texts), 3)
     np.testing.assert_array_equal(found.words, ours.words)
     np.testing.assert_allclose(found.scores, ours.scores, atol=1e-5)
 
@@ -228,13 +228,14 @@ def test_an_interpreter_that_does_not_fit_is_refused_in_one_sentence(tmp_path: P
             path.write_bytes(content)
         else:
             np.save(path, content)
-        with pytest.raises(ValueError, match=r"^--interpreter .*matrix\.npy") as caught:
-            naming.nearest(naming.open_interpreter(str(path), V, N), 2)
+        with pytest.raises(ValueError, match=r"matrix\.npy") as caught:
+            nearest(open_interpreter(str(path), V, N), 2)
         assert "\n" not in str(caught.value)
+        assert str(caught.value).startswith(str(path))
         return str(caught.value)
 
     fits = np.zeros((V, N), np.float32)
-    assert "is 24 x 7: a row for each word is needed, of which the vocabulary has 7" in complaint(fits.T)
+    assert "is 24 x 7: a row for each word is needed, and the vocabulary has 7" in complaint(fits.T)
     assert "found float64 (7, 24)" in complaint(fits.astype(np.float64))
     assert "found float32 (168,)" in complaint(fits.flatten())
     assert "is no .npy file of numbers" in complaint(fits.tobytes())
@@ -242,12 +243,12 @@ def test_an_interpreter_that_does_not_fit_is_refused_in_one_sentence(tmp_path: P
     fits[3, 3] = np.nan
     assert "not finite" in complaint(fits)
     with pytest.raises(ValueError, match="no such file"):
-        naming.open_interpreter(str(tmp_path / "nowhere.npy"), V, N)
+        open_interpreter(str(tmp_path / "nowhere.npy"), V, N)
 
 
 def test_a_direction_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ValueError, match="'encoder': must be one of decoder, decoder\\+mean"):
-        naming.directions(sae_of(torch.ones(2, 3)), "encoder")
+        directions(sae_of(torch.ones(2, 3)), "encoder")
 
 
 def test_the_schema_is_of_plain_types() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from saecore import schema
 from saecore.demo import drawing, scenes
-from saecore.images.decode import decode as decoded_image
+from saecore.images.decode import decode_image
 from saecore.pipeline.config import ExplainConfig
 from saecore.pipeline.stages import Decode, Explain
 from saecore.relevance.explain import explain_latents
@@ -77,7 +77,7 @@ def test_rows_say_what_the_models_computed(decode: Decode, explain: Explain) -> 
     """Every written number against the model called by hand on the one image."""
     explained = explain(decode(raw(scene(0), b"", scene(1))))
     for index, row in ((0, explained.slice(0, 1).to_pylist()[0]), (1, explained.slice(2, 1).to_pylist()[0])):
-        pixels = torch.from_numpy(decoded_image(scene(index), explain.infer.tower.preprocess).pixels.copy())[None]
+        pixels = torch.from_numpy(decode_image(scene(index), explain.infer.tower.preprocess).pixels.copy())[None]
         with torch.inference_mode():
             embedding = explain.infer.tower.embed(pixels)
             code, reconstruction = explain.infer.sae.encode_sparse(embedding), explain.infer.sae.reconstruct(embedding)

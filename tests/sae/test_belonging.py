@@ -127,7 +127,7 @@ def test_maps_of_an_sae_on_embeddings_of_length_1_are_exact(shards: Path, tmp_pa
 
 def embeddings_of(shards: Path, folder: Path) -> np.ndarray:
     out = folder / "embedded"
-    assert embed.main(["--images", str(shards), "--clip", "demo", "--out", str(out), "--local", "--name", "x"]) == 0
+    assert embed.main(["--images", str(shards), "--clip", "demo", "--out", str(out), "--local", "--dataset", "x"]) == 0
     return np.memmap(next(out.glob("*.npy")), np.float32, "r").reshape(-1, 128)
 
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from saecore.images.decode import decode
+from saecore.images.decode import decode_image
 from saecore.relevance.explain import explain_latents
 from saecore.towers.clip import DEMO, load_tower
 from tests.helpers.photographs import photographs
@@ -44,7 +44,7 @@ def test_photographs_embed_as_with_the_models_own_image_processor() -> None:
     for name, pixels in photographs().items():
         sink = io.BytesIO()
         Image.fromarray(pixels).save(sink, "JPEG", quality=90)
-        ours = torch.from_numpy(decode(sink.getvalue(), tower.preprocess).pixels.copy())[None]
+        ours = torch.from_numpy(decode_image(sink.getvalue(), tower.preprocess).pixels.copy())[None]
         theirs = processor(Image.open(sink).convert("RGB"), return_tensors="pt")["pixel_values"]
         with torch.inference_mode():
             torch.testing.assert_close(tower.normalise(ours), theirs, rtol=1e-5, atol=1e-5)

@@ -38,7 +38,7 @@ from saecore.towers.siglip import SiglipTower
 from saecore.towers.text import TextTower, embed_texts, load_text_tower
 from tests.helpers.derivations import Layer, assert_close, fused, ours, plain_layers, read, some_latents
 from tests.helpers.mistakes import mistake
-from tests.helpers.towers import SIGLIP_SHAPES, fill, random_pixels, random_sae, random_siglip
+from tests.helpers.towers import SIGLIP_SHAPES, fill, pil_processor, random_pixels, random_sae, random_siglip
 
 DECOMPOSITIONS = [name for name, method in METHODS.items() if method.decomposes]
 
@@ -299,7 +299,7 @@ def test_explain_on_a_saved_model(
     folder: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Embeddings are those of transformers' model behind its own image processor; all methods, all kinds of targets."""
-    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+    siglip_processor = pil_processor("siglip")
 
     given = [
         "--images",
@@ -334,7 +334,7 @@ def test_explain_on_a_saved_model(
     again = [*given, "--norm", "frozen", "--keep-embeddings", "--limit", "6", "--local"]
     assert "norms was {" in mistake(explain.main, again, capsys)
 
-    model, processor = SiglipModel.from_pretrained(folder).eval(), SiglipImageProcessorPil.from_pretrained(folder)
+    model, processor = SiglipModel.from_pretrained(folder).eval(), siglip_processor.from_pretrained(folder)
     for row in rows:
         scene = scenes.scene_at(scenes.SEED_DEMO, int(Path(row["key"]).stem))
         picture = Image.open(io.BytesIO(drawing.jpeg(scene, 192))).convert("RGB")

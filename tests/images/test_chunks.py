@@ -18,8 +18,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from saecore import schema, storage
-from saecore.images import chunks as shards
-from saecore.images import listing
 from saecore.images.chunks import plan_chunks, read_chunk
 from saecore.images.listing import list_shards
 
@@ -74,11 +72,15 @@ def test_some_images_of_a_chunk(tmp_path: Path, kind: str) -> None:
             found = [row for table in read_chunk(chunk, indices=indices) for row in table.to_pylist()]
             assert found == [every[index] for index in sorted(indices)]
     if kind == "a.tar":
-        with open("/proc/self/io") as counts:
-            before = int(counts.readline().split()[1])
+        before = bytes_read()
         list(read_chunk(plan.to_pylist()[0], indices={4}))
-        with open("/proc/self/io") as counts:
-            assert 50_000 < int(counts.readline().split()[1]) - before < 150_000
+        assert 50_000 < bytes_read() - before < 150_000
+
+
+def bytes_read() -> int:
+    """What this process has read from files so far."""
+    with open("/proc/self/io") as counts:
+        return int(counts.readline().split()[1])
 
 
 def contents(rows: list[dict[str, Any]]) -> list[tuple[str, bytes]]:
@@ -88,7 +90,12 @@ def contents(rows: list[dict[str, Any]]) -> list[tuple[str, bytes]]:
 def outcome(path: Path, chunk_size: int = 4) -> list[tuple[str, str | None]]:
     plan = plan_chunks(list_shards([str(path)]), chunk_size)
     assert plan.schema.equals(schema.PLAN)
-    return [(row["key"], row["error"]) for row in read(plan)]
+    rows = read(plan)
+    for chunk in plan.to_pylist():  # what is damaged is so too for whoever asks for some of the images
+        of_chunk = [row for row in rows if chunk["start"] <= row["image_id"] < chunk["end"]]
+        some = read_chunk(chunk, indices=range(chunk["end"] - 1, chunk["start"] - 1, -2))
+        assert [row for table in some for row in table.to_pylist()] == of_chunk[::-2][::-1]
+    return [(row["key"], row["error"]) for row in rows]
 
 
 def plan_of(*paths: Path | str, chunk_size: int = 4, **options: Any) -> pa.Table:
@@ -158,7 +165,7 @@ def test_a_path_without_images_is_named(tmp_path: Path, path: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "note.txt").write_text("no image")
     address = path if "://" in path else f"{tmp_path}/{path}"
-    with pytest.raises(ValueError, match=r"--images .*" + path.replace("*", r"\*")) as caught:
+    with pytest.raises(ValueError, match=".*" + path.replace("*", r"\*")) as caught:
         list_shards([address])
     assert "\n" not in str(caught.value)
     assert "bad" in path or "no such file, or no images in it; looked for .tar" in str(caught.value)
@@ -391,11 +398,11 @@ def test_parquet_columns_and_keys(tmp_path: Path) -> None:
         for chunk_size in (1, 4, 6, 7, 100):
             expected = [(str(i) if name == "none" else f"p{i}", b) for i, b in enumerate(data)]
             assert contents(read(plan_of(path, chunk_size=chunk_size))) == expected
-    assert plan_of(tmp_path / "struct.parquet", column="thumb")["column"][0].as_py() == "thumb"
+    assert plan_of(tmp_path / "struct.parquet", image_column="thumb")["column"][0].as_py() == "thumb"
     with pytest.raises(ValueError, match="no such column"):
-        plan_of(tmp_path / "struct.parquet", column="picture")
+        plan_of(tmp_path / "struct.parquet", image_column="picture")
     pq.write_table(pa.table({"left": data, "right": data}), tmp_path / "two.parquet")
-    with pytest.raises(ValueError, match="Name one of left, right with --image-column"):
+    with pytest.raises(ValueError, match="Name one of left, right"):
         plan_of(tmp_path / "two.parquet")
 
 
@@ -414,11 +421,14 @@ def test_parquet_columns_of_every_binary_kind(tmp_path: Path, form: str) -> None
     if "struct" in form:
         values = pa.StructArray.from_arrays([values, pa.array([f"p{i}" for i in range(len(data))])], ["bytes", "path"])
     rows = None if form == "struct view" else 7  # pyarrow does not write slices of these
-    pq.write_table(pa.table({"picture": values, "label": range(len(data))}), path, row_group_size=rows)
+    try:
+        pq.write_table(pa.table({"picture": values, "label": range(len(data))}), path, row_group_size=rows)
+    except pa.ArrowNotImplementedError:
+        pytest.skip("this pyarrow does not write such columns")
     if form == "fixed":
         with pytest.raises(ValueError, match="no column of it holds encoded images"):
             plan_of(path)
-    plan = plan_of(path, column="picture" if form == "fixed" else None)
+    plan = plan_of(path, image_column="picture" if form == "fixed" else None)
     expected = [(f"p{i}" if "struct" in form else str(i), value) for i, value in enumerate(data)]
     assert contents(read(plan)) == expected
     assert [row["error"] for row in read(plan)] == [None] * len(PICTURES) + ["no-data"]
@@ -438,27 +448,19 @@ def test_parquet_without_images_says_what_it_holds(tmp_path: Path, columns: dict
     pq.write_table(pa.table(columns), path)
     for column in (None, next(iter(columns))):
         with pytest.raises(ValueError, match=re.escape(said)) as caught:
-            plan_of(path, column=column)
+            plan_of(path, image_column=column)
         assert "needed is binary, or a struct with a binary field named bytes" in str(caught.value)
         assert str(path) in str(caught.value)
 
 
-def test_parquet_reads_only_the_row_groups_of_the_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_reads_only_the_row_groups_of_the_chunk(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     data = [GENERATOR.bytes(50_000) for _ in range(40)]
     pq.write_table(pa.table({"image": data}), path, row_group_size=4, compression="none")
     plan = plan_of(path, chunk_size=4)
-    total = 0
-    read_once = shards._Watched.read
-
-    def counted(self: shards._Watched, size: int = -1) -> bytes:
-        nonlocal total
-        total += size
-        return read_once(self, size)
-
-    monkeypatch.setattr(shards._Watched, "read", counted)
+    before = bytes_read()
     assert [row["data"] for row in read(plan.slice(7, 1))] == data[28:32]
-    assert total < 8 * 50_000
+    assert 4 * 50_000 < bytes_read() - before < 8 * 50_000
 
 
 def test_damaged_parquet(tmp_path: Path) -> None:
@@ -474,6 +476,10 @@ def test_damaged_parquet(tmp_path: Path) -> None:
     rows = read(plan)
     assert [row["error"] for row in rows] == [None] * 3 + ["no-data"] + ["unreadable"] * 4 + [None] * 4
     assert rows[5]["key"] == "5"
+    some = [
+        table.to_pylist() for chunk in plan.to_pylist() for table in read_chunk(chunk, indices=[chunk["start"] + 5])
+    ]
+    assert some == [[rows[5]], [rows[11]]]
     footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
     for broken in (b"", whole[:5_000], b"x" * 5_000, whole[:footer] + b"\xff" * 32 + whole[footer + 32 :]):
         path.write_bytes(broken)
@@ -550,7 +556,7 @@ def test_storage_that_fails_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     for left in itertools.count():
         flaky = FlakyFileSystem(left)
-        monkeypatch.setattr(shards, "filesystem_of", lambda uri, flaky=flaky: (flaky, storage.filesystem_of(uri)[1]))
+        monkeypatch.setattr(storage, "filesystem_of", lambda uri, flaky=flaky: (flaky, uri))
         try:
             rows = read(plan)
         except OSError as error:
@@ -575,8 +581,7 @@ def test_any_pyarrow_filesystem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         filesystem = pyarrow.fs.SubTreeFileSystem(str(tmp_path), pyarrow.fs.LocalFileSystem())
         return filesystem, uri.removeprefix("s3://bucket").strip("/")
 
-    monkeypatch.setattr(shards, "filesystem_of", store)
-    monkeypatch.setattr(listing, "filesystem_of", store)
+    monkeypatch.setattr(storage, "filesystem_of", store)
     for paths in (["s3://bucket"], ["s3://bucket/"], ["s3://bucket/*.tar*", "s3://bucket/d.*", "s3://bucket/**/*.jpg"]):
         found = list_shards(paths)
         assert [shard.kind for shard in found] == ["folder", "tar", "tar.gz", "parquet"]

@@ -16,7 +16,9 @@ import skimage
 import sklearn.datasets
 from PIL import Image
 
-from saecore.images.decode import ImageError, Preprocess, decode, load_preprocess, open_rgb
+from saecore.images.decode import ImageError, decode_image, open_rgb
+from saecore.images.preprocess import Preprocess, load_preprocess
+from tests.helpers.towers import pil_processor
 
 SKIMAGE = Path(skimage.__file__).parent / "data"
 SKLEARN = Path(sklearn.datasets.__file__).parent / "images"
@@ -49,15 +51,15 @@ def photograph(width: int = 96, height: int = 80) -> Image.Image:
 
 def refusal(data: bytes, **options: Any) -> ImageError:
     with pytest.raises(ImageError) as caught:
-        decode(data, preprocess(), **options)
+        decode_image(data, preprocess(), **options)
     assert caught.value.detail
     return caught.value
 
 
 def theirs(image: Image.Image, **config: Any) -> np.ndarray:
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    clip_processor = pil_processor("clip")
 
-    processor = CLIPImageProcessorPil(do_rescale=False, do_normalize=False, **config)
+    processor = clip_processor(do_rescale=False, do_normalize=False, **config)
     return np.asarray(processor(image)["pixel_values"][0]).transpose(1, 2, 0)
 
 
@@ -69,7 +71,7 @@ def test_pixels_equal_those_of_transformers(path: Path) -> None:
     sizes = ((224, 224), (336, 336), (64, 64), (73, 64), (64, 81))  # the last one is padded
     for shape, (resize, crop) in zip([*shapes, image, shapes[2]], sizes, strict=True):
         config = {"size": {"shortest_edge": resize}, "crop_size": {"height": crop, "width": crop}}
-        ours = decode(encode(shape, "PNG", compress_level=1), Preprocess.from_config(config))
+        ours = decode_image(encode(shape, "PNG", compress_level=1), Preprocess.from_config(config))
         assert ours.pixels.dtype == np.uint8
         np.testing.assert_array_equal(ours.pixels, theirs(shape, **config))
 
@@ -78,23 +80,23 @@ def test_rounding_equals_that_of_transformers_at_odd_sizes() -> None:
     for width, height in ((1, 1), (1, 70), (65, 64), (127, 64), (99, 98), (331, 77), (77, 331)):
         image = photograph(width, height)
         config = {"size": {"shortest_edge": 37}, "crop_size": {"height": 37, "width": 32}}
-        ours = decode(encode(image, "PNG"), Preprocess.from_config(config))
+        ours = decode_image(encode(image, "PNG"), Preprocess.from_config(config))
         np.testing.assert_array_equal(ours.pixels, theirs(image, **config))
 
 
 def test_siglips_processor_resizes_without_regard_to_shape() -> None:
-    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+    siglip_processor = pil_processor("siglip")
 
     config = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 384, "width": 256}, "resample": 3}
     image = photograph(200, 90)
-    ours = decode(encode(image, "PNG"), Preprocess.from_config(config))
-    other = SiglipImageProcessorPil(size=config["size"], resample=3, do_rescale=False, do_normalize=False)
+    ours = decode_image(encode(image, "PNG"), Preprocess.from_config(config))
+    other = siglip_processor(size=config["size"], resample=3, do_rescale=False, do_normalize=False)
     np.testing.assert_array_equal(ours.pixels, np.asarray(other(image)["pixel_values"][0]).transpose(1, 2, 0))
     assert ours.crop == (0, 0, 200, 90)
 
 
 def test_the_crop_is_where_the_pixels_come_from() -> None:
-    decoded = decode(encode(photograph(400, 100), "PNG"), preprocess(50))
+    decoded = decode_image(encode(photograph(400, 100), "PNG"), preprocess(50))
     assert decoded[1:] == (400, 100, "PNG", (150, 0, 250, 100))
 
 
@@ -107,9 +109,9 @@ def test_configs_old_and_new(tmp_path: Path) -> None:
     assert (plain.mean, plain.std, plain.rescale_factor) == ((0.0,) * 3, (1.0,) * 3, 1.0)
     (tmp_path / "processor_config.json").write_text(json.dumps(new))
     assert load_preprocess(str(tmp_path)) == Preprocess.from_config(old)
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    clip_processor = pil_processor("clip")
 
-    saved = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 60, "width": 56})
+    saved = clip_processor(size={"shortest_edge": 64}, crop_size={"height": 60, "width": 56})
     saved.save_pretrained(tmp_path / "saved")
     loaded = load_preprocess(str(tmp_path / "saved"))
     assert (loaded.resize, loaded.crop, loaded.mean) == (64, (60, 56), tuple(saved.image_mean))
@@ -148,7 +150,7 @@ def test_exif_orientation_is_applied(form: str, orientation: int) -> None:
         stored, options = image, {}  # these hold no EXIF
     else:
         stored, options = image.transpose(undo[orientation]) if orientation > 1 else image, {"exif": exif}
-    decoded = decode(encode(stored, form, **options), preprocess(32))
+    decoded = decode_image(encode(stored, form, **options), preprocess(32))
     shown = open_rgb(encode(stored, form, **options)).image
     assert (decoded.width, decoded.height, decoded.format) == (48, 32, form)
     corners = np.asarray(shown, int)[[8, 8, 24, 24], [8, 40, 8, 40]]
@@ -156,7 +158,7 @@ def test_exif_orientation_is_applied(form: str, orientation: int) -> None:
 
 
 def only_colour(data: bytes) -> list[int]:
-    pixels = decode(data, preprocess(16)).pixels.reshape(-1, 3)
+    pixels = decode_image(data, preprocess(16)).pixels.reshape(-1, 3)
     assert (pixels == pixels[0]).all()
     return pixels[0].tolist()
 
@@ -218,7 +220,7 @@ def test_animations_give_their_first_frame_and_cameras_double_jpegs_their_first_
         data = encode(
             first, form, save_all=True, append_images=[second], **({"lossless": True} if form == "WEBP" else {})
         )
-        decoded = decode(data, preprocess(16))
+        decoded = decode_image(data, preprocess(16))
         assert decoded.format == form.replace("MPO", "JPEG")
         assert np.abs(decoded.pixels.astype(int) - (255, 0, 0)).max() < 3
 
@@ -252,7 +254,7 @@ def test_bombs_are_refused_before_they_are_decoded(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 96 * 80 - 1)  # from here to twice as many Pillow only warns
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert decode(data, preprocess()).width == 96
+        assert decode_image(data, preprocess()).width == 96
 
 
 def test_a_palette_png_without_its_palette_is_a_reason() -> None:
@@ -276,13 +278,13 @@ def test_whatever_is_raised_on_the_way_is_a_reason_but_for_memory(step: str, mon
     for error in (AssertionError("not so"), RecursionError("too deep"), SystemError("tile")):
         monkeypatch.setattr(owner, step, raising(error))
         if step == "getexif":
-            assert decode(data, preprocess()).width == 96
+            assert decode_image(data, preprocess()).width == 96
         else:
             assert refusal(data).detail == f"{type(error).__name__}: {error}"
     for beyond in (MemoryError(), KeyboardInterrupt()):
         monkeypatch.setattr(owner, step, raising(beyond))
         with pytest.raises(type(beyond)):
-            decode(data, preprocess())
+            decode_image(data, preprocess())
 
 
 def mended(data: bytes) -> bytes:
@@ -328,7 +330,7 @@ def test_broken_bytes_end_in_a_reason_and_never_in_another_error() -> None:
             data[generator.randrange(reach)] ^= 1 << generator.randrange(8)
         broken = mended(bytes(data)) if data[:4] == b"\x89PNG" and generator.random() < 0.5 else bytes(data)
         try:
-            pixels = decode(broken, preprocess(16), max_pixels=1_000_000).pixels
+            pixels = decode_image(broken, preprocess(16), max_pixels=1_000_000).pixels
             assert pixels.shape == (16, 16, 3)
             decoded += 1
         except ImageError as error:

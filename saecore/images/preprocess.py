@@ -1,0 +1,144 @@
+"""What a model's image processor does to an image: resize, crop, and the constants by which the tower normalises.
+
+    preprocessor_config.json or processor_config.json -> Preprocess
+
+Read from the files of transformers' CLIP and SigLIP processors, in old and new spelling, with their defaults.
+
+Left out: padding, and processors that do not resize.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from PIL import Image
+
+from saecore.hub import model_folder
+from saecore.images.effort import MAX_PIXELS
+from saecore.untrusted import about, mapping, number, read_json_file, shown, whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+    """What a model's image processor does to an image."""
+
+    resize: int | tuple[int, int]
+    """Shortest edge, or (height, width), in pixels."""
+    crop: tuple[int, int] | None
+    """(height, width) cut out of the centre, in pixels; None leaves all."""
+    resample: int
+    """Pillow's number of the filter."""
+    mean: tuple[float, float, float]
+    """Subtracted from rescaled pixels, by channel."""
+    std: tuple[float, float, float]
+    """Then divided by, by channel."""
+    rescale_factor: float
+    """Multiplies uint8 pixels before that."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.resize, int) and self.crop is None:
+            raise ValueError("an image processor that resizes the shortest edge and does not crop makes no fixed size")
+        if min(*self.size, self.resize if isinstance(self.resize, int) else min(self.resize)) < 1:
+            raise ValueError(f"an image processor that resizes to {self.resize} and crops {self.crop} makes no pixels")
+        height, width = (self.resize, self.resize) if isinstance(self.resize, int) else self.resize
+        for what, pixels in (("resizes a square image to", height * width), ("makes", self.size[0] * self.size[1])):
+            if pixels > MAX_PIXELS:
+                raise ValueError(
+                    f"an image processor that {what} {pixels:,} pixels is refused: {MAX_PIXELS:,} are allowed"
+                )
+        Image.Resampling(self.resample)  # ValueError for a number that is none
+        for what, value in (
+            ("image_mean", self.mean),
+            ("image_std", self.std),
+            ("rescale_factor", [self.rescale_factor]),
+        ):
+            for one in value:
+                if number(one, f"{what} of an image processor") <= 0 and what != "image_mean":
+                    raise ValueError(f"{what} of an image processor is {one}, expected a number above 0")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the pixels that come out."""
+        if self.crop is not None:
+            return self.crop
+        assert not isinstance(self.resize, int)
+        return self.resize
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Preprocess":
+        """From the content of preprocessor_config.json or processor_config.json, in old and new spelling."""
+        config = mapping(config.get("image_processor", config), "image_processor")
+        kind = config.get("image_processor_type") or config.get("feature_extractor_type") or "CLIPImageProcessor"
+        defaults = _DEFAULTS.get(re.sub("(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(kind)))
+        if defaults is None:
+            raise ValueError(f"an image processor of type {kind} is not supported; these are: {', '.join(_DEFAULTS)}")
+        config = {**defaults, **{name: value for name, value in config.items() if value is not None}}
+        for name in ("do_resize", "do_center_crop", "do_normalize", "do_rescale"):
+            if not isinstance(config[name], bool):
+                raise ValueError(f"{name} of an image processor is {shown(config[name])}, expected true or false")
+        if not config["do_resize"] or config.get("do_pad"):
+            raise ValueError("an image processor that does not resize, or pads, is not supported")
+        size, crop = config["size"], config["crop_size"] if config["do_center_crop"] else None
+        if isinstance(size, Mapping):
+            if set(size) not in ({"shortest_edge"}, {"height", "width"}):
+                raise ValueError(f"an image processor with size = {size} is not supported")
+            size = size["shortest_edge"] if "shortest_edge" in size else [size["height"], size["width"]]
+        elif not config["do_center_crop"] and not isinstance(size, list):
+            size = [size, size]  # as transformers reads a bare number where nothing is cropped
+        if isinstance(crop, Mapping):
+            if set(crop) != {"height", "width"}:
+                raise ValueError(f"an image processor with crop_size = {crop} is not supported")
+            crop = [crop["height"], crop["width"]]
+        elif crop is not None and not isinstance(crop, list):
+            crop = [crop, crop]
+        return cls(
+            resize=_edges(size, "size") if isinstance(size, list) else whole(size, "size of an image processor"),
+            crop=None if crop is None else _edges(crop, "crop_size"),
+            resample=int(whole(config["resample"], "resample of an image processor", least=0)),
+            mean=_channels(config["image_mean"], "image_mean") if config["do_normalize"] else (0.0, 0.0, 0.0),
+            std=_channels(config["image_std"], "image_std") if config["do_normalize"] else (1.0, 1.0, 1.0),
+            rescale_factor=config["rescale_factor"] if config["do_rescale"] else 1.0,
+        )
+
+
+_STEPS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255, "crop_size": 224}
+_CLIP = {
+    **_STEPS,
+    "do_center_crop": True,
+    "size": {"shortest_edge": 224},
+    "resample": Image.Resampling.BICUBIC,
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+}
+_SIGLIP = {
+    **_CLIP,
+    "do_center_crop": False,
+    "size": {"height": 224, "width": 224},
+    "image_mean": (0.5, 0.5, 0.5),
+    "image_std": (0.5, 0.5, 0.5),
+}
+_DEFAULTS = {"CLIP": _CLIP, "Siglip": _SIGLIP}
+"""What transformers' processors do where their config is silent."""
+
+
+def _edges(value: list[Any], what: str) -> tuple[int, int]:
+    if len(value) != 2:
+        raise ValueError(f"{what} of an image processor is {shown(value)}, expected a height and a width")
+    return whole(value[0], f"{what} of an image processor"), whole(value[1], f"{what} of an image processor")
+
+
+def _channels(value: Any, what: str) -> tuple[float, float, float]:
+    if not isinstance(value, list | tuple) or len(value) != 3:
+        raise ValueError(f"{what} of an image processor is {shown(value)}, expected three numbers, one a channel")
+    return value[0], value[1], value[2]
+
+
+def load_preprocess(model: str, revision: str | None = None) -> Preprocess:
+    """The image processor's settings of a model: a folder, a Hub id, or `demo`; ValueError if it has none, or damaged ones."""
+    folder = model_folder(model, revision)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            with about(name):
+                return Preprocess.from_config(read_json_file(folder / name))
+    raise ValueError(f"no preprocessor_config.json in {folder}")
