@@ -154,7 +154,7 @@ def measure(
     tower: ImageTower,
     sae: SAE,
     n_scenes: int,
-    asked: Sequence[Row] = tuple(rows(METHODS)),
+    asked: Sequence[Row] = tuple(rows(tuple(METHODS))),
     tell: Callable[[int], object] = nothing,
 ) -> Measured:
     """Maps of every latent that follows a word, and of every colour and shape as a text, in `n_scenes` scenes.

@@ -87,7 +87,7 @@ def test_what_cannot_be_is_one_sentence(models: Models, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none\.jpg cannot be read: No such file"):
         explain_image(tmp_path / "none.jpg", models)
     for wrong, sentence in (
-        ({"method": "contrib,dense"}, "one at a time"),
+        ({"method": "contrib,dense"}, "give one method"),
         ({"method": "lrp"}, "method lrp: must be"),
         ({"k": 0}, "k 0: must be at least 1"),
         ({"targets": ("latents:80",)}, "latents:80: this SAE has 80 latents"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saecore.methods import DECOMPOSE, METHODS, RECORDS, Options, dtype_of, parse_methods, parse_targets
+from saecore.methods import METHODS, Options, dtype_of, parse_methods, parse_targets
 from saecore.relevance.explain import explain_latents
 from saecore.relevance.maps import completeness_error
 from saecore.relevance.targets import Targets, concept_weights, word_targets
@@ -30,6 +30,8 @@ from tests.helpers.derivations import (
 from tests.helpers.towers import SHAPES, demo_tower, random_pixels, random_sae, random_tower
 
 ALL = [*range(len(SHAPES)), "demo"]
+
+DECOMPOSITIONS = [name for name, method in METHODS.items() if method.decomposes]
 
 
 def models(which: Any) -> tuple[Any, ClipTower, SAE]:
@@ -201,7 +203,9 @@ def test_decompositions_and_their_remainder_add_up(which: Any, layers: int, norm
         words = word_targets(sae, texts, n_texts=2, n_latents=6, positive=False)
         pixels, latents = random_pixels(tower, 4), some_latents(sae, 4, 20)
         with torch.inference_mode():
-            found = explain_latents(tower, sae, pixels, latents, DECOMPOSE, Options(layers=layers, norm=norm), words)
+            found = explain_latents(
+                tower, sae, pixels, latents, DECOMPOSITIONS, Options(layers=layers, norm=norm), words
+            )
             embedding = tower.embed(pixels)
             z = Targets(sae, latents, words).values(embedding[:, None])[:, 0]
             pre = sae.pre_activations(embedding).gather(1, latents)
@@ -270,7 +274,7 @@ def test_several_methods_share_one_forward() -> None:
     forwards = []
     tower.register_forward_hook(lambda *_: forwards.append(1))
     with torch.inference_mode():
-        together = explain_latents(tower, sae, pixels, latents, METHODS)
+        together = explain_latents(tower, sae, pixels, latents, tuple(METHODS))
     assert len(forwards) == 1
     for name in METHODS:
         torch.testing.assert_close(
@@ -299,8 +303,8 @@ def test_methods_in_bfloat16_are_nearly_the_same() -> None:
         tower, sae = demo_tower(), load_sae("demo")
         tower.run_in(dtype)
         with torch.inference_mode():
-            found.append(explain_latents(tower, sae, pixels, latents, METHODS))
-    for name in [name for name in METHODS if not RECORDS[name].needs_float32]:
+            found.append(explain_latents(tower, sae, pixels, latents, tuple(METHODS)))
+    for name in [name for name, method in METHODS.items() if not method.needs_float32]:
         exact, rounded = (maps[name].relevance for maps in found)
         assert rounded.dtype == torch.float32
         largest = exact.abs().amax(-1).clamp(min=1e-6)  # gradeclip has maps that are zero everywhere

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, linear
 
-from saecore.methods import DEFAULT_OPTIONS, METHODS, RECORDS, Options
+from saecore.methods import DEFAULT_OPTIONS, METHODS, Options
 from saecore.relevance.explain import FUNCTIONS, explain_latents
 from saecore.relevance.targets import Targets, WordTargets, word_targets
 from saecore.sae.model import SAE, SAEConfig
@@ -256,7 +256,7 @@ def test_frozen_norms_give_another_map(clip: Case, method: str) -> None:
 LAYERS = {0: "all", 1: "last", 2: "last 2", None: "none"}
 
 
-def test_the_table_of_methods_in_the_docs_says_what_the_records_say() -> None:
+def test_the_table_of_methods_in_the_docs_says_what_the_code_says() -> None:
     lines = (Path(__file__).parent.parent.parent / "docs" / "maps.md").read_text().splitlines()
     start = next(at for at, line in enumerate(lines) if line.startswith("| `--method` |"))
     assert [cell.strip() for cell in lines[start].split("|")[3:8]] == [
@@ -273,15 +273,15 @@ def test_the_table_of_methods_in_the_docs_says_what_the_records_say() -> None:
         name, _, *cells = (cell.strip() for cell in line.split("|")[1:-1])
         table[re.findall(r"`(\w+)`", name)[0]] = cells
     assert list(table) == list(METHODS)
-    assert list(RECORDS) == list(FUNCTIONS)
+    assert list(METHODS) == list(FUNCTIONS)
     for name, (norm, layers, target, units, published) in table.items():
-        record = RECORDS[name]
-        assert (norm, layers, target) == (record.norm, LAYERS[record.layers], record.target), name
-        assert units == (record.units or "none"), name
-        assert published.startswith(record.published or "ours"), name
+        method = METHODS[name]
+        assert (norm, layers, target) == (method.norm, LAYERS[method.layers], method.target), name
+        assert units == (method.units or "none"), name
+        assert published.startswith(method.published or "ours"), name
 
 
-def test_norms_and_layers_are_the_records_unless_asked_otherwise() -> None:
+def test_norms_and_layers_are_the_methods_own_unless_asked_otherwise() -> None:
     norms = {name: DEFAULT_OPTIONS.norm_of(name) for name in METHODS}
     assert {name for name, norm in norms.items() if norm == "exact"} == {"chefer", "legrad", "gradeclip", "rollout"}
     assert {name for name, norm in norms.items() if norm == "frozen"} == {"contrib", "contrib_grad"}
