@@ -32,7 +32,7 @@ from saecore.methods import METHODS
 from saecore.relevance.explain import explain_latents
 from saecore.report import display
 from saecore.sae.checkpoints import load_folder
-from saecore.towers.clip import load_tower
+from saecore.towers.loading import load_tower
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,9 @@ from saecore.methods import DEFAULT_OPTIONS, METHODS, Options
 from saecore.relevance.explain import explain_latents
 from saecore.relevance.targets import word_targets
 from saecore.sae.model import SAE
-from saecore.towers.clip import ImageTower
-from saecore.towers.text import embed_texts, load_text_tower
+from saecore.towers.loading import load_text_tower
+from saecore.towers.text import embed_texts
+from saecore.towers.tower import ImageTower
 
 FOLLOWS = 0.95
 """A latent follows a word if its area under the ROC curve is above this."""

@@ -27,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 
 from saecore import schema
+from saecore.naming.vocabulary import read_vocabulary
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.config import EmbedConfig, ModelDigests
 from saecore.pipeline.stages import Decode, Embed
@@ -114,11 +115,12 @@ def embed(argv: list[str]) -> int:
 
 def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
     """Resolve the arguments to a job, or print what it would be for --dry-run; ValueError for what the user can mend."""
-    from saecore.towers.clip import load_tower
+    from saecore.towers.loading import load_tower
 
     pipeline.check_outside(arguments)
     clip = pipeline.address(arguments.clip)
-    tower = load_tower(clip)
+    with commands.given("--clip"):
+        tower = load_tower(clip)
     inputs = pipeline.Inputs(arguments, arguments.images)
     pool = pipeline.make_pool(arguments, inputs)
     config = EmbedConfig(clip=clip, batch_size=arguments.batch_size, device=pool.device, threads=pool.threads)
@@ -136,13 +138,15 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
 
 def embed_vocabulary(arguments: Arguments) -> int:
     """Embed a vocabulary to `texts.parquet` and its memory map; the same command again does nothing."""
-    from saecore.towers import text  # slow: PyTorch comes with it
+    from saecore.towers.loading import load_text_tower  # slow: PyTorch comes with it
 
     with commands.mistakes():
-        vocabulary = text.read_vocabulary(arguments.text)
+        with commands.given("--text"):
+            vocabulary = read_vocabulary(arguments.text)
         words = vocabulary.words[: arguments.limit or None]
         clip = pipeline.address(arguments.clip)
-        tower = text.load_text_tower(clip)
+        with commands.given("--clip"):
+            tower = load_text_tower(clip)
         device = cluster.here(arguments.gpus_per_replica).device
         parts = {
             "kind": "texts",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def load_models(clip: str, sae_address: str, site: str = "") -> "tuple[ImageTower, SAE]":
     """CLIP and SAE on the CPU; ValueError if one cannot be loaded, or if they do not fit each other."""
     from saecore.sae.checkpoints import load_embedding_sae
-    from saecore.towers.clip import load_tower
+    from saecore.towers.loading import load_tower
 
     sae, tower = load_embedding_sae(sae_address, site), load_tower(clip)
     check_widths(sae_address, sae, clip, tower)
@@ -52,7 +52,8 @@ def load_word_targets(config: ExplainConfig, tower: "ImageTower", sae: "SAE") ->
     request, blank = config.targets, needs_blank(tower, config.methods, config.options)
     if not (request.words or blank):
         return None
-    from saecore.towers.text import embed_texts, load_text_tower
+    from saecore.towers.loading import load_text_tower
+    from saecore.towers.text import embed_texts
 
     try:
         text_tower = load_text_tower(config.clip)

@@ -64,7 +64,7 @@ class Embed:
 
     def __init__(self, config: EmbedConfig) -> None:
         from saecore.pipeline.inference import Embedder
-        from saecore.towers.clip import load_tower
+        from saecore.towers.loading import load_tower
 
         _use_threads(config.threads)
         self.config = config

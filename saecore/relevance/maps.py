@@ -30,6 +30,7 @@ from torch.nn.functional import linear
 
 from saecore.methods import DEFAULT_OPTIONS, Options
 from saecore.relevance import tangent
+from saecore.relevance.own_targets import own_target_gradients
 from saecore.relevance.targets import Targets, cosine_read_outs
 from saecore.towers.cls_path import attention_gradients, by_head
 from saecore.towers.tower import ImageTower, Trace
@@ -105,16 +106,16 @@ def contrib(batch: Batch) -> Maps:
     Cost: 2ND(1 + k) + 2kD^2 FLOP per layer and image, which is 1 to 6 % of a forward at k = 32.
     """
     tower, trace = batch.tower, batch.trace
-    direction, constant = tower.pull_back(batch.read_outs, trace.cls_final, batch.exact)
+    direction, constant = tower.pull_back(batch.read_outs, trace.query_final, batch.exact)
     path = tower.path()
     layers = batch.options.layers_of("contrib", len(path))
     # Whatever earlier layers added to CLS counts as its own path.
-    own_path = trace.cls_before[-layers].float()
+    own_path = trace.query_before[-layers].float()
     tokens_BkHN = _no_tokens(batch)
     for index in range(-layers, 0):
-        layer, v, A = path[index], trace.values[index], trace.cls_attention[index]
-        leaving = trace.cls_final if index == -1 else trace.cls_before[index + 1]
-        own_path = own_path + layer.out_bias.float() + leaving.float() - trace.cls_after[index].float()
+        layer, v, A = path[index], trace.values[index], trace.query_attention[index]
+        leaving = trace.query_final if index == -1 else trace.query_before[index + 1]
+        own_path = own_path + layer.out_bias.float() + leaving.float() - trace.query_after[index].float()
         target_BkD = direction.to(v.dtype) @ layer.out
         v_BNHD = by_head(v, tower.n_heads)
         if batch.heads:
@@ -136,20 +137,20 @@ def contrib_grad(batch: Batch) -> Maps:
     right or wrong; `saecore.relevance.tangent` checks for each target of each image that G_y is the gradient.
     """
     tower, trace = batch.tower, batch.trace
-    pre = (batch.read_outs @ tower.embed_cls(trace.cls_final)[..., None]).squeeze(-1) + batch.offsets
+    pre = (batch.read_outs @ tower.embed_query(trace.query_final)[..., None]).squeeze(-1) + batch.offsets
     path, by_stream, tokens_BkHN = tower.path(), torch.zeros_like(pre), _no_tokens(batch)
     layers = batch.options.layers_of("contrib_grad", len(path))
     s, signed = tangent.signs(layers, tower.n_heads, tokens_BkHN.shape[-1]).to(pre.device), torch.zeros_like(pre)
     for index, D, G_y in _gradients(batch, layers):
-        product_BkHN = trace.cls_attention[index][:, None] * D
+        product_BkHN = trace.query_attention[index][:, None] * D
         signed += product_BkHN.flatten(2) @ s[index].flatten()
         tokens_BkHN = tokens_BkHN + (product_BkHN if batch.heads else product_BkHN.sum(2, keepdim=True))
-        added = trace.cls_after[index].float() - trace.cls_before[index].float() - path[index].out_bias.float()
+        added = trace.query_after[index].float() - trace.query_before[index].float() - path[index].out_bias.float()
         by_stream += (G_y @ added[..., None]).squeeze(-1)
     maps = _decomposed(batch, tokens_BkHN, pre - by_stream)
     if not batch.check:
         return maps
-    direction, _ = tower.pull_back(batch.read_outs, trace.cls_final, batch.exact)
+    direction, _ = tower.pull_back(batch.read_outs, trace.query_final, batch.exact)
     return maps._replace(gradient_error=(signed - tangent.derivative(tower, trace, direction, layers)).abs())
 
 
@@ -166,7 +167,7 @@ def chefer(batch: Batch) -> Maps:
     gradients = list(_gradients(batch, layers))
     patches = _no_tokens(batch)[..., tower.n_own :]
     for index, D, _ in reversed(gradients):  # The rule goes from the first layer to the last.
-        cam = _mean_heads((batch.trace.cls_attention[index][:, None] * D).clamp(min=0), batch)
+        cam = _mean_heads((batch.trace.query_attention[index][:, None] * D).clamp(min=0), batch)
         patches = patches + cam[..., : tower.n_own].sum(-1, keepdim=True) * patches + cam[..., tower.n_own :]
     return _undivided(batch, patches)
 
@@ -200,8 +201,8 @@ def _own_targets(batch: Batch, layers: int) -> Tensor:
         w, _ = batch.targets.read_outs(embedding, batch.exact)
         return w if blank is None else torch.cat([w, cosine_read_outs(blank, embedding, batch.exact)[0]], 1)
 
-    found = [_mean_heads(D, batch) for D in batch.tower.own_targets(batch.trace, read, layers, batch.exact)]
-    patches = torch.stack(found).sum(0)[..., batch.tower.n_own :]
+    gradients = own_target_gradients(batch.tower, batch.trace, read, layers, batch.exact)
+    patches = torch.stack([_mean_heads(D, batch) for D in gradients]).sum(0)[..., batch.tower.n_own :]
     if blank is None:
         return patches
     lit = patches[:, -1:].sum(2, keepdim=True)
@@ -222,7 +223,7 @@ def gradeclip(batch: Batch) -> Maps:
     """
     trace, n_own = batch.trace, batch.tower.n_own
     _, D, _ = next(_gradients(batch, 1))
-    query, keys = trace.cls_query[-1][:, None], trace.keys[-1][:, n_own:]
+    query, keys = trace.query_q[-1][:, None], trace.keys[-1][:, n_own:]
     if batch.options.gradeclip_cosine == "projected":
         layer = batch.tower.path()[-1]
         query, keys = (linear(x, layer.out, layer.out_bias) for x in (query, keys))
@@ -242,9 +243,9 @@ def dense(batch: Batch) -> Maps:
     """
     tower, trace = batch.tower, batch.trace
     if batch.options.dense == "token":
-        values = batch.targets.values(tower.embed_alone(trace.tokens[-1][:, tower.n_own :]))
+        values = batch.targets.values(tower.embed_each(trace.tokens[-1][:, tower.n_own :]))
         return _undivided(batch, values.transpose(1, 2)[:, :, None])
-    direction, _ = tower.pull_back(batch.read_outs, trace.cls_final, batch.exact)
+    direction, _ = tower.pull_back(batch.read_outs, trace.query_final, batch.exact)
     v = trace.values[-1]
     read = (direction.to(v.dtype) @ tower.path()[-1].out) @ v.transpose(1, 2)
     return _undivided(batch, read[:, :, None, tower.n_own :].float())
@@ -252,7 +253,7 @@ def dense(batch: Batch) -> Maps:
 
 def attention(batch: Batch) -> Maps:
     """The last layer's CLS attention, mean over heads. It does not know the target, so every map should do better."""
-    row = _mean_heads(batch.trace.cls_attention[-1][:, None], batch)[..., batch.tower.n_own :]
+    row = _mean_heads(batch.trace.query_attention[-1][:, None], batch)[..., batch.tower.n_own :]
     return _undivided(batch, row.expand(-1, batch.read_outs.shape[1], -1, -1).contiguous())
 
 

@@ -39,7 +39,7 @@ def derivative(tower: ImageTower, trace: Trace, direction: Tensor, layers: int) 
 
     Only the rows of the last `layers` layers depend on t. The trace must hold these layers, and their keys if they are several.
     """
-    tangent = torch.zeros_like(trace.cls_final, dtype=torch.float32)
+    tangent = torch.zeros_like(trace.query_final, dtype=torch.float32)
     s = signs(layers, tower.n_heads, trace.values[-1].shape[1]).to(tangent.device)
     for index, layer in zip(range(-layers, 0), tower.path()[-layers:], strict=True):
         tangent = _through(tower, trace, index, layer, s[index], tangent, is_first=index == -layers)
@@ -53,14 +53,14 @@ def _through(
 
     A name with `d_` is the derivative by t of what its name says.
     """
-    A, v = trace.cls_attention[index], _heads(tower, trace.values[index])
+    A, v = trace.query_attention[index], _heads(tower, trace.values[index])
     d_A, d_heads = A * s, torch.zeros_like(v[:, :, 0])
     if not is_first:
         assert layer.entry is not None  # A learned query has no layer below it.
         entry = layer.entry
-        d_normed = _of_norm(entry.norm1, trace.cls_before[index], tangent)
+        d_normed = _of_norm(entry.norm1, trace.query_before[index], tangent)
         d_q, d_k, d_v = (_heads(tower, d_normed[:, None] @ w.float().T) for w in (entry.q, entry.k, entry.v))
-        q, keys = _heads(tower, trace.cls_query[index][:, None]), _heads(tower, trace.keys[index])
+        q, keys = _heads(tower, trace.query_q[index][:, None]), _heads(tower, trace.keys[index])
         # CLS is token 0: only its own key and value move with it.
         d_scores = (keys * d_q).sum(-1)
         d_scores[..., 0] += (q * d_k).sum((2, 3))
@@ -69,8 +69,8 @@ def _through(
         d_heads = A[..., :1] * d_v[:, :, 0]
     d_heads = d_heads + (d_A[:, :, None] @ v).squeeze(2)
     d_after = tangent + d_heads.flatten(1) @ layer.out.float().T
-    d_inner = _of_norm(layer.norm2, trace.cls_after[index], d_after) @ layer.mlp.fc1.weight.float().T
-    d_active = _derivative(layer.mlp.activation_fn, trace.cls_inner[index], d_inner)
+    d_inner = _of_norm(layer.norm2, trace.query_after[index], d_after) @ layer.mlp.fc1.weight.float().T
+    d_active = _derivative(layer.mlp.activation_fn, trace.query_inner[index], d_inner)
     return d_after + d_active @ layer.mlp.fc2.weight.float().T
 
 

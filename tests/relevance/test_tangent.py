@@ -49,11 +49,11 @@ def test_the_derivative_is_that_of_autograd() -> None:
     D = replayed(tower, sae, pixels, latents, exact=True)
     with torch.inference_mode():
         _, trace = tower(pixels, keys=True)
-        direction = tower.pull_back(sae.read_outs(latents)[0], trace.cls_final, exact=True).direction
+        direction = tower.pull_back(sae.read_outs(latents)[0], trace.query_final, exact=True).direction
         found = tangent.derivative(tower, trace, direction, len(D))
     s = tangent.signs(len(D), tower.n_heads, trace.values[0].shape[1])
     assert s.unique().tolist() == [-1, 1]
-    expected = sum((A[:, None] * G * some).sum((2, 3)) for A, G, some in zip(trace.cls_attention, D, s, strict=True))
+    expected = sum((A[:, None] * G * some).sum((2, 3)) for A, G, some in zip(trace.query_attention, D, s, strict=True))
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -33,9 +33,9 @@ from saecore.relevance.maps import completeness_error
 from saecore.relevance.targets import Targets, WordTargets, word_targets
 from saecore.runs.files import open_dataset
 from saecore.sae.model import SAE
-from saecore.towers.clip import load_tower
+from saecore.towers.loading import load_text_tower, load_tower
 from saecore.towers.siglip import SiglipTower
-from saecore.towers.text import TextTower, embed_texts, load_text_tower
+from saecore.towers.text import TextTower, embed_texts
 from tests.helpers.derivations import Layer, assert_close, fused, ours, plain_layers, read, some_latents
 from tests.helpers.mistakes import mistake
 from tests.helpers.towers import SIGLIP_SHAPES, fill, pil_processor, random_pixels, random_sae, random_siglip
@@ -110,7 +110,7 @@ def test_embedding_equals_transformers(case: Case) -> None:
     torch.testing.assert_close(embedding, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(case.tower.embed(case.pixels), expected, rtol=1e-5, atol=1e-5)
     assert_close(embedding, case.pool.e.detach())
-    assert_close(trace.cls_attention[0], case.pool.A.detach())
+    assert_close(trace.query_attention[0], case.pool.A.detach())
     assert case.tower.grid[0] * case.tower.grid[1] == trace.values[0].shape[1]
 
 
