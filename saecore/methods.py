@@ -63,10 +63,10 @@ METHODS = {
         norm="frozen",
         layers=0,
         target="embedding",
-        units=PRE_ACTIVATION,
-        decomposes=True,
         takes_layers=True,
         follows_path=True,
+        units=PRE_ACTIVATION,
+        decomposes=True,
     ),
     "chefer": Method(
         gives="Transformer-MM-Explainability's rule",
