@@ -170,7 +170,7 @@ def embed_vocabulary(arguments: Arguments) -> int:
         address = join_uri(arguments.out, TEXTS_FILE)
         write_atomic(address, parquet_bytes(table, ROW_GROUP_ROWS["images"]))
     shape = len(words), tower.n_outputs
-    stored = read_texts(arguments.out)["embedding"].combine_chunks().flatten().to_numpy().reshape(shape)
+    stored = stored_texts(arguments.out)["embedding"].combine_chunks().flatten().to_numpy().reshape(shape)
     print(f"on disk       {TEXTS_FILE} in {arguments.out}")
     print(write_memory_map(arguments, clip, "-1", "text", shape, [stored]))
     return 0
@@ -204,12 +204,12 @@ def holds_texts(out: str, parts: dict[str, Any]) -> bool:
     if not exists(join_uri(out, TEXTS_FILE)):
         return False
     with commands.given("--out"):
-        refuse_other(out, json.loads((read_texts(out).schema.metadata or {}).get(b"parts", b"{}")), parts)
+        refuse_other(out, json.loads((stored_texts(out).schema.metadata or {}).get(b"parts", b"{}")), parts)
     return True
 
 
-def read_texts(out: str) -> pa.Table:
-    """texts.parquet."""
+def stored_texts(out: str) -> pa.Table:
+    """The table texts.parquet."""
     return read_parquet(join_uri(out, TEXTS_FILE))
 
 

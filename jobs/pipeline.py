@@ -9,11 +9,12 @@ chunk to the last. Left out: what the three steps do (`saecore.pipeline.steps`),
 (`saecore.pipeline.stages`), and what a job does before and after (`jobs.explain`, `jobs.embed`).
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -234,7 +235,7 @@ class Job(NamedTuple):
     pool: cluster.Pool
 
 
-def on_ray(job: Job, pending: pa.Table) -> Iterator[dict[str, Any]]:
+def on_ray(job: Job, pending: pa.Table) -> Generator[dict[str, Any], None, None]:
     """The three steps as a Ray Data pipeline; yields the rows of `write_chunk` as they come."""
     import ray.data
 
@@ -269,7 +270,7 @@ def on_ray(job: Job, pending: pa.Table) -> Iterator[dict[str, Any]]:
     yield from committed.iter_rows()
 
 
-def in_process(job: Job, pending: pa.Table) -> Iterator[dict[str, Any]]:
+def in_process(job: Job, pending: pa.Table) -> Generator[dict[str, Any], None, None]:
     """The same three steps one after the other, without Ray."""
     witness = Suspects()
     replica = Replica(job.stage, witness)
@@ -313,10 +314,12 @@ def complete(job: Job, arguments: Arguments, clock: Clock, watch: Callable[[Fit]
     clock.lap("start")
     progress = console.Progress(total, total - left)
     try:
-        for row in flow(job, pending):
-            progress.add(row["images"], row["refused"])
-            fit = fit.plus(Fit(*row["fit"]))
-            watch(fit)
+        # Closed at once where the loop is left: a replica of a stopped run must not hold its CPUs or GPUs.
+        with contextlib.closing(flow(job, pending)) as rows:
+            for row in rows:
+                progress.add(row["images"], row["refused"])
+                fit = fit.plus(Fit(*row["fit"]))
+                watch(fit)
         progress.close()
         clock.lap("images")
         job.run.finish(left, clock.seconds["images"])

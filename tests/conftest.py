@@ -1,5 +1,6 @@
 """What several tests need: one Ray for the session, and a finished run over the demo's scenes."""
 
+import gc
 import os
 import re
 import signal
@@ -50,6 +51,18 @@ def ray_session() -> Iterator[None]:
     cluster.taken = False  # a job that is interrupted must not end it for the tests that follow
     yield
     ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def no_replica_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After a test on Ray, let go of what it holds.
+
+    A job that ended by an exception is a cycle of traceback and frames. In it is the executor of Ray Data with its replicas:
+    they hold CPUs that the next test waits for, until Python happens to collect garbage.
+    """
+    yield
+    if request.node.get_closest_marker("ray"):
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,8 @@
-"""Models that fit each other: a CLIP and an SAE for its embeddings, and what the text tower makes of the words of a request.
+"""Models that fit each other: a CLIP, an SAE for its embeddings, and the word targets that the text tower makes.
 
-    addresses -> tower, SAE -> checked against each other -> text embeddings of texts and concepts, where some are asked for
+    addresses -> tower, SAE -> checked against each other -> word targets, if the request has texts or concepts
 
-PyTorch is loaded when models are: who only decodes imports this module too, and does not wait for it.
+PyTorch is loaded with the first model: workers that only decode import this module too, and do not wait for PyTorch.
 """
 
 from typing import TYPE_CHECKING
@@ -42,9 +42,9 @@ def check_latents(request: TargetRequest, sae: "SAE") -> None:
 
 
 def load_word_targets(config: ExplainConfig, tower: "ImageTower", sae: "SAE") -> "WordTargets | None":
-    """What the model's text tower is needed for: targets that are texts or concepts, and the text that says nothing.
+    """What the model's text tower makes: targets that are texts or concepts, and the embedding of the text that says nothing.
 
-    None if no text tower is needed; ValueError if it is needed and cannot be had.
+    None if no text tower is needed; ValueError if one is needed and cannot be loaded.
     """
     from saecore.relevance.explain import needs_blank
     from saecore.relevance.targets import word_targets
@@ -60,8 +60,8 @@ def load_word_targets(config: ExplainConfig, tower: "ImageTower", sae: "SAE") ->
     except ValueError as error:
         if request.words:
             raise
-        need = "legrad needs the text tower, to find patches that any text lights, unless its option legrad_correction is off"
-        raise ValueError(f"{error}; {need}") from error
+        reason = "legrad needs the text tower, to find patches that any text lights, unless its option legrad_correction is off"
+        raise ValueError(f"{error}; {reason}") from error
     embeddings = embed_texts(text_tower, [*request.words, *[BLANK_TEXT] * blank], config.batch_size)
     of_words, of_blank = embeddings[: len(request.words)], embeddings[len(request.words) :]
     how = (config.concept_latents, config.concept_positive)

@@ -1,5 +1,6 @@
 """Random small CLIP and SigLIP towers of the true architecture, for tests that must not depend on one set of weights."""
 
+import importlib
 from typing import Any
 
 import torch
@@ -115,3 +116,13 @@ def random_pixels(tower: ImageTower, n: int, seed: int = 2) -> torch.Tensor:
     """uint8 (n, height, width, 3)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (n, *tower.preprocess.size, 3), dtype=torch.uint8, generator=generator)
+
+
+def pil_processor(family: str) -> Any:
+    """transformers' image processor for a model of the family `clip` or `siglip`, by Pillow: version 5 has others besides."""
+    name = {"clip": "CLIP", "siglip": "Siglip"}[family]
+    place = f"transformers.models.{family}.image_processing_"
+    try:
+        return getattr(importlib.import_module(f"{place}pil_{family}"), f"{name}ImageProcessorPil")
+    except ModuleNotFoundError:  # transformers 4
+        return getattr(importlib.import_module(f"{place}{family}"), f"{name}ImageProcessor")

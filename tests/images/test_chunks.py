@@ -421,7 +421,10 @@ def test_parquet_columns_of_every_binary_kind(tmp_path: Path, form: str) -> None
     if "struct" in form:
         values = pa.StructArray.from_arrays([values, pa.array([f"p{i}" for i in range(len(data))])], ["bytes", "path"])
     rows = None if form == "struct view" else 7  # pyarrow does not write slices of these
-    pq.write_table(pa.table({"picture": values, "label": range(len(data))}), path, row_group_size=rows)
+    try:
+        pq.write_table(pa.table({"picture": values, "label": range(len(data))}), path, row_group_size=rows)
+    except pa.ArrowNotImplementedError:
+        pytest.skip("this pyarrow does not write such columns")
     if form == "fixed":
         with pytest.raises(ValueError, match="no column of it holds encoded images"):
             plan_of(path)

@@ -18,6 +18,7 @@ from PIL import Image
 
 from saecore.images.decode import ImageError, decode_image, open_rgb
 from saecore.images.preprocess import Preprocess, load_preprocess
+from tests.helpers.towers import pil_processor
 
 SKIMAGE = Path(skimage.__file__).parent / "data"
 SKLEARN = Path(sklearn.datasets.__file__).parent / "images"
@@ -56,9 +57,9 @@ def refusal(data: bytes, **options: Any) -> ImageError:
 
 
 def theirs(image: Image.Image, **config: Any) -> np.ndarray:
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    clip_processor = pil_processor("clip")
 
-    processor = CLIPImageProcessorPil(do_rescale=False, do_normalize=False, **config)
+    processor = clip_processor(do_rescale=False, do_normalize=False, **config)
     return np.asarray(processor(image)["pixel_values"][0]).transpose(1, 2, 0)
 
 
@@ -84,12 +85,12 @@ def test_rounding_equals_that_of_transformers_at_odd_sizes() -> None:
 
 
 def test_siglips_processor_resizes_without_regard_to_shape() -> None:
-    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+    siglip_processor = pil_processor("siglip")
 
     config = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 384, "width": 256}, "resample": 3}
     image = photograph(200, 90)
     ours = decode_image(encode(image, "PNG"), Preprocess.from_config(config))
-    other = SiglipImageProcessorPil(size=config["size"], resample=3, do_rescale=False, do_normalize=False)
+    other = siglip_processor(size=config["size"], resample=3, do_rescale=False, do_normalize=False)
     np.testing.assert_array_equal(ours.pixels, np.asarray(other(image)["pixel_values"][0]).transpose(1, 2, 0))
     assert ours.crop == (0, 0, 200, 90)
 
@@ -108,9 +109,9 @@ def test_configs_old_and_new(tmp_path: Path) -> None:
     assert (plain.mean, plain.std, plain.rescale_factor) == ((0.0,) * 3, (1.0,) * 3, 1.0)
     (tmp_path / "processor_config.json").write_text(json.dumps(new))
     assert load_preprocess(str(tmp_path)) == Preprocess.from_config(old)
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    clip_processor = pil_processor("clip")
 
-    saved = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 60, "width": 56})
+    saved = clip_processor(size={"shortest_edge": 64}, crop_size={"height": 60, "width": 56})
     saved.save_pretrained(tmp_path / "saved")
     loaded = load_preprocess(str(tmp_path / "saved"))
     assert (loaded.resize, loaded.crop, loaded.mean) == (64, (60, 56), tuple(saved.image_mean))

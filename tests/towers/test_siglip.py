@@ -27,7 +27,7 @@ from transformers import (
 
 from jobs import embed, explain
 from saecore.demo import drawing, scenes
-from saecore.methods import DECOMPOSE, METHODS, Options
+from saecore.methods import METHODS, Options
 from saecore.relevance.explain import check_fits, explain_latents
 from saecore.relevance.maps import completeness_error
 from saecore.relevance.targets import Targets, WordTargets, word_targets
@@ -38,7 +38,9 @@ from saecore.towers.siglip import SiglipTower
 from saecore.towers.text import TextTower, embed_texts
 from tests.helpers.derivations import Layer, assert_close, fused, ours, plain_layers, read, some_latents
 from tests.helpers.mistakes import mistake
-from tests.helpers.towers import SIGLIP_SHAPES, fill, random_pixels, random_sae, random_siglip
+from tests.helpers.towers import SIGLIP_SHAPES, fill, pil_processor, random_pixels, random_sae, random_siglip
+
+DECOMPOSITIONS = [name for name, method in METHODS.items() if method.decomposes]
 
 
 class Pooled(NamedTuple):
@@ -194,7 +196,9 @@ def test_decompositions_and_their_remainder_add_up(case: Case, norm: str) -> Non
         sae.load_state_dict(case.sae.state_dict())
         words = word_targets(sae, texts, n_texts=2, n_latents=6, positive=False)
         with torch.inference_mode():
-            found = explain_latents(case.tower, sae, case.pixels, case.latents, DECOMPOSE, Options(norm=norm), words)
+            found = explain_latents(
+                case.tower, sae, case.pixels, case.latents, DECOMPOSITIONS, Options(norm=norm), words
+            )
             z = Targets(sae, case.latents, words).values(case.tower.embed(case.pixels)[:, None])[:, 0]
         for maps in found.values():
             assert completeness_error(maps, z).max() < 1e-5
@@ -223,10 +227,10 @@ def test_layers_in_bfloat16_give_nearly_the_same() -> None:
         embedding = tower.embed(pixels)
         assert embedding.dtype == torch.float32
         assert torch.cosine_similarity(embedding, exact).min() > 0.999
-        found = explain_latents(tower, sae, pixels, latents, METHODS, words=blank(sae))
+        found = explain_latents(tower, sae, pixels, latents, tuple(METHODS), words=blank(sae))
         pre = sae.pre_activations(embedding).gather(1, latents)
     assert {maps.relevance.dtype for maps in found.values()} == {torch.float32}
-    for maps in (found[name] for name in DECOMPOSE):
+    for maps in (found[name] for name in DECOMPOSITIONS):
         error = (maps.relevance.sum(-1) + maps.remainder - pre).abs()
         assert (error / (maps.relevance.abs().sum(-1) + maps.remainder.abs())).max() < 0.03
 
@@ -295,7 +299,7 @@ def test_explain_on_a_saved_model(
     folder: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Embeddings are those of transformers' model behind its own image processor; all methods, all kinds of targets."""
-    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+    siglip_processor = pil_processor("siglip")
 
     given = [
         "--images",
@@ -330,7 +334,7 @@ def test_explain_on_a_saved_model(
     again = [*given, "--norm", "frozen", "--keep-embeddings", "--limit", "6", "--local"]
     assert "norms was {" in mistake(explain.main, again, capsys)
 
-    model, processor = SiglipModel.from_pretrained(folder).eval(), SiglipImageProcessorPil.from_pretrained(folder)
+    model, processor = SiglipModel.from_pretrained(folder).eval(), siglip_processor.from_pretrained(folder)
     for row in rows:
         scene = scenes.scene_at(scenes.SEED_DEMO, int(Path(row["key"]).stem))
         picture = Image.open(io.BytesIO(drawing.jpeg(scene, 192))).convert("RGB")
