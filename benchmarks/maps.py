@@ -215,7 +215,7 @@ def time_in_turn(
     timed: dict[str, list[float]] = {name: [] for name in ways}
     names, reference, generator = list(ways), timed[next(iter(ways))], random.Random(0)
     for _ in range(rounds):
-        # The way before leaves memory and caches behind, so it must not always be the same one.
+        # The state of memory and caches depends on the way that ran before, so the order changes.
         generator.shuffle(names)
         for name in names:
             if timed[name] and sum(timed[name]) > DEAR * rounds * min(reference):

@@ -226,11 +226,11 @@ def table(cases: Cases) -> dict[str, dict[str, Cell]]:
     rows = {}
     for title, values in scores(cases).items():
         means = {name: mean_over_images(of_cases, cases.image) for name, of_cases in values.items()}
-        first = max(means, key=lambda name: means[name].value)
-        behind = {
-            name: mean_over_images(values[first] - of_cases, cases.image).low for name, of_cases in values.items()
+        best = values[max(means, key=lambda name: means[name].value)]
+        rows[title] = {
+            name: Cell(means[name], mean_over_images(best - of_cases, cases.image).low <= 0)
+            for name, of_cases in values.items()
         }
-        rows[title] = {name: Cell(means[name], behind[name] <= 0) for name in means}
     return rows
 
 

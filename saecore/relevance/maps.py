@@ -36,7 +36,7 @@ from saecore.towers.cls_path import attention_gradients, by_head
 from saecore.towers.tower import ImageTower, Trace
 
 LIT_FOR_ANY_TEXT = 0.8
-"""LeGrad's own threshold."""
+"""The threshold of LeGrad's published code: patches above it light for any text."""
 
 
 class Batch(NamedTuple):
@@ -175,10 +175,10 @@ def chefer(batch: Batch) -> Maps:
 def legrad(batch: Batch) -> Maps:
     """LeGrad (Bousselham et al. 2024, arXiv:2404.03214): positive part of the attention gradient, summed over layers.
 
-    `legrad_target="mean"`, the default, is as published: each layer's own target, the read-out of an embedding that is made of
-    this layer's mean token, through all rows of its attention; of SigLIP, of the pooled layer. The published code takes the
-    last two layers, the paper all. `"cls"`, ours, is the read-out of the embedding itself, and looks at CLS's attention row; it
-    follows the CLS path below the last layer.
+    `legrad_target="mean"`, the default, is as published. Each layer has its own target: the read-out of an embedding that is
+    made of the layer's mean token, or for SigLIP of its pooled tokens. All rows of the layer's attention count. The published
+    code takes the last two layers, the paper all. `"cls"` is ours: the read-out of the embedding itself, by CLS's attention
+    row. Below the last layer it follows the CLS path.
     """
     tower, options = batch.tower, batch.options
     if options.legrad_target == "mean":
@@ -192,26 +192,26 @@ def legrad(batch: Batch) -> Maps:
 def _own_targets(batch: Batch, layers: int) -> Tensor:
     """LeGrad as published: patches (B, k, H or 1, P).
 
-    For SigLIP the published code explains a text that says nothing as well, and zeroes the patches where that map, scaled from
-    0 to 1 over the patches, lies above 0.8: they light for any text.
+    For SigLIP, the published code also explains a text that says nothing, and scales its map from 0 to 1 over the patches.
+    Patches where this map is above 0.8 light for any text, and the code sets them to zero.
     """
     blank = batch.targets.words.blank if corrects_legrad(batch.tower, batch.options) else None
 
-    def read(embedding: Tensor) -> Tensor:
+    def read_outs(embedding: Tensor) -> Tensor:
         w, _ = batch.targets.read_outs(embedding, batch.exact)
         return w if blank is None else torch.cat([w, cosine_read_outs(blank, embedding, batch.exact)[0]], 1)
 
-    gradients = own_target_gradients(batch.tower, batch.trace, read, layers, batch.exact)
+    gradients = own_target_gradients(batch.tower, batch.trace, read_outs, layers, batch.exact)
     patches = torch.stack([_mean_heads(D, batch) for D in gradients]).sum(0)[..., batch.tower.n_own :]
     if blank is None:
         return patches
-    lit = patches[:, -1:].sum(2, keepdim=True)
-    low, high = lit.amin(-1, keepdim=True), lit.amax(-1, keepdim=True)
-    return patches[:, :-1].where(lit - low <= LIT_FOR_ANY_TEXT * (high - low), 0.0)
+    blank_map = patches[:, -1:].sum(2, keepdim=True)
+    low, high = blank_map.amin(-1, keepdim=True), blank_map.amax(-1, keepdim=True)
+    return patches[:, :-1].where(blank_map - low <= LIT_FOR_ANY_TEXT * (high - low), 0.0)
 
 
 def corrects_legrad(tower: ImageTower, options: Options) -> bool:
-    """Whether legrad needs `WordTargets.blank`: for SigLIP, which has no token but the patches."""
+    """Whether legrad needs `WordTargets.blank`: only for SigLIP, whose tokens are all patches."""
     return options.legrad_correction and options.legrad_target == "mean" and tower.n_own == 0
 
 
