@@ -1,8 +1,8 @@
-"""What maps of k latents cost on this machine: ratios to a plain forward in the same run, on random weights of the true shapes.
+"""The cost of maps of k latents on this machine, as a ratio to a plain forward, with random weights of the true shapes.
 
-All ways are timed in every round, in a random order. A ratio is the median over rounds of what two ways took in the same round,
+Every round times all ways in a random order. A ratio is the median over rounds of the ratio of two ways in the same round,
 since a machine's speed drifts. With two threads on B/32, in runs of 15 rounds, the standard deviation of that median was 0.003
-to 0.007. The ratio of least times has one of 0.008 to 0.010; the medians' means were equal to it or up to 0.006 higher.
+to 0.007. For the ratio of least times it was 0.008 to 0.010; the mean of the medians was equal to it or up to 0.006 higher.
 
     forward        `ClipTower.embed`: fused attention, and only the CLS token in the last layer
     transformers   its own forward of the same weights, with fused attention: all tokens of all layers
@@ -12,8 +12,8 @@ to 0.007. The ratio of least times has one of 0.008 to 0.010; the medians' means
 One thread is timed by its CPU time, which does not count other programs' work. Several threads, or a GPU, are timed by the
 clock. A GPU runs bfloat16, as jobs do there. Cost does not depend on weights, so nothing is downloaded.
 
-Left out: what a job does besides: decoding, reconstruction, the check of contrib_grad's gradient (one row a layer: 0.06 of a
-forward for 8 images at once on B/32, where its share is largest), rounding to 8 bits, tables.
+Left out: the other work of a job: decoding, reconstruction, rounding to 8 bits, tables, and the check of contrib_grad's
+gradient (one row a layer: 0.06 of a forward for 8 images at once on B/32, where its share is largest).
 """
 
 import copy
@@ -39,7 +39,7 @@ from saecore.towers.clip import ClipTower
 
 
 class Shape(NamedTuple):
-    """An image tower to be made with random weights."""
+    """The shape of an image tower with random weights."""
 
     image_size: int
     patch_size: int
@@ -48,9 +48,9 @@ class Shape(NamedTuple):
     layers: int
     outputs: int
     batch: int
-    """Images at once, unless the command line says another number."""
+    """How many images run at once by default."""
     bounds: Mapping[str, float]
-    """On the cost of 32 maps, by method or variant, over one forward."""
+    """Bounds on the cost of 32 maps, in forwards, by method or variant."""
 
 
 def _bounds(contrib_grad: float) -> dict[str, float]:
@@ -64,15 +64,16 @@ SHAPES = {
     "L/14": Shape(224, 14, 1024, 16, 24, 768, 2, _bounds(1.30)),
     "demo": Shape(64, 8, 128, 4, 5, 128, 16, {}),
 }
-"""OpenAI's names; `demo` is the embedded model's shape, to try the command on."""
+"""OpenAI's names. `demo` is the embedded model's shape, to try the command with."""
 
 BOUND_K = 32
+"""The bounds hold for this many latents."""
 
 NAIVE_BOUND = 50.0
 """A method with a bound must also be this many times cheaper than a forward and a backward for each of 32 latents."""
 
 MEASURABLE = 0.02
-"""Tolerance of a bound of 1.0, that of `attention`: an SAE after the forward always costs something, within the noise."""
+"""The tolerance of `attention`, whose bound is 1.0: the SAE after the forward always costs something, within the noise."""
 
 NAIVE: dict[str, Callable[[Any, SAE, Tensor, Tensor], Tensor]] = {
     "naive forward": naive_maps.forward_alone,
@@ -82,29 +83,29 @@ NAIVE: dict[str, Callable[[Any, SAE, Tensor, Tensor], Tensor]] = {
 }
 
 DEAR = 3.0
-"""A way is not timed again once it has taken this many forwards for each round: what costs 50 forwards is timed once."""
+"""A way is not timed again once it has taken this many forwards for each round. A way of 50 forwards is timed once."""
 
 
 class Row(NamedTuple):
-    """What one way cost."""
+    """The cost of one way."""
 
     way: str
     seconds: float
-    """For one image, the least of all rounds."""
+    """The least of all rounds, for one image."""
     forwards: float
     """Ratio to `forward`."""
     transformers: float
     """Ratio to `transformers`."""
     cheaper: float | None
-    """Ratio of `naive each` to this; None if that was not timed."""
+    """Ratio of `naive each` to this way; None if `naive each` was not timed."""
     bound: float | None
-    """On `forwards`; on `transformers` for dense, which like it computes all tokens of the last layer."""
+    """A bound on `forwards`; for dense on `transformers`, which also computes all tokens of the last layer."""
     met: bool | None
-    """Whether it holds."""
+    """Whether the bound holds; None without a bound."""
     cheap: bool | None
-    """Whether `NAIVE_BOUND` holds, where there is a bound."""
+    """Whether `NAIVE_BOUND` holds; None without a bound, or if `naive each` was not timed."""
     timed: int
-    """How many times."""
+    """In how many rounds the way was timed."""
 
 
 def cost_of_maps(
@@ -117,13 +118,16 @@ def cost_of_maps(
     threads: int,
     device: str,
 ) -> list[Row]:
-    """Rows of the partners, the methods and, unless `naive_latents` is 0, the naive ways; `threads` are the CPU's."""
+    """Rows of `forward` and `transformers`, of the methods and, unless `naive_latents` is 0, of the naive ways.
+
+    threads: threads of the CPU.
+    """
     model, sae = random_models(shape, n_latents, k, device)
-    usual = dtype_of(device)
+    default = dtype_of(device)
     dtypes = {method: dtype_of(device, [method]) for method in methods}
-    towers = {dtype: tower_in(dtype, model, shape) for dtype in {usual, *dtypes.values()}}
-    tower = towers[usual]
-    model.to(getattr(torch, usual))
+    towers = {dtype: tower_in(dtype, model, shape) for dtype in {default, *dtypes.values()}}
+    tower = towers[default]
+    model.to(getattr(torch, default))
     size = (shape.batch, shape.image_size, shape.image_size, 3)
     pixels = torch.randint(256, size, dtype=torch.uint8, device=device)
     ways: dict[str, Callable[[], object]] = {
@@ -147,11 +151,11 @@ def cost_of_maps(
         torch.set_num_threads(before)
     seconds = {name: [taken / shape.batch for taken in times] for name, times in timed.items()}
     if naive_latents:
-        more = k / naive_latents
+        factor = k / naive_latents
         pairs = zip(seconds["naive forward"], seconds["naive once"], strict=False)
-        seconds["naive once"] = [forward + (once - forward) * more for forward, once in pairs]
+        seconds["naive once"] = [forward + (once - forward) * factor for forward, once in pairs]
         for name in ("naive repeated", "naive each"):
-            seconds[name] = [taken * more for taken in seconds[name]]
+            seconds[name] = [taken * factor for taken in seconds[name]]
     return [row_of(name, seconds, shape.bounds if k == BOUND_K else {}) for name in ways]
 
 
@@ -176,7 +180,7 @@ def random_models(shape: Shape, n_latents: int, k: int, device: str) -> tuple[An
 
 
 def tower_in(dtype: str, model: Any, shape: Shape) -> ClipTower:
-    """Our tower with the model's weights: the same tensors on the CPU, where nothing is to be converted."""
+    """Our tower with the model's weights. On the CPU it shares the tensors, since no type is converted there."""
     half, size = (0.5, 0.5, 0.5), (shape.image_size, shape.image_size)
     preprocess = Preprocess(shape.image_size, size, resample=3, mean=half, std=half, rescale_factor=1 / 255)
     tower = ClipTower(model if model.device.type == "cpu" else copy.deepcopy(model), preprocess)
@@ -186,10 +190,10 @@ def tower_in(dtype: str, model: Any, shape: Shape) -> ClipTower:
 
 
 def variants(method: str, tower: ClipTower) -> list[tuple[str, Options]]:
-    """The ways of a method that cost differently: what they are called, and their options."""
+    """The variants of a method that differ in cost: name and options of each."""
     if method == "legrad":
         return [("legrad", DEFAULT_OPTIONS), ("legrad cls, 1 layer", Options(legrad_target="cls", layers=1))]
-    if method == "occlusion":  # per patch it would be 196 forwards on B/16
+    if method == "occlusion":  # With single patches it would take 196 forwards on B/16.
         side = max(1, tower.grid[0] // 7)
         across = -(-tower.grid[0] // side)
         return [(f"occlusion {across}x{across}", Options(block=side))]
@@ -197,7 +201,7 @@ def variants(method: str, tower: ClipTower) -> list[tuple[str, Options]]:
 
 
 def maps_of(tower: ClipTower, sae: SAE, pixels: Tensor, k: int, method: str, options: Options) -> Maps:
-    """Pixels to maps of the k strongest latents."""
+    """Pixels -> maps of the k strongest latents."""
     embedding, trace = tower(pixels, **trace_needs((method,), options, len(tower.path())))
     latents = sae.encode_sparse(embedding, at_least=k).latents[:, :k]
     targets = Targets(sae, latents, no_word_targets(sae))
@@ -207,11 +211,12 @@ def maps_of(tower: ClipTower, sae: SAE, pixels: Tensor, k: int, method: str, opt
 def time_in_turn(
     ways: Mapping[str, Callable[[], object]], rounds: int, now: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Seconds of each round of each way; what is `DEAR`, by the first of the ways, is left out of later rounds."""
+    """Seconds of each way in each round. Later rounds omit a way that is `DEAR` compared with the first of the ways."""
     timed: dict[str, list[float]] = {name: [] for name in ways}
     names, reference, generator = list(ways), timed[next(iter(ways))], random.Random(0)
     for _ in range(rounds):
-        generator.shuffle(names)  # none has always the same one before it, whose memory and caches it finds
+        # The state of memory and caches depends on the way that ran before, so the order changes.
+        generator.shuffle(names)
         for name in names:
             if timed[name] and sum(timed[name]) > DEAR * rounds * min(reference):
                 continue
@@ -222,12 +227,12 @@ def time_in_turn(
 
 
 def unit(device: str, threads: int) -> str:
-    """What is timed: other people's work is not in the CPU time of one thread."""
+    """What is timed. The CPU time of one thread does not count other programs' work."""
     return "CPU time" if device == "cpu" and threads == 1 else "wall time"
 
 
 def _clock(device: str, threads: int) -> Callable[[], float]:
-    """Seconds so far; on a GPU, when all that it was given is done."""
+    """A clock in seconds. On a GPU it first waits until all work is done."""
     if device == "cpu":
         return time.process_time if unit(device, threads) == "CPU time" else time.perf_counter
 
@@ -239,31 +244,31 @@ def _clock(device: str, threads: int) -> Callable[[], float]:
 
 
 def row_of(name: str, seconds: Mapping[str, Sequence[float]], bounds: Mapping[str, float]) -> Row:
-    """One row, by the seconds of all ways in each round; of some ways fewer rounds than of others, from the first on."""
+    """One row, from the seconds of all ways in each round. Dear ways have seconds for the first rounds only."""
     own, bound = seconds[name], bounds.get(name)
     forwards, transformers = _ratio(own, seconds["forward"]), _ratio(own, seconds["transformers"])
     cheaper = _ratio(seconds["naive each"], own) if "naive each" in seconds else None
     met = cheap = None
     if bound is not None:
-        held = transformers if name == "dense" else forwards
-        met = held <= bound + (MEASURABLE if name == "attention" else 0)
+        ratio = transformers if name == "dense" else forwards
+        met = ratio <= bound + (MEASURABLE if name == "attention" else 0)
         cheap = None if cheaper is None else cheaper >= NAIVE_BOUND
     return Row(name, min(own), forwards, transformers, cheaper, bound, met, cheap, len(own))
 
 
-def _ratio(one: Sequence[float], other: Sequence[float]) -> float:
-    return statistics.median(a / b for a, b in zip(one, other, strict=False))
+def _ratio(seconds: Sequence[float], reference: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(seconds, reference, strict=False))
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows as Markdown that is readable as it is."""
-    said = {True: "yes", False: "NO", None: ""}
+    """Rows as a Markdown table whose columns are aligned."""
+    answers = {True: "yes", False: "NO", None: ""}
     cells = [("", "ms an image", "/ forward", "/ transformers", "bound", "held", "naive each / this", "timed")]
     for row in rows:
         bound = "" if row.bound is None else f"{row.bound:.2f}" + " of transformers" * (row.way == "dense")
         cheaper = "" if row.cheaper is None else f"{row.cheaper:.1f}" + f" < {NAIVE_BOUND:.0f}" * (row.cheap is False)
         ratios = f"{row.forwards:.3f}", f"{row.transformers:.3f}"
-        cells.append((row.way, f"{row.seconds * 1e3:,.1f}", *ratios, bound, said[row.met], cheaper, str(row.timed)))
+        cells.append((row.way, f"{row.seconds * 1e3:,.1f}", *ratios, bound, answers[row.met], cheaper, str(row.timed)))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
     lines.insert(1, " | ".join("-" * max(width, 3) for width in widths))

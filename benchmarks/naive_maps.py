@@ -1,13 +1,13 @@
-"""The straightforward ways to maps of k latents, that benchmarks compare with: autograd through transformers' own CLIP.
+"""The straightforward ways to make maps of k latents, for comparison: autograd through transformers' own CLIP.
 
-As published code does, each differentiates pre-activations z by every layer's whole attention A, which is written out ("eager")
-so that there is one, and reads `chefer`'s map off the last layer: mean_h max(A dz/dA, 0), the CLS row.
+As in published code, each way differentiates pre-activations z by every layer's whole attention A, and reads `chefer`'s map off
+the last layer: mean_h max(A dz/dA, 0), the CLS row. Attention is "eager", since fused attention has no A to differentiate by.
 
     once       one forward, k backward passes through its graph
     repeated   each image k times in the batch, one forward, one backward pass
     each       a forward and a backward pass for every latent, the parameters' gradients included: the one-latent scripts
 
-Images of a batch share the passes, which the published code does not let them.
+Images of a batch share the passes. In the published code they do not.
 
 Shapes: B images, k latents, P patches, H heads, N = 1 + P tokens.
 """
@@ -26,7 +26,8 @@ def with_plain_attention(model: Any) -> Any:
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     plain = copy.deepcopy(model, shared)
     plain.set_attn_implementation("eager")
-    return plain.requires_grad_()  # else nothing is recorded; only `each` has parameters' gradients computed
+    # Otherwise no graph is recorded. Only `each` computes the gradients of parameters.
+    return plain.requires_grad_()
 
 
 def once(model: Any, sae: SAE, images: Tensor, latents: Tensor) -> Tensor:
@@ -40,14 +41,14 @@ def once(model: Any, sae: SAE, images: Tensor, latents: Tensor) -> Tensor:
 
 
 def repeated(model: Any, sae: SAE, images: Tensor, latents: Tensor) -> Tensor:
-    """As `once`."""
+    """Takes and returns what `once` does."""
     z, attention = _forward(model, sae, images.repeat_interleave(latents.shape[1], 0), latents.reshape(-1, 1))
     gradients = torch.autograd.grad(z.sum(), attention)
     return _chefer(attention[-1], gradients[-1]).unflatten(0, latents.shape)
 
 
 def each(model: Any, sae: SAE, images: Tensor, latents: Tensor) -> Tensor:
-    """As `once`."""
+    """Takes and returns what `once` does."""
     maps = []
     for column in latents.T:
         z, attention = _forward(model, sae, images, column[:, None])
@@ -61,7 +62,7 @@ def each(model: Any, sae: SAE, images: Tensor, latents: Tensor) -> Tensor:
 
 
 def forward_alone(model: Any, sae: SAE, images: Tensor, latents: Tensor) -> Tensor:
-    """The forward that `once` does once, its graph included -> pre-activations (B, k)."""
+    """The forward of `once`, with its graph -> pre-activations (B, k)."""
     return _forward(model, sae, images, latents)[0]
 
 

@@ -102,11 +102,11 @@ def index(uri: str, budget: indexing.Budget) -> None:
     """Write by_latent/ and top_images/, or add what is new."""
     record = read_complete(uri)
     before = by_latent.read_index(uri, record.fingerprint)
-    plan = indexing.plan(read_manifest(uri), before, TOP, 1)
+    update = indexing.update_of(read_manifest(uri), before, TOP, 1)
     made = [
-        indexing.build_segment(uri, record.fingerprint, record.n_latents, TOP, group, budget) for group in plan.groups
+        indexing.build_segment(uri, record.fingerprint, record.n_latents, TOP, group, budget) for group in update.groups
     ]
-    by_latent.write_index(uri, by_latent.Index(record.fingerprint, TOP, [*plan.kept, *made]))
+    by_latent.write_index(uri, by_latent.Index(record.fingerprint, TOP, [*update.kept, *made]))
 
 
 def count(uri: str) -> None:

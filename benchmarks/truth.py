@@ -1,13 +1,14 @@
-"""Do maps lie on the right object? The demo's scenes know the answer: every method against true masks.
+"""Do maps lie on the right object? Every method is scored against the true masks of the demo's scenes.
 
     python -m benchmarks truth
 
-A case is a scene and a target whose object it shows: a latent that follows one word and fires there, or the word itself as a
-text. The map ought to lie on that object. Only activations decide which latents follow a word (area under the ROC curve
-above `FOLLOWS`), on other scenes than those that are measured. Neither kind of scenes served any training or choice before.
+A case is a scene and a target whose object the scene shows. The target is a latent that follows one word and fires there, or
+the word itself as a text. The map ought to lie on that object. Only activations decide which latents follow a word (area under
+the ROC curve above `FOLLOWS`), on other scenes than those that are measured. No training and no
+choice used any of these scenes before.
 
-High scores here promise little for other models: this CLIP also learnt to tell colours and shapes from its patch tokens
-(`saecore.demo.build`), so its tokens describe their own places more than training on captions only would make them.
+High scores here promise little for other models. This CLIP also learnt to tell colours and shapes from its patch tokens
+(`saecore.demo.build`), so its tokens describe their own positions more than after training on captions only.
 """
 
 import dataclasses
@@ -28,17 +29,18 @@ from saecore.methods import DEFAULT_OPTIONS, METHODS, Options
 from saecore.relevance.explain import explain_latents
 from saecore.relevance.targets import word_targets
 from saecore.sae.model import SAE
-from saecore.towers.clip import ImageTower
-from saecore.towers.text import embed_texts, load_text_tower
+from saecore.towers.loading import load_text_tower
+from saecore.towers.text import embed_texts
+from saecore.towers.tower import ImageTower
 
 FOLLOWS = 0.95
-"""Area under the ROC curve from which a latent follows a word."""
+"""A latent follows a word if its area under the ROC curve is above this."""
 
 FIRST_CHOSEN, FIRST_MEASURED = 300_000, 400_000
-"""The first scenes, of the evaluation's seed, on which latents are chosen, and maps are measured."""
+"""Numbers of the first scenes, of the evaluation's seed, on which latents are chosen and on which maps are measured."""
 
 REFERENCE = "occlusion"
-"""The method that the others are asked to agree with: it asks the model itself, patch by patch."""
+"""The method with which the agreement of the others is measured: it runs the model itself, patch by patch."""
 
 BATCH = 32
 
@@ -46,7 +48,7 @@ OTHER_NORM = {"frozen": "exact", "exact": "frozen"}
 
 
 class Sample(NamedTuple):
-    """Scenes, and what CLIP gets of them."""
+    """Scenes, and their pictures for CLIP."""
 
     scenes: list[Scene]
     pixels: np.ndarray
@@ -71,10 +73,10 @@ def followers(tower: ImageTower, sae: SAE, seen: Sample) -> dict[int, str]:
     return {latent: WORDS[int(best.indices[latent])] for latent in chosen}
 
 
-def covered(seen: Sequence[Scene], words: Sequence[str], grid: tuple[int, int]) -> np.ndarray:
-    """The share of each patch that objects of a word fill, float64 (scenes, words, P)."""
-    covers = np.zeros((len(seen), len(words), grid[0] * grid[1]))
-    for row, scene in enumerate(seen):
+def covered(scenes: Sequence[Scene], words: Sequence[str], grid: tuple[int, int]) -> np.ndarray:
+    """The share of each patch that the objects named by a word fill, float64 (scenes, words, P)."""
+    covers = np.zeros((len(scenes), len(words), grid[0] * grid[1]))
+    for row, scene in enumerate(scenes):
         shares = localisation.per_patch(visible(scene, 16 * max(grid)), grid)
         for column, word in enumerate(words):
             named = [word in (thing.colour, thing.shape, thing.texture) for thing in scene.things]
@@ -83,17 +85,17 @@ def covered(seen: Sequence[Scene], words: Sequence[str], grid: tuple[int, int]) 
 
 
 class Cases(NamedTuple):
-    """Pairs of a scene and a target whose object is known, a pair a row."""
+    """m pairs of a scene and a target whose object is known, one pair per row."""
 
     image: np.ndarray
-    """int (m,): number of the scene."""
+    """int (m,): the number of the scene."""
     covered: np.ndarray
     """float64 (m, P): the share of each patch that the target's object fills; it is at least a half in some patch."""
     maps: dict[str, np.ndarray]
     """Method or baseline -> float (m, P)."""
 
     def where(self, chosen: np.ndarray) -> "Cases":
-        """The cases that a bool (m,) marks."""
+        """The cases that `chosen`, bool (m,), marks."""
         return Cases(self.image[chosen], self.covered[chosen], {name: m[chosen] for name, m in self.maps.items()})
 
 
@@ -101,11 +103,11 @@ class Measured(NamedTuple):
     """What `measure` returns."""
 
     followers: dict[int, str]
-    """Latents, and the word that each follows."""
+    """The latents that follow a word -> the word."""
     latents: Cases
     words: Cases
     mixed: np.ndarray
-    """bool (scenes,): shows more than one object."""
+    """bool (scenes,): whether the scene shows more than one object."""
 
     def tables(self) -> dict[str, Cases]:
         """The cases by kind of target and scene, under their titles."""
@@ -117,7 +119,7 @@ class Measured(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A line of the tables: a method, and options for it."""
+    """A line of the tables: a method with its options."""
 
     title: str
     method: str
@@ -125,7 +127,7 @@ class Row(NamedTuple):
 
 
 def rows(methods: Sequence[str], options: Options = DEFAULT_OPTIONS) -> list[Row]:
-    """A row for each method with the given options, then rows for the variants of methods that score otherwise.
+    """A row for each method with the given options, then rows for the variants whose scores differ.
 
     Variants by norm are listed unless the options name a norm (`frozen` or `exact`).
     """
@@ -141,12 +143,12 @@ def rows(methods: Sequence[str], options: Options = DEFAULT_OPTIONS) -> list[Row
         listed.append(
             Row("gradeclip, projected", "gradeclip", dataclasses.replace(options, gradeclip_cosine="projected"))
         )
-    place = {method: number for number, method in enumerate(methods)}
-    return sorted(listed, key=lambda row: place[row.method])
+    order = {method: number for number, method in enumerate(methods)}
+    return sorted(listed, key=lambda row: order[row.method])
 
 
 def nothing(count: int) -> None:
-    """What `measure` tells by default."""
+    """The default of `measure`, which reports no progress."""
 
 
 @torch.inference_mode()
@@ -154,28 +156,28 @@ def measure(
     tower: ImageTower,
     sae: SAE,
     n_scenes: int,
-    asked: Sequence[Row] = tuple(rows(METHODS)),
+    listed: Sequence[Row] = tuple(rows(tuple(METHODS))),
     tell: Callable[[int], object] = nothing,
 ) -> Measured:
     """Maps of every latent that follows a word, and of every colour and shape as a text, in `n_scenes` scenes.
 
-    As many others choose the latents. tower, sae: the demo's. asked: such as `saecore.relevance.explain.check_fits` lets
-    pass. tell: told how many scenes went by, batch by batch.
+    As many other scenes serve to choose the latents. tower, sae: the demo's. listed: rows that
+    `saecore.relevance.explain.check_fits` lets pass. tell: is called after each batch with its number of scenes.
     """
     following = followers(tower, sae, sample(n_scenes, FIRST_CHOSEN))
     latents, texts = torch.tensor(list(following)), [*FACETS["colour"], *FACETS["shape"]]
     words = word_targets(sae, embed_texts(load_text_tower("demo"), texts, BATCH), len(texts), 0, False)
     seen = sample(n_scenes, FIRST_MEASURED)
     fires: list[np.ndarray] = []
-    parts: dict[str, list[np.ndarray]] = {row.title: [] for row in asked}
+    parts: dict[str, list[np.ndarray]] = {row.title: [] for row in listed}
     for at in range(0, n_scenes, BATCH):
         pixels = torch.from_numpy(seen.pixels[at : at + BATCH])
         code = sae.encode_sparse(tower.embed(pixels))
         fires.append(((code.latents == latents[:, None, None]) & (code.activations > 0)).any(-1).T.numpy())
-        for options in {row.options: None for row in asked}:  # one forward for all that share them
-            some = {row.method: row.title for row in asked if row.options == options}
-            maps = explain_latents(tower, sae, pixels, latents.expand(len(pixels), -1), tuple(some), options, words)
-            for method, title in some.items():
+        for options in {row.options: None for row in listed}:  # One forward for all methods with the same options.
+            titles = {row.method: row.title for row in listed if row.options == options}
+            maps = explain_latents(tower, sae, pixels, latents.expand(len(pixels), -1), tuple(titles), options, words)
+            for method, title in titles.items():
                 parts[title].append(maps[method].relevance.numpy())
         tell(len(pixels))
     shown = covered(seen.scenes, [*following.values(), *texts], tower.grid)
@@ -196,7 +198,7 @@ def measure(
 
 
 def scores(cases: Cases) -> dict[str, dict[str, np.ndarray]]:
-    """Score -> method -> float (m,): those of `saecore.evaluation.localisation`, and rank agreement with the reference."""
+    """Score -> method -> float (m,): scores of `saecore.evaluation.localisation`, and rank agreement with `REFERENCE`."""
     named = {
         "pointing": localisation.pointing,
         "mass": localisation.mass,
@@ -216,22 +218,24 @@ class Cell(NamedTuple):
 
     mean: Mean
     best: bool
-    """The column's best, or not to be told from it: the interval of the difference, on the same cases, holds 0."""
+    """Whether it is the column's best, or cannot be told from the best: the interval of their difference holds 0."""
 
 
 def table(cases: Cases) -> dict[str, dict[str, Cell]]:
-    """Score -> method -> its mean over cases, intervals over scenes."""
+    """Score -> method -> the mean over cases, with an interval over scenes."""
     rows = {}
     for title, values in scores(cases).items():
-        means = {name: mean_over_images(some, cases.image) for name, some in values.items()}
-        first = max(means, key=lambda name: means[name].value)
-        behind = {name: mean_over_images(values[first] - some, cases.image).low for name, some in values.items()}
-        rows[title] = {name: Cell(means[name], behind[name] <= 0) for name in means}
+        means = {name: mean_over_images(of_cases, cases.image) for name, of_cases in values.items()}
+        best = values[max(means, key=lambda name: means[name].value)]
+        rows[title] = {
+            name: Cell(means[name], mean_over_images(best - of_cases, cases.image).low <= 0)
+            for name, of_cases in values.items()
+        }
     return rows
 
 
 def markdown(cases: Cases) -> str:
-    """The table, +- half of each interval; bold: `Cell.best`."""
+    """The table in Markdown: means +- half of each interval, bold where `Cell.best`."""
     columns = table(cases)
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for method in cases.maps:

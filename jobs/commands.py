@@ -16,6 +16,7 @@ from typing import Annotated, Any, Protocol, TypeVar
 import tyro
 
 from saecore import storage
+from saecore.spellings import Model, check_same
 from saecore.storage import WriteError, check_address
 
 from . import signals
@@ -301,6 +302,14 @@ def given_fields(*owners: Any) -> Iterator[None]:
         if first not in names:
             raise
         raise ValueError(flag(first) + str(error)[len(first) :]) from error
+
+
+def check_same_model(flag: str, sae: str, trained_on: Model, clip: str, model: Model, any_clip: bool) -> str:
+    """A remark on whether an SAE belongs to a model, or nothing; ValueError, naming the flag, if it does not."""
+    try:
+        return check_same(trained_on, sae, clip, model, any_clip)
+    except ValueError as error:
+        raise ValueError(f"{flag} {error}; --any-clip runs it all the same") from error
 
 
 def check_writable(flag: str, folder: str) -> None:

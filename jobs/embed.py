@@ -27,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 
 from saecore import schema
+from saecore.naming.vocabulary import read_vocabulary
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.config import EmbedConfig, ModelDigests
 from saecore.pipeline.stages import Decode, Embed
@@ -114,11 +115,12 @@ def embed(argv: list[str]) -> int:
 
 def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
     """Resolve the arguments to a job, or print what it would be for --dry-run; ValueError for what the user can mend."""
-    from saecore.towers.clip import load_tower
+    from saecore.towers.loading import load_tower
 
     pipeline.check_outside(arguments)
     clip = pipeline.address(arguments.clip)
-    tower = load_tower(clip)
+    with commands.given("--clip"):
+        tower = load_tower(clip)
     inputs = pipeline.Inputs(arguments, arguments.images)
     pool = pipeline.make_pool(arguments, inputs)
     config = EmbedConfig(clip=clip, batch_size=arguments.batch_size, device=pool.device, threads=pool.threads)
@@ -136,13 +138,15 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
 
 def embed_vocabulary(arguments: Arguments) -> int:
     """Embed a vocabulary to `texts.parquet` and its memory map; the same command again does nothing."""
-    from saecore.towers import text  # slow: PyTorch comes with it
+    from saecore.towers.loading import load_text_tower  # slow: PyTorch comes with it
 
     with commands.mistakes():
-        vocabulary = text.read_vocabulary(arguments.text)
+        with commands.given("--text"):
+            vocabulary = read_vocabulary(arguments.text)
         words = vocabulary.words[: arguments.limit or None]
         clip = pipeline.address(arguments.clip)
-        tower = text.load_text_tower(clip)
+        with commands.given("--clip"):
+            tower = load_text_tower(clip)
         device = cluster.here(arguments.gpus_per_replica).device
         parts = {
             "kind": "texts",
@@ -166,7 +170,7 @@ def embed_vocabulary(arguments: Arguments) -> int:
         address = join_uri(arguments.out, TEXTS_FILE)
         write_atomic(address, parquet_bytes(table, ROW_GROUP_ROWS["images"]))
     shape = len(words), tower.n_outputs
-    stored = read_texts(arguments.out)["embedding"].combine_chunks().flatten().to_numpy().reshape(shape)
+    stored = stored_texts(arguments.out)["embedding"].combine_chunks().flatten().to_numpy().reshape(shape)
     print(f"on disk       {TEXTS_FILE} in {arguments.out}")
     print(write_memory_map(arguments, clip, "-1", "text", shape, [stored]))
     return 0
@@ -200,12 +204,12 @@ def holds_texts(out: str, parts: dict[str, Any]) -> bool:
     if not exists(join_uri(out, TEXTS_FILE)):
         return False
     with commands.given("--out"):
-        refuse_other(out, json.loads((read_texts(out).schema.metadata or {}).get(b"parts", b"{}")), parts)
+        refuse_other(out, json.loads((stored_texts(out).schema.metadata or {}).get(b"parts", b"{}")), parts)
     return True
 
 
-def read_texts(out: str) -> pa.Table:
-    """texts.parquet."""
+def stored_texts(out: str) -> pa.Table:
+    """The table texts.parquet."""
     return read_parquet(join_uri(out, TEXTS_FILE))
 
 

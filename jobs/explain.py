@@ -32,7 +32,7 @@ from saecore.report.preview import write_preview
 from saecore.runs.fit import ENOUGH, Fit
 from saecore.runs.record import Record
 from saecore.runs.refusals import refusals
-from saecore.spellings import Model, check_same, telling
+from saecore.spellings import Model, telling
 from saecore.storage import writing
 
 from . import commands, console, pipeline
@@ -194,17 +194,20 @@ class Loaded(NamedTuple):
 def load(arguments: Arguments) -> Loaded:
     """CLIP and SAE; ValueError if one cannot be had, or they do not belong together."""
     from saecore.sae.checkpoints import load_embedding_sae
-    from saecore.towers.clip import load_tower
+    from saecore.towers.loading import load_tower
 
     clip, address = pipeline.address(arguments.clip or "demo"), pipeline.address(arguments.sae or "demo")
     with commands.given("--sae"):
         sae = load_embedding_sae(address, arguments.site)
-    tower = load_tower(clip)
+    with commands.given("--clip"):
+        tower = load_tower(clip)
     with commands.given("--sae"):
         check_widths(address, sae, clip, tower)
     digest = tower.sha256()[:16]  # once: of L/14 it takes a second
     named = Model(telling(clip), digest)
-    remark = check_same(sae.config.trained_on, address, f"--clip {clip}", named, arguments.any_clip)
+    remark = commands.check_same_model(
+        "--sae", address, sae.config.trained_on, f"--clip {clip}", named, arguments.any_clip
+    )
     sae.firing_threshold()  # a BatchTopK SAE may have none yet
     return Loaded(clip, address, tower, sae, ModelDigests(digest, sae.sha256()[:16], sae.config.site), remark)
 
@@ -233,7 +236,8 @@ def configure(arguments: Arguments, loaded: Loaded) -> ExplainConfig:
         options=arguments.options,
         embeddings=arguments.keep_embeddings or arguments.demo,
     )
-    load_word_targets(config, loaded.tower, loaded.sae)  # so that a text tower that cannot be had is told now
+    with commands.given("--clip"):
+        load_word_targets(config, loaded.tower, loaded.sae)  # so that a text tower that cannot be had is told now
     return config
 
 

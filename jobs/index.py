@@ -3,7 +3,7 @@
     python -m jobs.index --run runs/photos
     ray job submit --working-dir . -- python -m jobs.index --run s3://bucket/run --segments 16
 
-    plan -> sort new chunks by latent, copy what showing the first images takes (`saecore.query.indexing`) -> index ->
+    update -> sort new chunks by latent, copy what showing the first images takes (`saecore.query.indexing`) -> index ->
     statistics
 
 The same command again does nothing; for a run that grew it indexes what is new. One machine sorts on disk what does not fit
@@ -69,9 +69,9 @@ def index(argv: list[str]) -> int:
         arguments = commands.parse(Arguments, argv, "index")
         record = read_complete(arguments.run)
         before = None if arguments.rebuild else index_before(arguments, record)
-        plan = indexing.plan(read_manifest(arguments.run), before, arguments.top, arguments.segments)
-    whole = not plan.groups and before is not None and plan.kept == before.segments
-    held = before if whole and before is not None else make(arguments, record, plan)
+        update = indexing.update_of(read_manifest(arguments.run), before, arguments.top, arguments.segments)
+    whole = not update.groups and before is not None and update.kept == before.segments
+    held = before if whole and before is not None else make(arguments, record, update)
     started = time.perf_counter()
     if not statistics.written(arguments.run, held):
         with commands.mistakes():
@@ -95,7 +95,7 @@ def index_before(arguments: Arguments, record: Record) -> by_latent.Index | None
         raise ValueError(f"{error} (--rebuild)") from error
 
 
-def make(arguments: Arguments, record: Record, plan: indexing.Plan) -> by_latent.Index:
+def make(arguments: Arguments, record: Record, update: indexing.Update) -> by_latent.Index:
     """The segments that are not there yet, and the index that names all of them."""
     build = functools.partial(
         indexing.build_segment, resolved(arguments.run), record.fingerprint, record.n_latents, arguments.top
@@ -105,8 +105,8 @@ def make(arguments: Arguments, record: Record, plan: indexing.Plan) -> by_latent
         if arguments.scratch:
             commands.check_writable("--scratch", arguments.scratch)
     started, work = time.perf_counter(), on_ray if arguments.segments > 1 else in_process
-    made = work(build, plan.groups, arguments)
-    held = by_latent.Index(record.fingerprint, arguments.top, [*plan.kept, *made])
+    made = work(build, update.groups, arguments)
+    held = by_latent.Index(record.fingerprint, arguments.top, [*update.kept, *made])
     by_latent.write_index(arguments.run, held)
     print(outline(made, held, time.perf_counter() - started), flush=True)
     return held

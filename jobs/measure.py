@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from saecore.spellings import check_same, telling
+from saecore.naming.vocabulary import read_texts
+from saecore.spellings import telling
 from saecore.storage import names_in, resolved
 from saecore.training.embeddings import Embeddings, open_embeddings
 from saecore.training.recipe import doubled
@@ -91,9 +92,8 @@ def measure(argv: list[str]) -> int:
             source = open_embeddings(arguments.embeddings, arguments.column)
         words, classes = list[str](), np.zeros((0, 0), np.float32)
         if arguments.texts:
-            from saecore.towers.text import read_texts  # slow: PyTorch comes with it
-
-            words, classes, _ = read_texts(arguments.texts)
+            with commands.given("--texts"):
+                words, classes, _ = read_texts(arguments.texts)
         labels = read_labels(arguments.labels, source, words) if arguments.labels else None
         sae, remark = load(arguments, "--sae", arguments.sae, arguments.site, source)
         other = None
@@ -164,7 +164,7 @@ def load(arguments: Arguments, flag: str, address: str, site: str, source: Embed
         )
     model = source.model._replace(name=telling(source.model.name))
     clip = f"{source.model.name} of {embeddings}" if source.model.name else embeddings
-    return sae, check_same(sae.config.trained_on, address, clip, model, arguments.any_clip)
+    return sae, commands.check_same_model(flag, address, sae.config.trained_on, clip, model, arguments.any_clip)
 
 
 def read_labels(path: str, source: Embeddings, words: list[str]) -> np.ndarray:

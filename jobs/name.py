@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from saecore.naming.vocabulary import read_lines, read_texts, read_vocabulary
 from saecore.query import results
 from saecore.runs import card, latents
 from saecore.runs.files import parquet_bytes
 from saecore.runs.record import read_complete
-from saecore.spellings import Model, check_same, telling
+from saecore.spellings import Model, telling
 from saecore.storage import write_atomic
 
 from . import commands, console
@@ -242,32 +243,35 @@ def load_sae(arguments: Arguments, run: results.Results | None) -> "SAE":
 
 def clip_words(arguments: Arguments, clip: str, sae: "SAE", run: results.Results | None) -> Vocabulary:
     """The vocabulary for a CLIP and an SAE; ValueError if they do not belong together, or it was made with another CLIP."""
-    from saecore.towers import text
-    from saecore.towers.clip import load_tower
+    from saecore.towers.loading import load_text_tower, load_tower
 
-    check_of_run("clip", clip, load_tower(clip).sha256() if run else "", run)
-    tower = text.load_text_tower(clip)
+    with commands.given("--clip"):
+        digest_of_images = load_tower(clip).sha256() if run else ""
+        tower = load_text_tower(clip)
+    check_of_run("clip", clip, digest_of_images, run)
     if tower.n_outputs != sae.config.n_inputs:
         widths = f"makes embeddings of width {tower.n_outputs}, and the SAE is for {sae.config.n_inputs}"
         raise ValueError(f"--clip {clip} {widths}: it is another CLIP's")
     if run is None:
         check_model(arguments, sae)
     if arguments.texts:
-        words, embeddings, digest = text.read_texts(arguments.texts)
+        with commands.given("--texts"):
+            words, embeddings, digest = read_texts(arguments.texts)
         if not tower.sha256().startswith(digest) or embeddings.shape[1] != tower.n_outputs:
             raise ValueError(f"--texts {arguments.texts} was made with another CLIP than {clip}")
         return Vocabulary(words, tower, embeddings)
     if not arguments.vocabulary and clip != "demo":
         raise ValueError("give --vocabulary, a file with a word in each line (docs/names.md lists some), or --texts")
-    return Vocabulary(text.read_vocabulary(arguments.vocabulary or "demo", "--vocabulary").words, tower)
+    with commands.given("--vocabulary"):
+        return Vocabulary(read_vocabulary(arguments.vocabulary or "demo").words, tower)
 
 
 def interpreter_words(arguments: Arguments, sae: "SAE") -> Vocabulary:
     """The words of an interpreter's rows; ValueError if their number does not fit, or the interpreter is none."""
     from saecore.naming.scores import open_interpreter
-    from saecore.towers import text
 
-    words = text.read_lines(arguments.vocabulary, "--vocabulary")  # unchanged: row i is line i
+    with commands.given("--vocabulary"):
+        words = read_lines(arguments.vocabulary)  # unchanged: row i is line i
     with commands.given("--interpreter"):
         open_interpreter(arguments.interpreter, len(words), sae.config.n_latents)
     return Vocabulary(words)
@@ -275,11 +279,12 @@ def interpreter_words(arguments: Arguments, sae: "SAE") -> Vocabulary:
 
 def check_model(arguments: Arguments, sae: "SAE") -> None:
     """ValueError if the SAE was trained on another model than --clip. Prints a line if that cannot be told."""
-    from saecore.towers.clip import load_tower
+    from saecore.towers.loading import load_tower
 
-    digest = load_tower(arguments.clip).sha256()[:16] if sae.config.model_sha256 else ""
-    model, clip = Model(telling(arguments.clip), digest), f"--clip {arguments.clip}"
-    if remark := check_same(sae.config.trained_on, arguments.sae, clip, model, arguments.any_clip):
+    with commands.given("--clip"):
+        digest = load_tower(arguments.clip).sha256()[:16] if sae.config.model_sha256 else ""
+    model, clip, trained_on = Model(telling(arguments.clip), digest), f"--clip {arguments.clip}", sae.config.trained_on
+    if remark := commands.check_same_model("--sae", arguments.sae, trained_on, clip, model, arguments.any_clip):
         print(remark)
 
 

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from saecore.naming.vocabulary import read_vocabulary
 from saecore.pipeline.config import keeps_results
 
 from . import cluster, commands, explain, index, name, report
@@ -98,9 +99,9 @@ def run(argv: list[str]) -> int:
 
 def check_vocabulary(address: str) -> None:
     """ValueError if names could not be found later: a mistake is told before the long work."""
-    from saecore.towers.text import read_vocabulary  # and with it PyTorch: --help does without
-
-    if len(read_vocabulary(address, "--vocabulary").words) < 2:
+    with commands.given("--vocabulary"):
+        words = read_vocabulary(address).words
+    if len(words) < 2:
         raise ValueError(f"--vocabulary {address}: one word leaves no choice; at least 2 are needed")
 
 

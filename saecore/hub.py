@@ -1,10 +1,11 @@
-"""Addresses of models to local folders: the embedded one, a folder, or a repository on the Hugging Face Hub.
+"""Resolve the addresses of models to local folders: `demo`, a folder, or a repository on the Hugging Face Hub.
 
 A repository is looked up once, with a deadline, and then taken from huggingface_hub's cache or downloaded into it. Without a
-network its own functions, and transformers', try for half a minute before they look into the cache. The deadline is on
-the question alone: a download takes as long as it takes, with huggingface_hub's own retries.
+network, the functions of huggingface_hub and transformers try for half a minute before they look into the cache. The deadline
+is only for the question: a download takes as long as it takes, with huggingface_hub's own retries.
 
-Left out: where the cache is and who may read a repository, which are huggingface_hub's (HF_HOME, HF_TOKEN).
+This is the only file that knows what `demo` stands for. Left out: where the cache is and who may read a repository, which
+huggingface_hub decides (HF_HOME, HF_TOKEN).
 """
 
 import os
@@ -24,7 +25,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-DEMO_CLIP = Path(__file__).parent / "demo" / "clip"
+_DEMO = Path(__file__).parent / "demo"
+
+DEMO_CLIP, DEMO_SAE, DEMO_VOCABULARY = _DEMO / "clip", _DEMO / "sae", _DEMO / "vocabulary.txt"
+"""What the address `demo` stands for: a model, an SAE for it, and the words of the drawn world that both know."""
 
 PATIENCE = 8.0
 """Seconds to wait for the Hub's answer, which is a few kilobytes. With the second or two in which Python loads its modules, a
@@ -37,10 +41,14 @@ class UnreachableError(Exception):
     """The Hub gave no answer; the message says why, as the end of a sentence."""
 
 
+def embedded(address: str, path: Path) -> str:
+    """`address`, or, if it is `demo`, the path of what the library brings along."""
+    return str(path) if address == "demo" else address
+
+
 def model_folder(address: str, revision: str | None = None) -> Path:
     """The folder of a CLIP or SigLIP model in transformers' format; ValueError, in one sentence, if it cannot be had."""
-    if address == "demo":
-        return DEMO_CLIP
+    address = embedded(address, DEMO_CLIP)
     if os.path.isdir(address):  # not Path's, which raises for a name that is too long
         return Path(address)
     if os.path.exists(address) or not _REPOSITORY.fullmatch(address):
@@ -49,9 +57,9 @@ def model_folder(address: str, revision: str | None = None) -> Path:
 
 
 def model_files(files: Sequence[str]) -> list[str]:
-    """Those of a repository's files that one model in transformers' format is read from: its settings, tokenizer, and weights.
+    """The files of a repository from which one model in transformers' format is read: settings, tokenizer, and weights.
 
-    Many repositories hold the weights two or three times, for other libraries too.
+    Many repositories hold the weights two or three times, also for other libraries.
     """
     settings = [file for file in files if re.fullmatch(r"[^/]+\.(json|txt|model)", file) and ".index." not in file]
     for weights in WEIGHTS:
@@ -65,14 +73,14 @@ def model_files(files: Sequence[str]) -> list[str]:
 
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-"""Files of weights as transformers names them, the one that is preferred first."""
+"""Files of weights as transformers names them; the first one is preferred."""
 
 
 def snapshot(repository: str, revision: str | None, wanted: Callable[[Sequence[str]], Sequence[str]]) -> Path:
-    """The local folder that holds those files of a repository which `wanted` selects from all its files' names.
+    """The local folder with the files of a repository whose names `wanted` selects from the names of all its files.
 
-    Where the Hub gives no answer, or HF_HUB_OFFLINE is set, it is what the cache holds of them. ValueError, in one
-    sentence, if there is no such repository, or it can be neither downloaded nor found in the cache.
+    If the Hub gives no answer, or HF_HUB_OFFLINE is set, the folder holds what the cache has. ValueError, in one sentence, if
+    there is no such repository, or if it can be neither downloaded nor found in the cache.
     """
     try:
         files = listing(repository, revision)
@@ -107,10 +115,10 @@ def listing(repository: str, revision: str | None) -> list[str]:
         try:
             info = huggingface_hub.HfApi().model_info(repository, revision=revision, timeout=patience)
             answers.put([file.rfilename for file in info.siblings or ()])
-        except Exception as error:  # handed over: it is raised, or told, where the answer is awaited
+        except Exception as error:  # handed over, and judged where the answer is awaited
             answers.put(error)
 
-    # A thread, since a timeout of a socket counts for each address of a host, and looking up its name knows none at all.
+    # A thread, since a socket's timeout counts for each address of a host, and the look-up of its name has none.
     threading.Thread(target=ask, daemon=True).start()
     try:
         answer = answers.get(timeout=patience)
@@ -118,17 +126,17 @@ def listing(repository: str, revision: str | None) -> list[str]:
         raise UnreachableError(f"did not answer within {patience:g} s (HF_HUB_ETAG_TIMEOUT sets how long)") from error
     if isinstance(answer, HfHubHTTPError | HFValidationError):
         raise answer
-    if isinstance(answer, Exception):  # of the network: which ones there are differs with huggingface_hub's version
+    if isinstance(answer, Exception):  # of the network; its type differs between versions of huggingface_hub
         raise UnreachableError(f"cannot be reached ({_line(answer)})") from answer
     return answer
 
 
 def _cached(repository: str, revision: str | None) -> Path | None:
     try:
-        # Which of its files are needed depends on a listing that there is not: readers say what they lack.
+        # Without a listing it is not known which files are needed; whoever reads the folder says what it lacks.
         return Path(huggingface_hub.snapshot_download(repository, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError as error:
-        incomplete = getattr(error, "snapshot_path", None)  # from huggingface_hub 2 on, if other files were listed
+        incomplete = getattr(error, "snapshot_path", None)  # since huggingface_hub 2, if other files were listed
         return Path(incomplete) if incomplete else None
 
 

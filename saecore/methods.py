@@ -1,14 +1,14 @@
-"""The methods by which maps are made: one record each, their options, and the request that says what is to be explained.
+"""The methods that make maps, with their options, and the request that says which targets are explained.
 
-`RECORDS` is the only place that knows a method's facts: its name, what it gives, its units, what it looks at and what it needs.
-The command line, the pages, the table in docs/maps.md and what a tower must keep of its forward are made of it. The
-formulas are with the functions, in `saecore.relevance`; what each method costs was measured in docs/benchmarks.md.
+`METHODS` is the only place that knows a method's facts: its name, what it shows, its units, what it looks at and what it needs.
+The command line, the pages, the table in docs/maps.md and what a tower keeps of its forward all follow from it. The formulas
+are with the functions, in `saecore.relevance`. docs/benchmarks.md has the measured costs.
 
-A method with a published name is computed as published unless an option says otherwise. No PyTorch here.
+A method with a published name is computed as published unless an option says otherwise. This module needs no PyTorch.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -16,38 +16,39 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
-    """What a method is."""
+    """The facts of a method."""
 
     gives: str
     """What its maps show, in words for a page."""
     norm: str
-    """Its own norm: `frozen` or `exact`, see `Options.norm`; `always exact`, or `none` where there is nothing to hold."""
+    """Its own norm: `frozen` or `exact`, see `Options.norm`; `always exact`; or `none` if the method passes no norm."""
     layers: int | None
-    """How many last layers it looks at unless told otherwise, 0 for all; None if it looks at no layer's attention."""
+    """How many last layers it looks at by default, 0 for all; None if it looks at no layer's attention."""
     target: str
-    """What its gradient or read-out begins at: `embedding`, `layer` (each layer's own), `patch` (each patch's) or `none`."""
+    """Where its gradient or read-out begins: `embedding`, `layer` (each layer has its own target), `patch` (so has each patch)
+    or `none`."""
     units: str = ""
-    """The units of its values; empty if they have none."""
+    """The units of its values; empty if the values have no units."""
     published: str = ""
-    """Who published it, if it is computed as published; empty for our own."""
+    """Who published it, if it is computed as published; empty for our own methods."""
     decomposes: bool = False
     """Whether a map and its remainder add up to the pre-activation."""
     is_cause: bool = True
-    """Whether it says what a target depends on. `dense` shows an activation, `attention` knows nothing of the target."""
+    """Whether it says what a target depends on. `dense` shows an activation; `attention` does not know the target."""
     takes_layers: bool = False
-    """Whether `Options.layers` concerns it."""
+    """Whether `Options.layers` changes it."""
     follows_path: bool = False
     """Whether it takes the gradient along the CLS path, which needs the keys of every layer below the last."""
     has_own_forwards: bool = False
-    """Whether it runs the tower itself, and so needs nothing of the forward that all methods share."""
+    """Whether it runs the tower itself and needs nothing from the forward that the other methods share."""
     needs_float32: bool = False
-    """Whether it takes the difference of two forwards, where what bfloat16 rounds off is as large as what a patch changes: on
-    the embedded models such maps were 6 % off, those of the other methods 1 %."""
+    """Whether it subtracts two forwards. The rounding of bfloat16 is as large as the effect of one patch: on the embedded
+    models such maps were 6 % off in bfloat16, and those of the other methods 1 %."""
 
 
 PRE_ACTIVATION = "pre-activation units"
 
-RECORDS = {
+METHODS = {
     "contrib": Method(
         gives="exact contribution of each patch to the CLS token",
         norm="frozen",
@@ -62,10 +63,10 @@ RECORDS = {
         norm="frozen",
         layers=0,
         target="embedding",
-        units=PRE_ACTIVATION,
-        decomposes=True,
         takes_layers=True,
         follows_path=True,
+        units=PRE_ACTIVATION,
+        decomposes=True,
     ),
     "chefer": Method(
         gives="Transformer-MM-Explainability's rule",
@@ -128,13 +129,7 @@ RECORDS = {
 """Every method, by name."""
 
 UNKNOWN = Method(gives="", norm="none", layers=None, target="none", is_cause=False)
-"""What is known of a method of another version, whose runs can still be looked at, and of a run without maps."""
-
-METHODS = tuple(RECORDS)
-"""The names of the methods."""
-
-DECOMPOSE = tuple(name for name, method in RECORDS.items() if method.decomposes)
-"""The names of the methods whose maps add up to the pre-activation with their remainder."""
+"""Stands for the methods of another version, whose runs can still be read, and for a run without maps."""
 
 CHOICES = {
     "norm": ("auto", "frozen", "exact"),
@@ -144,58 +139,60 @@ CHOICES = {
 }
 
 BLANK_TEXT = "a photo of a"
-"""What LeGrad's published code takes for a text that says nothing, to find patches that light for any text."""
+"""The text that LeGrad's published code uses as one that says nothing, to find patches that light for any text."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the methods leave open; each field says whom it concerns."""
+    """What a user can choose about the methods; each field names the methods that it concerns."""
 
     layers: int = 0
-    """Last layers that contrib, contrib_grad, chefer and legrad look at; 0 is the method's own number: all for the first two,
-    the last for chefer, the last two for legrad (as its code has it; its paper takes all). With more than the last, chefer
-    and legrad's `cls` follow the CLS path. Of SigLIP there is only its pooling to look at, except for legrad's `mean`."""
+    """How many last layers contrib, contrib_grad, chefer and legrad look at; 0 is the method's own number: all layers for the
+    first two, the last for chefer, the last two for legrad (as in its code; its paper takes all). With more than the last
+    layer, chefer and legrad's `cls` follow the CLS path. A SigLIP has only its pooling to look at, except for legrad's
+    `mean`."""
     norm: str = "auto"
-    """The final LayerNorm, a text's division by |e| and an SAE's own normaliser: `frozen` at the image's values, `exact`, that
-    is differentiated too, or `auto`, the method's own: exact for chefer, legrad, gradeclip and rollout, which are published
-    so, frozen for the others. Not for attention; occlusion and dense's `token` are always exact."""
+    """How the final LayerNorm, a text's division by |e| and an SAE's own normaliser are treated: `frozen` holds them at the
+    image's values, `exact` differentiates them too, and `auto` is the method's own norm: exact for chefer, legrad, gradeclip
+    and rollout, as published, and frozen for the others. It does not concern attention; occlusion and dense's `token` are
+    always exact."""
     legrad_target: str = "mean"
-    """What legrad reads: `mean`, as published: each layer's mean token, or, of SigLIP, each layer's tokens pooled; or `cls`,
-    ours, which costs less: the embedding itself, along the CLS path."""
+    """What legrad reads: `mean`, as published, is each layer's mean token, or for SigLIP each layer's pooled tokens; `cls` is
+    ours and costs less: the embedding itself, along the CLS path."""
     legrad_correction: bool = True
-    """Of SigLIP, zero the patches that legrad's `mean` also lights for a text that says nothing, as published."""
+    """For SigLIP, set to zero the patches that legrad's `mean` also lights for a text that says nothing, as published."""
     gradeclip_cosine: str = "inside"
-    """What gradeclip weights patches by: the cosine of query and keys `inside` the attention, as its notebook has it, or
-    `projected` by the attention's way out, as its scripts have it."""
+    """The cosine by which gradeclip weights patches: of query and keys `inside` the attention, as in its notebook, or of both
+    `projected` by the attention's output weights, as in its scripts."""
     discard: float = 0.9
     """Share of each layer's smallest weights that rollout drops."""
     dense: str = "token"
-    """What dense reads of a patch: its `token` in CLS's place, or its last `value` through the CLS token's way out."""
+    """What dense reads of a patch: its `token` in CLS's place, or its last `value` through the attention's output weights."""
     block: int = 1
-    """Side of the square of patches that occlusion drops at once."""
+    """Side, in patches, of the square that occlusion drops at once."""
 
     def check(self) -> None:
-        """ValueError for what cannot be. Not at construction: tyro would draw a box around the sentence."""
+        """ValueError for impossible values. Not at construction, because tyro would draw a box around the sentence."""
         for field, choices in CHOICES.items():
             if getattr(self, field) not in choices:
                 raise ValueError(f"{field} {getattr(self, field)!r} is not one of {', '.join(choices)}")
         if self.layers < 0:
             raise ValueError(f"layers {self.layers}: must be 0, for the method's own number, or more")
         if not 0 <= self.discard < 1:
-            raise ValueError(f"discard {self.discard}: a share, from 0 to below 1")
+            raise ValueError(f"discard {self.discard}: must be a share, from 0 to below 1")
         if self.block < 1:
             raise ValueError(f"block {self.block}: must be at least 1")
 
     def norm_of(self, method: str) -> str:
-        """The norm that a method is computed with: `frozen`, `exact`, or what its record says where there is no choice."""
-        own = RECORDS[method].norm
+        """The norm that a method is computed with: `frozen`, `exact`, or `Method.norm` if the method leaves no choice."""
+        own = METHODS[method].norm
         if method == "dense" and self.dense == "token":
             return "always exact"
         return self.norm if self.norm != "auto" and own in ("frozen", "exact") else own
 
     def layers_of(self, method: str, available: int) -> int:
-        """How many last layers a method looks at, of so many that there are to look at."""
-        return self.layers or min(RECORDS[method].layers or available, available)
+        """How many last layers a method looks at, if `available` layers can be looked at."""
+        return self.layers or min(METHODS[method].layers or available, available)
 
 
 DEFAULT_OPTIONS = Options()
@@ -204,61 +201,61 @@ DEFAULT_OPTIONS = Options()
 def dtype_of(device: str, methods: Sequence[str] = ()) -> str:
     """The tower's precision: bfloat16 on CUDA, unless a method needs float32."""
     return (
-        "bfloat16" if device == "cuda" and not any(RECORDS[method].needs_float32 for method in methods) else "float32"
+        "bfloat16" if device == "cuda" and not any(METHODS[method].needs_float32 for method in methods) else "float32"
     )
 
 
 def parse_methods(names: str) -> tuple[str, ...]:
-    """`contrib,chefer` -> each method once, in that order; ValueError for one that is none."""
-    found = tuple(dict.fromkeys(name.strip() for name in names.split(",")))
-    if wrong := [name for name in found if name not in METHODS]:
-        raise ValueError(f"method {wrong[0]}: must be one or several, joined by commas, of {', '.join(METHODS)}")
-    return found
+    """`contrib,chefer` -> each method once, in that order; ValueError for a name that is no method."""
+    methods = _once(name.strip() for name in names.split(","))
+    if unknown := [name for name in methods if name not in METHODS]:
+        raise ValueError(f"method {unknown[0]}: must be one or several, joined by commas, of {', '.join(METHODS)}")
+    return methods
 
 
 class TargetRequest(NamedTuple):
-    """What is explained of every image."""
+    """The targets that are explained for every image."""
 
     kept: bool
-    """Its kept latents."""
+    """Whether the image's kept latents are explained."""
     latents: tuple[int, ...]
-    """These latents, kept or not."""
+    """Latents that are explained whether they are kept or not."""
     texts: tuple[str, ...]
-    """The cosine between the embedding and these texts'."""
+    """Texts: the cosine between the embedding and the embedding of each text is explained."""
     concepts: tuple[str, ...]
-    """Weighted sums of the latents that these words name."""
+    """Words: for each, the weighted sum of the latents that the word names is explained."""
 
     @property
     def words(self) -> tuple[str, ...]:
-        """What CLIP's text tower is needed for."""
+        """The texts and words that CLIP's text tower must embed."""
         return self.texts + self.concepts
 
     def labels(self) -> list[str]:
-        """How targets that are no latent are called in the column `target` of MAPS."""
+        """The names of the word targets in the column `target` of MAPS."""
         return [f"text: {text}" for text in self.texts] + [f"concept: {word}" for word in self.concepts]
 
     def specs(self) -> list[str]:
-        """As `parse_targets` takes them: one spelling for all that ask for the same, which a fingerprint is made of."""
+        """The request as `parse_targets` reads it. Equal requests have one spelling, which goes into the fingerprint."""
         numbers = ",".join(map(str, self.latents))
-        own = ["kept"] * self.kept + [f"latents:{numbers}"] * bool(numbers)
+        latents = ["kept"] * self.kept + [f"latents:{numbers}"] * bool(numbers)
         words = [f"text:{text}" for text in self.texts] + [f"concept:{word}" for word in self.concepts]
-        return own + words if own else ["no-kept", *words]
+        return latents + words if latents else ["no-kept", *words]
 
 
 KEPT = TargetRequest(True, (), (), ())
 
 
 def parse_targets(specs: Sequence[str]) -> TargetRequest:
-    """`kept`, `no-kept`, `latents:3,17`, `text:a red square`, `concept:red`, any of them several times -> what is explained.
+    """`kept`, `no-kept`, `latents:3,17`, `text:a red square`, `concept:red`, in any number -> the request.
 
-    Texts and concepts add to the kept latents; latents by number stand in for them, unless `kept` is there too; `no-kept`
-    leaves them away. ValueError for anything else, for a contradiction, and where nothing is left.
+    Texts and concepts add to the kept latents. Latents by number replace the kept latents unless `kept` is given too.
+    `no-kept` omits the kept latents. ValueError for any other text, for a contradiction, and if nothing is left to explain.
     """
-    alone, latents, texts, concepts = set[str](), list[int](), list[str](), list[str]()
+    switches, latents, texts, concepts = set[str](), list[int](), list[str](), list[str]()
     for spec in specs:
         kind, _, rest = (part.strip() for part in spec.partition(":"))
         if kind in ("kept", "no-kept") and not rest:
-            alone.add(kind)
+            switches.add(kind)
         elif kind == "latents" and all(number.strip().isdecimal() for number in rest.split(",")):
             latents += [int(number) for number in rest.split(",")]
         elif kind in ("text", "concept") and rest:
@@ -269,13 +266,13 @@ def parse_targets(specs: Sequence[str]) -> TargetRequest:
             )
     if not specs:
         raise ValueError("targets: give at least one, kept for example")
-    if len(alone) > 1:
+    if len(switches) > 1:
         raise ValueError("targets kept no-kept: one asks for what the other omits; give one of them")
-    if "no-kept" in alone and not (latents or texts or concepts):
+    if "no-kept" in switches and not (latents or texts or concepts):
         raise ValueError("targets no-kept leaves nothing to explain; add a text:A PHRASE, for example")
-    kept = "kept" in alone or not (alone or latents)
+    kept = "kept" in switches or not (switches or latents)
     return TargetRequest(kept, _once(latents), _once(texts), _once(concepts))
 
 
-def _once(items: list[T]) -> tuple[T, ...]:
+def _once(items: Iterable[T]) -> tuple[T, ...]:
     return tuple(dict.fromkeys(items))

@@ -6,10 +6,10 @@
     explained.maps.shape            # (targets, H, W), float32, in units of the pre-activation
     explained.overlay(9)            # latent 9 over the picture, a PIL image
 
-The picture takes the way of an image of a run, in float32: the same decoder, tower, SAE and method, but its maps are not
-rounded to 8 bits. This file stands on top of all wings, and none of them knows it.
+The picture goes the same way as an image of a run: the same decoder, tower, SAE and method, always in float32. Its maps are
+not rounded to 8 bits. This module may use every wing, and no wing may use it.
 
-Left out: many pictures (`jobs.explain`), and names, which a run has: pass them as a mapping.
+Left out: many pictures (`jobs.explain`), and the names of latents, which only a run has; they can be given as a mapping.
 
 Shapes: n targets of maps, k kept latents, H x W the patch grid.
 """
@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 
 from saecore.images.decode import Decoded, ImageError, decode_image, open_rgb
-from saecore.methods import DEFAULT_OPTIONS, RECORDS, Options, parse_methods, parse_targets
+from saecore.methods import DEFAULT_OPTIONS, METHODS, Options, parse_methods, parse_targets
 from saecore.pipeline.config import ExplainConfig
 from saecore.pipeline.models import check_latents, load_models, load_word_targets
 from saecore.relevance.explain import check_fits, explain_forward, trace_needs
@@ -38,61 +38,64 @@ from saecore.sae.model import SAE
 from saecore.towers.tower import ImageTower
 
 LOSSLESS = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
-"""Modes of PIL that a PNG holds as they are."""
+"""Modes of PIL that a PNG stores without a change."""
 
 SHOWN = 6
-"""Maps that a notebook shows of a picture by itself."""
+"""How many maps a notebook shows if a cell ends in an `ExplainedImage`."""
 
 
 class Models(NamedTuple):
     """A CLIP and an SAE that fit each other, on one device."""
 
     clip: str
-    """The address of CLIP: its text tower is loaded from there when a text is to be explained."""
+    """The address of CLIP, from which its text tower is loaded when a text is explained."""
     tower: ImageTower
     sae: SAE
 
 
 def load(clip: str, sae: str, site: str = "", device: str = "cpu") -> Models:
-    """The models at these addresses, as `relmap explain` takes them; ValueError if they cannot be had or do not fit."""
+    """The models at these addresses, which may be all that `relmap explain` takes.
+
+    ValueError if a model cannot be loaded, or if the two do not fit.
+    """
     tower, autoencoder = load_models(clip, sae, site)
     return Models(clip, tower.to(device), autoencoder.to(device))
 
 
 @dataclasses.dataclass(frozen=True)
 class ExplainedImage:
-    """What a CLIP and an SAE see in one picture, and where."""
+    """The latents of one picture, and its relevance maps."""
 
     crop: Image.Image
     """The part of the picture that CLIP saw, in the file's own pixels."""
     latents: pa.Table
     """One row for each kept latent, strongest first: latent, name (if names were given), activation, pre_activation."""
     targets: list[str]
-    """What each map explains: `latent 9`, `text: a red square`, `concept: red`."""
+    """n names of targets, one for each map: `latent 9`, `text: a red square`, `concept: red`."""
     maps: np.ndarray
-    """float32 (n, H, W), signed; in pre-activation units if the method has units."""
+    """float32 (n, H, W), in the method's units."""
     remainders: np.ndarray
-    """float32 (n,): what no patch accounts for, so that a map's sum + its remainder = the pre-activation; NaN if the method is
-    no decomposition."""
+    """float32 (n,): what no patch accounts for. A map's sum + its remainder = the pre-activation. NaN if the method is no
+    decomposition."""
     pre_activations: np.ndarray
-    """float32 (n,): the values that the maps explain."""
+    """float32 (n,): the values that the maps explain; of a text, the cosine."""
     method: str
-    """How the maps were made."""
+    """The name of the method that made the maps."""
 
     def overlay(self, target: int | str | None = None, side: int = 448) -> Image.Image:
         """One target's map over the picture, with a colour bar.
 
-        target: a latent's number, or an entry of `targets`; the first one unless it is given. All overlays of a picture share
-        one scale. side: pixels along the longer side. ValueError for what has no map.
+        target: a latent's number, or an entry of `targets`; by default the first entry. side: pixels along the longer side. All
+        overlays of a picture share one scale. ValueError if the target has no map.
         """
         row = self._row(target)
         picture = display.resized(np.asarray(self.crop), side)
         limit = display.shared_limit(list(self.maps))
         tile = display.overlay(picture, self.maps[row], limit)
-        bar = display.colour_bar(limit, tile.shape[1], signed=bool(RECORDS[self.method].units))
-        words = f"{self.targets[row]}   {self.pre_activations[row]:.3g}"
-        foot = f"{self.method}, {RECORDS[self.method].units or 'no units'}"
-        return display.mosaic([[(tile, words)], [(bar, "")]], foot=foot)
+        bar = display.colour_bar(limit, tile.shape[1], signed=bool(METHODS[self.method].units))
+        caption = f"{self.targets[row]}   {self.pre_activations[row]:.3g}"
+        foot = f"{self.method}, {METHODS[self.method].units or 'no units'}"
+        return display.mosaic([[(tile, caption)], [(bar, "")]], foot=foot)
 
     def _row(self, target: int | str | None) -> int:
         name = self.targets[0] if target is None else f"latent {target}" if isinstance(target, int) else target
@@ -101,7 +104,7 @@ class ExplainedImage:
         return self.targets.index(name)
 
     def _repr_html_(self) -> str:
-        """The latents and the first maps, for a notebook."""
+        """The latents and the first maps as HTML, which a notebook shows."""
         rows = "".join(
             "<tr>" + "".join(f"<td>{_cell(value)}</td>" for value in row.values()) + "</tr>"
             for row in self.latents.to_pylist()
@@ -125,13 +128,14 @@ def explain_image(
 ) -> ExplainedImage:
     """Explain one picture: a path, the bytes of a file, or a PIL image.
 
-    k: latents that are kept, the strongest; fewer if the SAE lets fewer fire. method: one of `saecore.methods.METHODS`.
-    targets: what the maps explain, as `saecore.methods.parse_targets` reads it: `kept`, `latents:3,17`, `text:a red square`,
-    `concept:red`. names: what latents are called. ValueError for a picture that cannot be decoded, or a wrong argument.
+    k: how many of the strongest latents are kept; at most as many as the SAE lets fire. method: one of
+    `saecore.methods.METHODS`. targets: what the maps explain, as `saecore.methods.parse_targets` reads it: `kept`,
+    `latents:3,17`, `text:a red square`, `concept:red`. names: the names of latents, by number. ValueError for a picture that
+    cannot be decoded, or for a wrong argument.
     """
     (name, *others), request = parse_methods(method), parse_targets(targets)
     if others:
-        raise ValueError(f"method {method}: one at a time; explain the picture again for another")
+        raise ValueError(f"method {method}: give one method, and explain the picture again for another")
     if k < 1:
         raise ValueError(f"k {k}: must be at least 1")
     options.check()
@@ -139,8 +143,7 @@ def explain_image(
     check_fits(tower, (name,), options)
     check_latents(request, sae)
     device = sae.encoder.device
-    most = sae.config.k if sae.config.architecture == "topk" else sae.config.n_latents
-    k = min(k, most)
+    k = min(k, sae.config.k if sae.config.architecture == "topk" else sae.config.n_latents)
     config = ExplainConfig(clip=clip, sae="", k=k, methods=(name,), targets=request, options=options)
     words = load_word_targets(config, tower, sae) or no_word_targets(sae)
     data = _bytes_of(image)
@@ -165,7 +168,7 @@ def explain_image(
     return ExplainedImage(
         crop=open_rgb(data).image.crop(decoded.crop),
         latents=pa.table(columns),
-        targets=[target for target, shown in zip([*of_latents, *axis.labels], written, strict=True) if shown],
+        targets=[target for target, keep in zip([*of_latents, *axis.labels], written, strict=True) if keep],
         maps=maps.relevance[0].unflatten(-1, tower.grid).cpu().numpy()[written],
         remainders=maps.remainder[0].cpu().numpy()[written],
         pre_activations=values.cpu().numpy()[written],
@@ -190,8 +193,8 @@ def _decoded(data: bytes, tower: ImageTower, image: str | Path | bytes | Image.I
     try:
         return decode_image(data, tower.preprocess)
     except ImageError as error:
-        what = image if isinstance(image, str | Path) else "the picture"
-        raise ValueError(f"{what} cannot be decoded: {error.reason}, {error.detail}") from error
+        name = image if isinstance(image, str | Path) else "the picture"
+        raise ValueError(f"{name} cannot be decoded: {error.reason}, {error.detail}") from error
 
 
 def _cell(value: object) -> str:

@@ -1,6 +1,6 @@
 """The number of an image, the chunk that holds it, and its place in the order of a run.
 
-    image_id = shard_id << 32 | index        index: place of the image in its shard, from 0
+    image_id = shard_id << 32 | index        index: position of the image in its shard, from 0
 
 The shards of a plan are cut into chunks in order, so that image_id rises from chunk to chunk and inside each. Which chunk
 holds an image, and which image comes next, is therefore arithmetic on the plan; no table of images is read. Refused images
@@ -25,7 +25,7 @@ Number = TypeVar("Number", int, np.ndarray)
 
 
 def id_of(shard_id: Number, index: Number) -> Number:
-    """The image_id of the image at this place of the shard."""
+    """The image_id of the image at this position of the shard."""
     return shard_id << INDEX_BITS | index
 
 
@@ -35,7 +35,7 @@ def shard_of(image_id: Number) -> Number:
 
 
 def index_of(image_id: Number) -> Number:
-    """The place of an image in its shard."""
+    """The position of an image in its shard."""
     return image_id & MOST_IMAGES - 1
 
 

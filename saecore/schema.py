@@ -9,18 +9,30 @@ Glossary. One word, one meaning, in code, columns, logs and pages:
 
     shard           a unit of input: a tar, a Parquet file, a group of files of a folder
     chunk           a range of images of one shard: the unit of work, of retry and of commitment
+    plan            the chunks of a run, written before the first one is computed
     image           one picture, one row
+    numbering       the arithmetic on the plan that gives an image its number (image_id), its chunk and its place
+    place           the position of an image in the order of the plan, from 0
     latent          one unit of the SAE
     pre-activation  a latent's value before the activation function
     activation      its value after it
     kept            one of the k latents with the largest activations, written for an image
     patch grid      the tower's H x W tokens
-    relevance map   one signed value per patch, in pre-activation units
+    target          the value that a map explains: a latent's pre-activation, a text's fit, a concept's sum of latents
+    target request  the targets that a run is asked for, the same request for every image
+    word target     a target that words name, the same for every image: a text or a concept
+    target axis     the order of an image's targets: kept latents, latents asked for by number, texts, concepts
+    method          a way to make maps, with its own norm, units and options
+    relevance map   one value per patch for one target; the method says in which units
+    decomposition   a method whose map and remainder add up to the pre-activation
     remainder       what of the pre-activation no patch accounts for
     sink            a token that hoards attention and says nothing about its place
     vocabulary      a list of words with CLIP text embeddings
     name            the words nearest a latent
     run             one output folder
+    record          run.json: what made a run, and what came of it
+    commit          the file that says that a chunk is done, and which files hold its rows
+    preview         a picture of a run's first images, each with its strongest maps
     site            where an SAE reads: the embedding, or a layer's residual stream or MLP, on CLS or patch tokens
     replica         one actor that holds the models
     fingerprint     the hash of what changes results
@@ -43,8 +55,10 @@ PLAN = pa.schema(
         pa.field("kind", pa.string(), nullable=False),  # tar, tar.gz, folder, parquet
         pa.field("start", pa.int64(), nullable=False),  # first image's index in the shard
         pa.field("end", pa.int64(), nullable=False),  # one past the last
-        pa.field("bytes", pa.int64(), nullable=False),  # size of the shard: of its file, or of all its files
-        pa.field("mtime_ns", pa.int64(), nullable=False),  # of the shard: of its file, or of its newest file
+        pa.field("bytes", pa.int64(), nullable=False),  # size of the shard's file, or of all its files
+        pa.field(
+            "mtime_ns", pa.int64(), nullable=False
+        ),  # when the shard's file, or the newest of its files, last changed
         pa.field("offset", pa.int64()),  # tar: byte at which the chunk's first member header starts, uncompressed
         pa.field("members", pa.list_(pa.string())),  # folder: the files' names inside it
         pa.field("column", pa.string()),  # parquet: the column that holds the images
@@ -55,17 +69,19 @@ PLAN = pa.schema(
 _IDENTITY = [
     pa.field("image_id", pa.int64(), nullable=False),
     pa.field("uri", pa.string(), nullable=False),
-    pa.field("key", pa.string(), nullable=False),  # the image's name inside the shard; alone it repeats across shards
+    pa.field(
+        "key", pa.string(), nullable=False
+    ),  # the image's name inside the shard; another shard may have the same name
 ]
 _ERROR = [
-    pa.field("error", pa.string()),  # why there is nothing else: a short stable reason, or null
+    pa.field("error", pa.string()),  # why the row has nothing else: a short stable reason; null if all is well
     pa.field("error_detail", pa.string()),
 ]
 _GEOMETRY = [
     pa.field("width", pa.int32()),  # after EXIF rotation, as viewers show it
     pa.field("height", pa.int32()),
     pa.field("format", pa.string()),  # JPEG, PNG, WEBP, GIF, BMP, TIFF
-    pa.field("crop_left", pa.int32()),  # the area that CLIP saw, in decoded pixels: maps refer to it
+    pa.field("crop_left", pa.int32()),  # the area that CLIP saw, in decoded pixels; maps cover this area
     pa.field("crop_top", pa.int32()),
     pa.field("crop_right", pa.int32()),  # one past the last pixel
     pa.field("crop_bottom", pa.int32()),
@@ -74,7 +90,7 @@ _GEOMETRY = [
 # Encoded images as they lie in the shard; `data` is null where `error` says why.
 RAW = pa.schema([*_IDENTITY, *_ERROR, pa.field("data", pa.large_binary())])
 
-# `pixels`: uint8, row-major (crop height, crop width, 3), null where `error` is not.
+# `pixels`: uint8, row-major (crop height, crop width, 3); null for a refused image.
 DECODED = pa.schema([*_IDENTITY, *_GEOMETRY, *_ERROR, pa.field("pixels", pa.large_binary())])
 
 # The k kept latents of each image, strongest first.
@@ -92,7 +108,7 @@ ACTIVATIONS = pa.schema(
 def maps_schema(n_patches: int) -> pa.Schema:
     """Relevance maps of an image's targets, for each method; value = int8 x `scale`, in the method's units.
 
-    A target is a latent, kept or asked for, or else named in `target`: "text: a red square", "concept: red".
+    A target is a latent, kept or asked for by number, or a text or concept that `target` names: "text: a red square".
 
     `map` is fixed-size binary because Parquet stores 8-bit list elements as 32-bit integers (35 to 40 % larger, 15 times
     slower to write). One line of NumPy decodes it: `np.frombuffer(map, np.int8).reshape(grid_height, grid_width) * scale`.
@@ -100,32 +116,32 @@ def maps_schema(n_patches: int) -> pa.Schema:
     return pa.schema(
         [
             pa.field("image_id", pa.int64(), nullable=False),
-            pa.field("latent", pa.int32()),  # null where the target is no latent
-            pa.field("target", pa.string()),  # null where it is
+            pa.field("latent", pa.int32()),  # null where the target is a text or a concept
+            pa.field("target", pa.string()),  # null where the target is a latent
             pa.field("method", pa.string(), nullable=False),
             pa.field("map", pa.binary(n_patches), nullable=False),  # row-major
             pa.field("scale", pa.float32(), nullable=False),
             pa.field(
                 "pre_activation", pa.float32(), nullable=False
-            ),  # what map and remainder add up to; of a text, the cosine
-            pa.field("remainder", pa.float32(), nullable=False),  # NaN where the method is no decomposition
-            pa.field("sink_share", pa.float32(), nullable=False),  # of sum |map|, in [0, 1]
+            ),  # what the map and its remainder add up to; of a text, the cosine
+            pa.field("remainder", pa.float32(), nullable=False),  # NaN if the method is no decomposition
+            pa.field("sink_share", pa.float32(), nullable=False),  # the part of sum |map| that lies on sinks, in [0, 1]
         ]
     )
 
 
-# One row for every image that was found, refused ones too.
+# One row for every image that was found, refused images too.
 IMAGES = pa.schema(
     [
         *_IDENTITY,
         *_GEOMETRY,
         pa.field(
             "embedding", pa.list_(pa.float32())
-        ),  # CLIP image embedding before any normalisation; null unless asked
-        pa.field("l0", pa.int32()),  # latents that fire in all
+        ),  # CLIP image embedding before any normalisation; null unless it was asked for
+        pa.field("l0", pa.int32()),  # how many latents fire in all
         pa.field("cosine", pa.float32()),  # between the embedding and its SAE reconstruction
         pa.field("fvu", pa.float32()),  # |x - reconstruction|^2 / |x - training mean|^2 of this image
-        pa.field("sinks", pa.list_(pa.int16())),  # numbers of the patches whose norm is an outlier, row-major
+        pa.field("sinks", pa.list_(pa.int16())),  # the patches whose norm is an outlier, by number, row-major
         *_ERROR,
     ]
 )
@@ -133,7 +149,7 @@ IMAGES = pa.schema(
 
 TEXTS_FILE = "texts.parquet"
 
-# One row per word of a vocabulary, in its order. The embedding is CLIP's, before any normalisation where one template made it.
+# One row per word of a vocabulary, in the vocabulary's order. The embedding is CLIP's, not normalised if one template made it.
 TEXTS = pa.schema(
     [
         pa.field("word", pa.string(), nullable=False),
@@ -141,48 +157,48 @@ TEXTS = pa.schema(
     ]
 )
 
-# One row per latent, written by jobs.index; jobs.name adds what it is called. It fires for an image where it is kept with an
-# activation other than zero.
+# One row per latent. jobs.index writes the table, and jobs.name adds the names. A latent fires for an image if it is kept with
+# an activation other than zero.
 LATENTS = pa.schema(
     [
         pa.field("latent", pa.int32(), nullable=False),
-        pa.field("images", pa.int64()),  # for which it fires
-        pa.field("rate", pa.float64()),  # of all images that were not refused
-        pa.field("dead", pa.bool_()),  # it fires for none
-        pa.field("mean", pa.float32()),  # of its activations where it fires, as all that follow
+        pa.field("images", pa.int64()),  # for how many images it fires
+        pa.field("rate", pa.float64()),  # their share of all images that were not refused
+        pa.field("dead", pa.bool_()),  # whether it fires for no image
+        pa.field("mean", pa.float32()),  # of the activations where it fires, as are the six figures that follow
         pa.field("max", pa.float32()),
         pa.field("q05", pa.float32()),  # quantiles
         pa.field("q25", pa.float32()),
         pa.field("median", pa.float32()),
         pa.field("q75", pa.float32()),
         pa.field("q95", pa.float32()),
-        pa.field("maps", pa.int64()),  # with positive relevance
+        pa.field("maps", pa.int64()),  # how many of its maps have a positive value
         pa.field(
             "extent", pa.float32()
-        ),  # mean of these maps' extents (`saecore.query.indexing.extent`): 1 / P is one patch, 1 all
+        ),  # mean extent of these maps (`saecore.query.indexing.extent`): 1 / P is one patch, 1 is all patches evenly
         pa.field("top_images", pa.list_(pa.int64())),  # image_id, strongest first
         pa.field("top_activations", pa.list_(pa.float32())),
-        pa.field("co_latents", pa.list_(pa.int32())),  # that fire for the same images, by Jaccard index
-        pa.field("co_share", pa.list_(pa.float32())),  # of this latent's images, those where the other fires too
-        pa.field("co_lift", pa.list_(pa.float32())),  # times as often as if the two were independent
+        pa.field("co_latents", pa.list_(pa.int32())),  # latents that fire for the same images, by Jaccard index
+        pa.field("co_share", pa.list_(pa.float32())),  # share of this latent's images for which the other fires too
+        pa.field("co_lift", pa.list_(pa.float32())),  # how many times as often as if the two were independent
     ]
 )
 
 
-# What each latent is called, as columns of latents.parquet; what the scores are: `saecore.naming.names`. `name` is that by
-# data where there is one, else that by direction, and the numbers up to `scores` belong to it. Null where no way gives a
-# name.
+# The names of latents, as columns of latents.parquet; `saecore.naming.names` says what the scores are. `name` is the name by
+# data if there is one, otherwise the name by direction, and the columns up to `scores` belong to that name. They are null if
+# neither way gives a name.
 NAMES = pa.schema(
     [
         pa.field("latent", pa.int32(), nullable=False),
         pa.field("name", pa.string()),  # the vocabulary's nearest word
         pa.field("score", pa.float32()),  # by data: standard deviations over images; by direction: a cosine
-        pa.field("runner_up", pa.string()),  # the second nearest
+        pa.field("runner_up", pa.string()),  # the second nearest word
         pa.field("runner_up_score", pa.float32()),
         pa.field("margin", pa.float32()),  # score - runner_up_score
-        pa.field("valid", pa.bool_()),  # passes the thresholds that the metadata names
-        pa.field("by_data", pa.bool_()),  # whether `name` is the one by data
-        pa.field("words", pa.list_(pa.string())),  # the nearest, `name` first
+        pa.field("valid", pa.bool_()),  # whether the name passes the thresholds, which are in the metadata
+        pa.field("by_data", pa.bool_()),  # whether `name` is the name by data
+        pa.field("words", pa.list_(pa.string())),  # the nearest words, `name` first
         pa.field("scores", pa.list_(pa.float32())),
         pa.field("direction_name", pa.string()),
         pa.field("direction_score", pa.float32()),
@@ -195,10 +211,10 @@ NAMES = pa.schema(
 
 
 def explained_schema(n_patches: int) -> pa.Schema:
-    """One row per image: the IMAGES columns, and its rows of ACTIVATIONS and MAPS nested (null where refused).
+    """One row per image: the IMAGES columns, and its rows of ACTIVATIONS and MAPS, nested (null if the image is refused).
 
     `completeness` is the worst `saecore.relevance.maps.completeness_error` of the image's maps, before these are rounded to
-    8 bits: it feeds the run's record and is not stored per image.
+    8 bits. It goes into the run's record and is not stored per image.
     """
     return pa.schema(
         [
@@ -216,7 +232,7 @@ def nested(schema: pa.Schema) -> pa.StructType:
 
 
 def unnest(explained: pa.Table, column: str) -> pa.Table:
-    """EXPLAINED rows -> the flat table that travelled nested in `column`, with its image_id in front."""
+    """Rows of EXPLAINED -> the flat table that is nested in `column`, with image_id as the first column."""
     lists = explained[column].combine_chunks()
     lengths = lists.value_lengths().fill_null(0).to_numpy()
     image_id = explained["image_id"].to_numpy().repeat(lengths)
@@ -226,7 +242,7 @@ def unnest(explained: pa.Table, column: str) -> pa.Table:
 
 
 def pack(table: pa.Table) -> pa.LargeBinaryArray:
-    """A table as the single value of a binary column, so that a chunk travels as one row that nothing can tear apart."""
+    """A table as the single value of a binary column, so that a chunk travels as one row, which Ray cannot split."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)

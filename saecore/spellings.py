@@ -1,8 +1,8 @@
 """What models are called, and whether two names can mean one model.
 
 One model has several spellings: `openai/clip-vit-base-patch16` is `ViT-B/16` to OpenAI's own loader, `ViT-B-16` in a file's
-name, `models--openai--clip-vit-base-patch16` in a cache. Names are compared by what they say of family, size, patch and
-resolution: they differ where both say it and say something else. Where a name does not say, nothing is concluded.
+name, `models--openai--clip-vit-base-patch16` in a cache. Names are compared by the family, size, patch and resolution that they
+state: they differ if both state one of these and it is not the same. Nothing is concluded from what a name does not state.
 """
 
 import json
@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 
 
 class Model(NamedTuple):
-    """A model, as far as a file tells of it."""
+    """What a file tells of a model."""
 
     name: str = ""
-    """As it stands there: an id, a shape such as ViT-B/16, `demo`, a folder."""
+    """The name as the file has it: an id, a shape such as ViT-B/16, `demo`, a folder."""
     sha256: str = ""
     """What `ImageTower.sha256` begins with."""
 
 
-# Who trained it, and on what, in the order in which a name is searched: a TinyCLIP may name LAION's data too.
+# Who trained a model, or on what, in the order in which a name is searched: a TinyCLIP may name LAION's data too.
 _FAMILIES = (
     "siglip2",
     "siglip",
@@ -51,7 +51,7 @@ _RESOLUTION = re.compile(r"-(\d{3})(?:px)?(?=-|$)")
 
 
 class _Traits(NamedTuple):
-    """What a name says; None where it does not."""
+    """What a name states; None for what it does not."""
 
     family: str | None
     size: str | None
@@ -71,18 +71,18 @@ def _traits(name: str) -> _Traits:
 
 
 def _plain(name: str) -> str:
-    """Without the prefixes by which loaders tell where a model comes from."""
+    """A name without the prefixes by which loaders tell where a model comes from."""
     return re.sub(r"^(open[-_]clip:|hf-hub:|hf://|timm:|timm/)+", "", name.lower()).rstrip("/")
 
 
 def _identifier(name: str) -> tuple[str, str] | None:
-    """Owner and name of a Hugging Face id; None of anything else, such as a path or ViT-B/16."""
+    """Owner and name of a Hugging Face id; None for anything else, such as a path or ViT-B/16."""
     parts = _plain(name).split("/")
     return (parts[0], parts[1]) if len(parts) == 2 and all(parts) and not parts[1][:2].isdigit() else None
 
 
 def differ(one: str, other: str) -> bool | None:
-    """Whether two names mean different models; None where they do not tell."""
+    """Whether two names mean different models; None if they do not tell."""
     ids = _identifier(one), _identifier(other)
     if _plain(one) == _plain(other):
         return False
@@ -100,7 +100,7 @@ def differ(one: str, other: str) -> bool | None:
 
 
 def telling(clip: str) -> str:
-    """The name of the model that `--clip` stands for; of a folder what its files or its own name tell, or nothing."""
+    """The name of the model at an address; for a folder, what its files or its own name tell, or nothing."""
     folder = Path(clip)
     if not folder.is_dir():  # an id, or a folder that was elsewhere
         return published(clip)
@@ -114,7 +114,7 @@ def telling(clip: str) -> str:
 
 
 def published(clip: str) -> str:
-    """A model's name as others may read it: of a path the id that a cache's folder holds, or else the last folder alone."""
+    """A model's name as others may read it: for a path, the id in the name of a cache's folder, or else the last folder."""
     if not clip.startswith("/") and "://" not in clip:
         return clip
     cached = [part for part in Path(clip).parts if part.startswith("models--")]
@@ -125,33 +125,31 @@ def _stated(config: Path) -> str:
     """The name that transformers wrote into a folder's config.json."""
     try:
         content: Any = json.loads(config.read_bytes())
-    except (OSError, ValueError):  # the loader of the model tells what is wrong with it
+    except (OSError, ValueError):  # whoever loads the model says what is wrong with the file
         return ""
     name = content.get("_name_or_path") if isinstance(content, dict) else None
     return name if isinstance(name, str) else ""
 
 
-def check_same(said: Model, sae: str, clip: str, found: Model, any_clip: bool) -> str:
-    """A remark where it cannot be told whether the SAE belongs to this model, or where `any_clip` lets it pass; else nothing.
+def check_same(trained_on: Model, sae: str, clip: str, model: Model, any_clip: bool) -> str:
+    """A remark if it cannot be told whether the SAE belongs to this model, or if `any_clip` lets another pass; else nothing.
 
-    `said` is the model that the SAE was trained on, `clip` the option that names the other, `found` what is known of that.
-    ValueError if the two are different models.
+    `trained_on` is the model that the SAE was trained on, `clip` says in words what the other one is, and `model` is what is
+    known of that. ValueError if the two are different models.
     """
-    if not said.name:
+    if not trained_on.name:
         return ""
-    known = published(said.name)  # folders that a path leads through are no part of a model's name
-    name = known + (f" ({said.sha256})" if said.sha256 else "")
-    if said.sha256 and found.sha256:
-        other: bool | None = said.sha256 != found.sha256
+    known = published(trained_on.name)  # folders that a path leads through are no part of a model's name
+    name = known + (f" ({trained_on.sha256})" if trained_on.sha256 else "")
+    if trained_on.sha256 and model.sha256:
+        other: bool | None = trained_on.sha256 != model.sha256
     else:
-        other = differ(known, found.name) if found.name else None
+        other = differ(known, model.name) if model.name else None
     if other is None:
         return f"model         the SAE was trained on {name}; whether {clip} is that model, their names do not tell"
     if not other:
         return ""
-    another = clip + (f" ({found.sha256})" if said.sha256 and found.sha256 else "")
+    another = clip + (f" ({model.sha256})" if trained_on.sha256 and model.sha256 else "")
     if any_clip:
-        return f"model         the SAE was trained on {name}, which {another} is not: --any-clip lets it pass"
-    raise ValueError(
-        f"--sae {sae} was trained on {name}, and {another} is another model; --any-clip runs it all the same"
-    )
+        return f"model         the SAE was trained on {name}, and {another} is another model; the job goes on, as asked"
+    raise ValueError(f"{sae} was trained on {name}, and {another} is another model")

@@ -1,4 +1,10 @@
-"""Paths and addresses on any pyarrow filesystem, and files that appear whole or not at all."""
+"""Paths and addresses on any pyarrow filesystem: ask, list, read, and write files that appear whole or not at all.
+
+    s3://bucket/path?region=..      an address; settings after `?` stay at its end
+    photos/x, file:///photos/x      a local path
+
+This is the only file that asks a filesystem, so a test that puts another one in its place replaces `filesystem_of`.
+"""
 
 import json
 import os
@@ -15,20 +21,21 @@ import pyarrow.dataset
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-# s3://bucket/path?endpoint_override=host:9000&scheme=http: settings, where a bare `?` is a wildcard or part of a name.
+# s3://bucket/path?endpoint_override=host:9000&scheme=http has settings; a bare `?` is a wildcard or part of a name.
 _ADDRESS = re.compile(r"(?P<root>\w+://[^/?]*)(?P<path>/.*?)?(?P<settings>\?\w+=.*)?", re.DOTALL)
 
-# What begins like an address and is none: it would be taken for a folder called `s3:`.
+# What begins like an address and is none would be taken for a folder called `s3:`.
 _ALMOST = re.compile(r"(?P<scheme>file|s3|gs|gcs|hf|https?|hdfs|abfss?):(?!//)/?(?P<rest>.*)", re.DOTALL)
 
 
 class WriteError(OSError):
-    """What could not be written, and why: a disk that is full or may not be written, or a store that refuses. One sentence."""
+    """Something could not be written, for a reason outside of the program: a full disk, a missing right, a store that
+    refuses."""
 
 
 @contextmanager
 def writing(uri: str) -> Iterator[None]:
-    """Whatever the storage says while the block writes `uri` becomes a `WriteError` that names it."""
+    """An OSError inside, while `uri` is written, becomes a `WriteError` that names `uri`."""
     try:
         yield
     except WriteError:
@@ -38,13 +45,13 @@ def writing(uri: str) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """What the system says, in one line. pyarrow's own sentences name the place and bring the reason as a detail."""
+    """What the system says, in one line. In pyarrow's sentences the reason is the part after `Detail:`."""
     said = getattr(error, "strerror", None) or str(error)
     return " ".join(said.rsplit("Detail: ", 1)[-1].split())
 
 
 def check_address(uri: str) -> None:
-    """ValueError for an address that lacks a slash, and for nothing at all, which would be the current folder."""
+    """ValueError for an address that lacks a slash, and for an empty one, which would be the current folder."""
     if not uri.strip():
         raise ValueError("nothing is named; name a folder or an address")
     if almost := _ALMOST.fullmatch(uri):
@@ -55,9 +62,9 @@ def check_address(uri: str) -> None:
 
 
 def check_writable(uri: str) -> None:
-    """ValueError if no file can be written into the folder `uri`, made if need be; tries it, and leaves nothing behind.
+    """ValueError if no file can be written into the folder `uri`, which need not exist. Writes a file there and removes it.
 
-    On an object store that lets nothing be deleted, the empty file that was tried stays.
+    On an object store that lets nothing be deleted, that file of one byte stays.
     """
     check_address(uri)
     filesystem, path = filesystem_of(uri)
@@ -65,7 +72,7 @@ def check_writable(uri: str) -> None:
     missing = [folder for folder in (Path(path), *Path(path).parents) if local and not folder.exists()]
     name = f".tried-{uuid.uuid4().hex}"
     try:
-        write_atomic(join_uri(uri, name), b"1")  # one byte: a full disk takes empty files
+        write_atomic(join_uri(uri, name), b"1")  # one byte, since a full disk takes empty files
     except WriteError as error:
         raise ValueError(f"{uri} cannot be written: {reason(error.__cause__ or error)}") from error
     else:
@@ -155,7 +162,7 @@ def read_parquet(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 def parent(uri: str) -> str:
-    """The folder that holds `uri`; an address keeps its settings."""
+    """The folder of a file or folder; an address keeps its settings."""
     address, settings = split_settings(uri)
     return f"{posixpath.dirname(address.rstrip('/')) or '.'}{settings}"
 
@@ -163,8 +170,8 @@ def parent(uri: str) -> str:
 def filesystem_of(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
     """The filesystem that holds `uri`, and the path inside it. Anything without `://` is local and made absolute.
 
-    The path of an address is taken as it stands: pyarrow alone would decode `%20` in it and refuse a blank. ValueError for
-    what is almost an address.
+    The path of an address is taken as it stands: pyarrow's own parser would decode `%20` in it and refuse a blank. ValueError
+    for what is almost an address.
     """
     if _ALMOST.fullmatch(uri):
         check_address(uri)
@@ -179,7 +186,7 @@ def filesystem_of(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
 
 
 def resolved(uri: str) -> str:
-    """An address as it stands, a path made absolute: what may travel to processes that run in another folder."""
+    """An address as it stands, or a path made absolute, for processes that run in another folder."""
     return uri if _ADDRESS.fullmatch(uri) else os.path.abspath(uri)
 
 
@@ -190,7 +197,7 @@ def join_uri(base: str, *parts: str) -> str:
 
 
 def split_settings(uri: str) -> tuple[str, str]:
-    """An address without its settings, and these with their `?`; of a path, the path and nothing."""
+    """An address without its settings, and the settings with their `?`; for a path, the path and an empty string."""
     address = _ADDRESS.fullmatch(uri)
     settings = (address and address["settings"]) or ""
     return uri[: len(uri) - len(settings)], settings
@@ -199,7 +206,8 @@ def split_settings(uri: str) -> tuple[str, str]:
 def write_atomic(uri: str, data: bytes | pa.Buffer) -> None:
     """Write a file so that it appears under its name whole or not at all, also if the machine goes down.
 
-    Locally: `atomic_file`. Object store: one complete PUT, which is atomic there. `WriteError` if it cannot be.
+    A local file is an `atomic_file`; an object store gets one complete PUT, which is atomic there. `WriteError` if it cannot be
+    written.
     """
     filesystem, path = filesystem_of(uri)
     with writing(uri):
@@ -213,9 +221,9 @@ def write_atomic(uri: str, data: bytes | pa.Buffer) -> None:
 
 @contextmanager
 def atomic_file(target: Path) -> Iterator[BinaryIO]:
-    """A local file to write piece by piece: a temporary file beside it, synced and renamed over when the block ends well.
+    """A local file to write piece by piece: a temporary file, which is synced and renamed when the block ends without error.
 
-    `WriteError` where the system refuses; the block puts its own writes under `writing`.
+    `WriteError` if the system refuses; the block puts its own writes under `writing`.
     """
     temporary = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex}")
     with writing(str(target)):

@@ -1,7 +1,7 @@
-"""Files and values that others wrote, read without trusting them.
+"""Read files and values that others wrote, without trusting them.
 
 Nothing in them runs, nothing is allocated because a file claims it, and whatever is wrong with them is a ValueError of one
-sentence that names the file, what was found and what was expected.
+sentence that names the file, what it holds and what was expected.
 
 Left out: what the content means (`saecore.sae.config`, `saecore.sae.formats`, `saecore.towers.model_files`), and whether a
 model computes anything (`saecore.sae.soundness`, `saecore.towers.soundness`).
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MOST = 2**31 - 1
-"""The largest size that is believed: ids of latents are 32-bit integers in every table."""
+"""The largest size that is accepted: ids of latents are 32-bit integers in every table."""
 
 LARGEST = 1e15
-"""The largest weight that is believed; no trained weight comes near it. Float32 overflows at 3e38, so two such numbers may be
-multiplied, and 10^8 such products added."""
+"""The largest weight that is accepted; no trained weight comes near it. Float32 overflows at 3e38, so two such numbers can be
+multiplied, and 10^8 of such products added."""
 
 FLOATS = {"torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float32": "F32", "torch.float64": "F64"}
 """Types that weights may have, as torch and safetensors call them. Integers would be quantised weights without their scales."""
@@ -35,7 +35,7 @@ FLOATS = {"torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float32": "F3
 
 @contextmanager
 def about(what: str) -> Iterator[None]:
-    """ValueErrors inside begin with `what`, and are one line."""
+    """ValueErrors inside begin with `what` and become one line."""
     try:
         yield
     except ValueError as error:
@@ -47,22 +47,22 @@ def about(what: str) -> Iterator[None]:
 
 
 def whole(value: Any, what: str, least: int = 1, most: int = MOST) -> int:
-    """`value` if it is an integer from `least` to `most`. A boolean is none, and neither is 128.0 or "128"."""
+    """`value` if it is an integer from `least` to `most`; ValueError for a boolean, 128.0 or "128"."""
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise ValueError(f"{what} is {shown(value)}, expected a whole number from {least:,} to {most:,}")
     return value
 
 
 def number(value: Any, what: str) -> float:
-    """`value` as a finite float: an int, a float, a NumPy scalar or a tensor of one value; a boolean or a text is none."""
+    """`value` as a finite float: an int, a float, a NumPy scalar or a tensor of one value; ValueError for anything else."""
     value = scalar(value)
     if isinstance(value, int | float | np.number) and not isinstance(value, bool):
         try:
-            found = float(value)
+            as_float = float(value)
         except OverflowError:  # an int of 400 digits
-            found = math.inf
-        if math.isfinite(found):
-            return found
+            as_float = math.inf
+        if math.isfinite(as_float):
+            return as_float
     raise ValueError(f"{what} is {shown(value)}, expected a finite number")
 
 
@@ -72,14 +72,14 @@ def scalar(value: Any) -> Any:
 
 
 def mapping(value: Any, what: str) -> Mapping[str, Any]:
-    """`value` if it maps names to something."""
+    """`value` if it maps names to values; ValueError if it does not."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ValueError(f"{what} is {shown(value)}, expected names with values")
     return value
 
 
 def shown(value: Any) -> str:
-    """`value` as it may stand in a sentence: what it is, and not all of it where it is long."""
+    """`value` in words for a sentence, shortened if it is long."""
     if hasattr(value, "shape"):
         return f"an array of shape {tuple(value.shape)}"
     if isinstance(value, int) and abs(value) > 10**30:  # Python refuses to print more than 4,300 digits
@@ -164,9 +164,9 @@ def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def shape_of(value: Any, what: str, weights: bool = True) -> tuple[int, ...]:
-    """The shape of a plain tensor whose numbers are all stored, of floating point if they are `weights`; ValueError for others.
+    """The shape of a plain tensor whose numbers are all stored, of floating point if they are `weights`; ValueError otherwise.
 
-    A tensor of torch can be one stored number that claims to be 10^12, and copying it would allocate them all.
+    A tensor of torch can be one stored number that claims to be 10^12 numbers, and a copy would allocate them all.
     """
     import torch
 
@@ -193,7 +193,7 @@ def _safetensors(path: Path) -> Iterator[None]:
 
 
 def _check_zip(source: Path | io.BytesIO) -> bool:
-    """Whether torch takes it for a zip; ValueError for a compressed one, which may hold a thousand times its size."""
+    """Whether torch takes a file for a zip; ValueError for a compressed zip, which may hold a thousand times its size."""
     with source.open("rb") if isinstance(source, Path) else source as file:
         if file.read(4) != b"PK\x03\x04":
             return False
@@ -204,16 +204,16 @@ def _check_zip(source: Path | io.BytesIO) -> bool:
 
 
 def _why(error: Exception) -> str:
-    """Not torch's own advice, which is to try again without its protection."""
+    """What is wrong with a file, without torch's own advice, which is to try again without its protection."""
     text = str(error)
-    if found := re.search(r"GLOBAL (\S+)", text):
-        return f"it holds {found[1]}, which is no tensor, and what could run code is not opened"
+    if name := re.search(r"GLOBAL (\S+)", text):
+        return f"it holds {name[1]}, which is no tensor, and what could run code is not opened"
     first = "" if "weights_only" in text else text.partition("\n")[0][:120]
     return f"it is damaged, or no file of torch.save ({type(error).__name__}{': ' if first else ''}{first})"
 
 
 def check_values(tensor: "Tensor", what: str, unknown: bool = False) -> None:
-    """ValueError if a tensor holds NaN, an infinity, or numbers that overflow. With `unknown` it may be NaN altogether."""
+    """ValueError if a tensor holds NaN, an infinity, or numbers that overflow. If `unknown`, all of it may be NaN."""
     if unknown and bool(tensor.isnan().all()):
         return
     least, most = (float(end) for end in tensor.aminmax())  # either is NaN where any number is

@@ -17,11 +17,12 @@ import transformers
 from transformers import CLIPConfig, CLIPModel
 
 from jobs import explain, measure, name
+from saecore.hub import DEMO_CLIP
 from saecore.images.preprocess import load_preprocess
+from saecore.naming.vocabulary import read_texts
 from saecore.pipeline.models import load_models
 from saecore.sae.checkpoints import load_sae
-from saecore.towers.clip import DEMO, load_tower
-from saecore.towers.text import load_text_tower, read_texts
+from saecore.towers.loading import load_text_tower, load_tower
 from tests.helpers.mistakes import mistake
 from tests.helpers.towers import fill, random_sae
 from tests.sae import test_checkpoints as msae
@@ -59,7 +60,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fill(model)
     model.save_pretrained(folder)
     for file in ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DEMO / file, folder / file)
+        shutil.copy(DEMO_CLIP / file, folder / file)
     return folder
 
 
@@ -571,10 +572,13 @@ CLIPS: dict[str, tuple[Damage, str, str]] = {
             ("", "is not JSON"),
             ("[]", "holds a JSON list"),
             ("{}", "weight_map in .* is None"),
-            ('{"weight_map": {"a": "none.safetensors"}}', "names 'none.safetensors', expected a file beside it"),
+            (
+                '{"weight_map": {"a": "none.safetensors"}}',
+                "names 'none.safetensors', expected a file in the same folder",
+            ),
             (
                 '{"weight_map": {"a": "../../../../etc/passwd"}}',
-                "names '../../../../etc/passwd', expected a file beside",
+                "names '../../../../etc/passwd', expected a file in the same folder",
             ),
         ]
     },

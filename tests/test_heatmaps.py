@@ -1,4 +1,4 @@
-"""Stored maps: at most half a step away from what was computed, the strongest patch exact, zeros without a division by zero."""
+"""A stored map is at most half a step off, its strongest patch is exact, and a map of zeros divides by nothing."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from saecore.heatmaps import STEPS, decode, encode
 
 
 def test_a_map_comes_back_within_half_a_step_of_its_own() -> None:
-    """Every map has a scale of its own, however different they are."""
+    """Every map has its own scale, so maps of very different sizes lose nothing."""
     generator = np.random.default_rng(0)
     sizes = 10.0 ** generator.uniform(-30, 30, (3, 2, 5, 1))
     relevance = (generator.standard_normal((3, 2, 5, 49)) * sizes).astype(np.float32)
@@ -20,6 +20,6 @@ def test_a_map_comes_back_within_half_a_step_of_its_own() -> None:
 
 def test_a_map_of_zeros_and_numbers_by_hand() -> None:
     stored, scale = encode(np.array([[0.0, 0.0, 0.0], [-254.0, 3.0, 5.0]], np.float32))
-    assert stored.tolist() == [[0, 0, 0], [-127, 2, 2]]  # 1.5 and 2.5 steps go to the even one
+    assert stored.tolist() == [[0, 0, 0], [-127, 2, 2]]  # 1.5 and 2.5 steps are rounded to the even number
     assert scale.tolist() == [0.0, 2.0]
     assert decode(bytes([129, 2, 2]), 2.0, (1, 3)).tolist() == [[-254.0, 4.0, 4.0]]

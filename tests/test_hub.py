@@ -18,8 +18,7 @@ import pytest
 from saecore import hub
 from saecore.images.preprocess import load_preprocess
 from saecore.sae.checkpoints import load_sae
-from saecore.towers.clip import DEMO, load_tower
-from saecore.towers.text import load_text_tower
+from saecore.towers.loading import load_text_tower, load_tower
 from tests.helpers.towers import random_sae
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -79,7 +78,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
     """The address of a Hub with one repository, a/model, and the names of files that were fetched from it."""
-    shutil.copytree(DEMO, tmp_path / "model")
+    shutil.copytree(hub.DEMO_CLIP, tmp_path / "model")
     for name in ("pytorch_model.bin", "flax_model.msgpack", "open_clip_pytorch_model.bin"):
         (tmp_path / "model" / name).write_bytes(b"the same weights again")
     Hub.folder, Hub.fetched = tmp_path / "model", []
@@ -93,8 +92,7 @@ def served(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
 
 SCRIPT = """
 import sys
-from saecore.towers.clip import load_tower
-from saecore.towers.text import load_text_tower
+from saecore.towers.loading import load_text_tower, load_tower
 for address in sys.argv[1:]:
     try:
         print(load_tower(address).sha256(), load_text_tower(address).sha256())
@@ -117,9 +115,7 @@ def test_a_model_is_fetched_once_and_then_found_without_the_hub(tmp_path: Path, 
     expected = f"{load_tower('demo').sha256()} {load_text_tower('demo').sha256()}"
     first, nobody = run(tmp_path, "a/model", "a/nobody", HF_ENDPOINT=endpoint)
     assert first == expected
-    assert nobody == (
-        "--clip a/nobody: a/nobody is no model on the Hugging Face Hub, or a private one: then log in (hf auth login)"
-    )
+    assert nobody == ("a/nobody is no model on the Hugging Face Hub, or a private one: then log in (hf auth login)")
     # weights once, of several forms
     files = {"config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"}
     assert sorted(fetched) == sorted(files)

@@ -1,4 +1,4 @@
-"""One picture explained in Python: the values of a run of the job, unrounded; shown, and refused, as a person expects."""
+"""One picture explained in Python has the values of a run, unrounded. It is shown, or refused in one sentence."""
 
 import io
 from pathlib import Path
@@ -32,50 +32,52 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_values_are_those_of_a_run(models: Models, pictures: Path, tmp_path: Path) -> None:
-    """Latents to rounding of float32, maps to half an 8-bit step of the run's; sums and remainders make pre-activations."""
-    given = ["--images", str(pictures), "--clip", "demo", "--sae", "demo", "--k", "5", "--targets", "kept", TEXT]
-    assert explain.main([*given, "--local", "--out", str(tmp_path / "run")]) == 0
+    """Latents are equal to float32 rounding, maps to half an 8-bit step; sums and remainders make pre-activations."""
+    arguments = ["--images", str(pictures), "--clip", "demo", "--sae", "demo", "--k", "5", "--targets", "kept", TEXT]
+    assert explain.main([*arguments, "--local", "--out", str(tmp_path / "run")]) == 0
     run = results.open(str(tmp_path / "run"))
     for path in sorted(pictures.iterdir()):
-        one = explain_image(path, models, k=5, targets=("kept", TEXT))
+        explained = explain_image(path, models, k=5, targets=("kept", TEXT))
         row = run.latents_of(path.name)
-        assert one.latents["latent"].to_pylist() == row["latent"].to_pylist()
-        np.testing.assert_allclose(one.latents["activation"], row["activation"], rtol=1e-4)
+        assert explained.latents["latent"].to_pylist() == row["latent"].to_pylist()
+        np.testing.assert_allclose(explained.latents["activation"], row["activation"], rtol=1e-4)
         maps = run.maps(path.name)
-        assert one.targets == [f"latent {latent}" for latent in maps.latents[:-1]] + ["text: a red square"]
+        assert explained.targets == [f"latent {latent}" for latent in maps.latents[:-1]] + ["text: a red square"]
         step = np.abs(maps.maps).max((1, 2), keepdims=True) / 127
-        assert (np.abs(one.maps - maps.maps) <= 0.51 * step).all()
-        np.testing.assert_allclose(one.remainders, maps.remainders, atol=1e-4)
-        np.testing.assert_allclose(one.maps.sum((1, 2)) + one.remainders, one.pre_activations, atol=1e-4)
+        assert (np.abs(explained.maps - maps.maps) <= 0.51 * step).all()
+        np.testing.assert_allclose(explained.remainders, maps.remainders, atol=1e-4)
+        np.testing.assert_allclose(
+            explained.maps.sum((1, 2)) + explained.remainders, explained.pre_activations, atol=1e-4
+        )
 
 
 def test_a_path_bytes_and_a_picture_are_one(models: Models, pictures: Path) -> None:
     path = pictures / "chelsea.png"
     ways = [explain_image(way, models, k=3) for way in (path, str(path), path.read_bytes(), Image.open(path))]
-    assert all((one.maps == ways[0].maps).all() for one in ways)
+    assert all((explained.maps == ways[0].maps).all() for explained in ways)
 
 
 def test_a_latent_kept_and_asked_for_has_one_map(models: Models, pictures: Path) -> None:
     kept = explain_image(pictures / "coffee.jpg", models, k=3).latents["latent"].to_pylist()
     other = next(latent for latent in range(80) if latent not in kept)
-    one = explain_image(pictures / "coffee.jpg", models, k=3, targets=("kept", f"latents:{kept[1]},{other}"))
-    assert one.targets == [f"latent {latent}" for latent in (*kept, other)]
-    assert len(one.maps) == len(one.remainders) == len(one.pre_activations) == 4
+    explained = explain_image(pictures / "coffee.jpg", models, k=3, targets=("kept", f"latents:{kept[1]},{other}"))
+    assert explained.targets == [f"latent {latent}" for latent in (*kept, other)]
+    assert len(explained.maps) == len(explained.remainders) == len(explained.pre_activations) == 4
 
 
 def test_overlays_show_a_map_on_the_crop_and_notebooks_show_all(models: Models, pictures: Path) -> None:
-    one = explain_image(pictures / "coffee.jpg", models, k=3, names={}, method="occlusion")
-    first, second = (np.asarray(one.overlay(target, side=120)) for target in one.targets[:2])
+    explained = explain_image(pictures / "coffee.jpg", models, k=3, names={}, method="occlusion")
+    first, second = (np.asarray(explained.overlay(target, side=120)) for target in explained.targets[:2])
     assert first.shape == second.shape
     assert (first != second).any()
-    number = int(one.targets[0].split()[1])
-    assert (np.asarray(one.overlay(number, side=120)) == first).all()
-    assert one.crop.size == (140, 140)  # the middle of 200 x 140, as CLIP saw it
-    shown = one._repr_html_()
+    number = int(explained.targets[0].split()[1])
+    assert (np.asarray(explained.overlay(number, side=120)) == first).all()
+    assert explained.crop.size == (140, 140)  # the middle of 200 x 140, as CLIP saw it
+    shown = explained._repr_html_()
     assert shown.count("<img") == 3
     assert shown.count("<tr>") == 4
     with pytest.raises(ValueError, match=r"^latent 999 has no map here; there are maps of latent"):
-        one.overlay(999)
+        explained.overlay(999)
 
 
 def test_what_cannot_be_is_one_sentence(models: Models, tmp_path: Path) -> None:
@@ -87,7 +89,7 @@ def test_what_cannot_be_is_one_sentence(models: Models, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none\.jpg cannot be read: No such file"):
         explain_image(tmp_path / "none.jpg", models)
     for wrong, sentence in (
-        ({"method": "contrib,dense"}, "one at a time"),
+        ({"method": "contrib,dense"}, "give one method"),
         ({"method": "lrp"}, "method lrp: must be"),
         ({"k": 0}, "k 0: must be at least 1"),
         ({"targets": ("latents:80",)}, "latents:80: this SAE has 80 latents"),

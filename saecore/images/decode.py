@@ -1,22 +1,22 @@
-"""Encoded bytes -> the exact uint8 pixels that a CLIP model's own image processor makes, or a reason why not.
+"""Decode bytes to the exact uint8 pixels that a CLIP model's own image processor makes, or say why not.
 
 Pixels are those of transformers' Pillow-backed CLIP processor to the last bit: Pillow resizes the whole image, then the
-centre is cut out. What that processor leaves open is decided here: EXIF rotation is applied, as viewers do; alpha is
-composed on white; 16-bit grey is scaled to 8 bits (Pillow would saturate it); of animations the first frame counts.
+centre is cut out. What that processor does not define is decided here: EXIF rotation is applied, as viewers do; alpha is
+composed on white; 16-bit grey is scaled to 8 bits (Pillow would saturate it); of an animation the first frame is taken.
 
 Reasons, short and stable; the detail has the rest:
 
     empty           no bytes at all
-    not-an-image    none of JPEG, PNG, WebP, GIF, BMP, TIFF by its first bytes
+    not-an-image    its first bytes are those of no JPEG, PNG, WebP, GIF, BMP or TIFF
     truncated       the end is missing
-    corrupt         begins as one of them, and cannot be decoded: whatever its decoder raised
+    corrupt         it begins as one of them and cannot be decoded; the detail is what the decoder raised
     unsupported     pixels without a defined way to 8-bit RGB (floating point, 32-bit integers, CIE Lab)
     too-large       more pixels than allowed, as stored or as resized; refused before anything is decoded
     too-complex     more metadata, segments, scans or strips than any picture has: minutes of work (`saecore.images.effort`)
 
-MemoryError alone passes: it is the machine's, not the image's.
+Only MemoryError is raised as it is: it is a fault of the machine, not of the image.
 
-Left out: normalisation (the tower does it on its device), faster decoders that change pixels.
+Left out: normalisation (the tower does it on its device), and faster decoders that change pixels.
 """
 
 import io
@@ -33,13 +33,13 @@ from saecore.images.effort import MAX_PIXELS
 from saecore.images.preprocess import Preprocess
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-"""No other Pillow plug-in ever sees the bytes."""
+"""The formats that are decoded: no other plug-in of Pillow sees the bytes."""
 
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 class ImageError(Exception):
-    """An image that is refused: `reason` from the table above, and a detail."""
+    """An image is refused: `reason` is one of the table above, `detail` says more."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -62,27 +62,28 @@ class Decoded(NamedTuple):
     pixels: np.ndarray
     """uint8 (height, width, 3)."""
     width: int
-    """Of the decoded image, in pixels."""
+    """Width of the decoded image, in pixels."""
     height: int
     format: str
     crop: tuple[int, int, int, int]
     """(left, top, right, bottom) of the area that CLIP sees, in pixels of the decoded image, rounded. It reaches over the
-    edges only for a processor that crops more than it resizes to: zeros are there, as in transformers."""
+    edges only if a processor crops more than it resizes to; the pixels there are zeros, as in transformers."""
 
 
 def open_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Opened:
-    """Decode to RGB; raises ImageError and, but for MemoryError, nothing else, whatever the bytes are."""
+    """Decode to RGB; whatever the bytes are, only ImageError and MemoryError are raised."""
     if not data:
         raise ImageError("empty", "0 bytes")
     with _refusing(data), warnings.catch_warnings():
-        # Damaged metadata, and sizes that are judged here. Not in threads: Python keeps one list for all of them.
+        # Pillow warns of damaged metadata, and of sizes, which are judged here. One thread at a time: the list of ignored
+        # warnings belongs to the process.
         warnings.simplefilter("ignore")
         effort.check(data)
         file = effort.Reader(data)
         image = Image.open(file, formats=FORMATS)
         file.is_opening = False
         _check_size(image.width, image.height, max_pixels)
-        # Pillow calls a JPEG with further pictures behind it, as many cameras write, MPO.
+        # A JPEG that is followed by further pictures, as many cameras write it, is MPO to Pillow.
         form = "JPEG" if image.format == "MPO" else str(image.format)
         image.load()
         return Opened(_rgb(_upright(image)), form)
@@ -92,7 +93,7 @@ def open_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Opened:
 def _refusing(data: bytes) -> Iterator[None]:
     """Whatever is raised inside is the reason why this image is refused.
 
-    Pillow raises what its plug-ins happen to meet, AssertionError among it, so there is no list of what may come.
+    Pillow raises whatever its plug-ins meet, AssertionError included, so no list of exceptions would be complete.
     """
     try:
         yield
@@ -113,7 +114,7 @@ def _refusal(data: bytes, error: Exception) -> ImageError:
         text = f"the header is damaged or cut, {len(data)} bytes in all"
     else:
         text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
-    # libwebp does not say it; the second word of the file is its size.
+    # libwebp does not say that a file is cut; the second word of the file is its size.
     short = data.startswith(b"RIFF") and len(data) < 8 + int.from_bytes(data[4:8], "little")
     cut = short or isinstance(error, EOFError) or "truncated" in text.lower() or "unexpected end" in text.lower()
     return ImageError("truncated" if cut else "corrupt", text)
@@ -156,13 +157,13 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Rotated as its EXIF orientation says."""
+    """The image rotated as its EXIF orientation says."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except (effort.EffortError, MemoryError):
         raise
     except Exception:
-        return image  # the metadata is damaged, the picture is not: shown as it lies, as viewers do
+        return image  # the metadata is damaged and the picture is not: it is taken without rotation, as viewers do
     turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
     if turn is None:
         return image
@@ -171,7 +172,7 @@ def _upright(image: Image.Image) -> Image.Image:
     return turned
 
 
-# EXIF orientation -> what undoes it.
+# EXIF orientation -> the operation that undoes it.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -184,7 +185,7 @@ _TURNS = {
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Any mode that Pillow decodes -> RGB."""
+    """An image of any mode that Pillow decodes, in RGB."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):

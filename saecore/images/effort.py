@@ -1,12 +1,14 @@
-"""How much work an image file may ask of its decoder, so that a file of some megabytes does not take minutes.
+"""Bound the work that an image file may ask of its decoder, so that no file of a few megabytes takes minutes.
 
 Pillow goes through metadata piece by piece, in Python; a decoder goes through all pixels once for every scan of a JPEG. Both
-are bounded here, far above what pictures have. Measured with Pillow 13 before they were: 52 MB of Exif segments in a JPEG,
-which Pillow joins one to the other, 7 s, and more than in proportion beyond; empty segments of a JPEG or chunks of a PNG 0.2 s
-a megabyte; a TIFF of strips of one byte 0.2 s a megabyte, and 37 times its size in memory; a progressive JPEG of 16 million
-pixels 0.006 s a scan, and a scan takes 31 bytes. WebP and BMP need no bound.
+are bounded here, far above what pictures have. Measured with Pillow 13 without these bounds:
 
-Left out: what pixels cost. `saecore.images.decode` bounds how many there are.
+    52 MB of Exif segments in a JPEG, which Pillow joins one by one     7 s, and rising faster than their size
+    empty segments of a JPEG, or chunks of a PNG                        0.2 s a megabyte
+    a TIFF of strips of one byte                                        0.2 s a megabyte, and 37 times its size in memory
+    a progressive JPEG of 16 million pixels                             0.006 s a scan, and a scan takes 31 bytes
+
+WebP and BMP need no bound. `saecore.images.decode` compares the number of pixels with MAX_PIXELS.
 """
 
 import io
@@ -17,7 +19,7 @@ MAX_PIXELS = 178_000_000
 """Pixels of an image, as stored or as resized: Pillow refuses more than 178,956,970 whatever it is told."""
 
 MAX_READS = 1 << 18
-"""Reads of a file in which Pillow must be done; of large files one in 256 bytes. A PNG takes about 5 for 8 KiB of pixels."""
+"""Reads of a file that Pillow may make; for large files one for each 256 bytes. A PNG takes about 5 for 8 KiB of pixels."""
 
 MAX_JPEG_HEADER = 24 << 20
 """Bytes of a JPEG before its first scan: profiles, previews, editing histories."""
@@ -26,15 +28,15 @@ MAX_SCANS = 256
 """Scans of a JPEG; encoders write about ten."""
 
 MAX_SEGMENTS = 1 << 18
-"""Segments of a JPEG that are looked at to count its scans."""
+"""Segments of a JPEG that are visited to count its scans."""
 
 MAX_STRIPS = 1 << 16
-"""Strips or tiles of a TIFF; of large files one in 1,024 bytes."""
+"""Strips or tiles of a TIFF; for large files one for each 1,024 bytes."""
 
-# What follows the marker up to the next one: a length and so many bytes. Within a scan decoders stop at others.
+# Markers of segments: a length follows, and so many bytes up to the next marker. Within a scan decoders stop at other markers.
 _SEGMENTS = frozenset({*range(0xC0, 0xD0), *range(0xDA, 0xF0), 0xFE}) - {0xC8}
 _SOS = 0xDA
-# D0 to D7 stand between the pixels of a scan. A pattern that begins with one byte is found ten times faster than \xff+.
+# D0 to D7 stand between the pixels of a scan. Searching for a pattern that begins with one byte is ten times faster than \xff+.
 _MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
 
 _STRIP_TAGS = (273, 324)
@@ -51,7 +53,7 @@ class Reader(io.BytesIO):
     def __init__(self, data: bytes) -> None:
         super().__init__(data)
         self.is_opening = data.startswith(b"\xff\xd8")
-        """A JPEG's header is read; other formats have no need of this bound."""
+        """Whether the header of a JPEG is being read; other formats do not need this bound."""
         self._reads_left = max(MAX_READS, len(data) >> 8)
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -65,7 +67,7 @@ class Reader(io.BytesIO):
 
 
 def check(data: bytes) -> None:
-    """EffortError for a JPEG of too many scans, a TIFF of too many strips; cheap, and silent about anything else."""
+    """EffortError for a JPEG of too many scans or a TIFF of too many strips; cheap, and silent about any other file."""
     if data.startswith(b"\xff\xd8"):
         _check_scans(data)
     elif data.startswith((b"II", b"MM")):
@@ -75,13 +77,13 @@ def check(data: bytes) -> None:
 def _check_scans(data: bytes) -> None:
     at = scans = 0
     for _ in range(MAX_SEGMENTS):
-        found = _MARKER.search(data, at)
-        if found is None or (scans and found[1][0] not in _SEGMENTS):
-            return  # the end, or what no decoder goes beyond
-        at = found.end()
-        if found[1][0] in _SEGMENTS:
+        marker = _MARKER.search(data, at)
+        if marker is None or (scans and marker[1][0] not in _SEGMENTS):
+            return  # the end of the file, or a marker at which decoders stop
+        at = marker.end()
+        if marker[1][0] in _SEGMENTS:
             at += int.from_bytes(data[at : at + 2], "big")
-            scans += found[1][0] == _SOS
+            scans += marker[1][0] == _SOS
         if scans > MAX_SCANS:
             raise EffortError(f"a JPEG of more than {MAX_SCANS} scans")
     raise EffortError(f"a JPEG of more than {MAX_SEGMENTS} segments")
@@ -100,4 +102,4 @@ def _check_strips(data: bytes) -> None:
             if tag in _STRIP_TAGS and n_values > max(MAX_STRIPS, len(data) >> 10):
                 raise EffortError(f"a TIFF of {n_values} strips or tiles")
     except struct.error:
-        return  # cut or damaged: for the decoder to say
+        return  # the file is cut or damaged, and the decoder says so

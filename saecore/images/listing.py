@@ -1,10 +1,11 @@
-"""What there is to explain: paths, globs and addresses -> shards.
+"""List the shards under paths, globs and addresses: what there is to explain.
 
 A shard is a tar (`.tar`, `.tar.gz`, `.tgz`; webdataset or any other), a Parquet file with a column of encoded images, or a
 group of files of a folder tree, on any pyarrow filesystem: local, s3://, gs://.
 
-What is an image goes by the name's ending (`EXTENSIONS`, any case). Whatever lies beside it is passed over, as are hidden
-files, macOS's `._x` and `__MACOSX`. Links are followed, but a folder is listed once, by its own name rather than by a link's.
+The ending of a name (`EXTENSIONS`, in any case) tells whether a file is an image. Other files are passed over, and so are
+hidden ones, macOS's `._x` and `__MACOSX`. Links are followed, but a folder is listed once, by its own name rather than a
+link's.
 """
 
 import fnmatch
@@ -25,20 +26,20 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 KINDS = {".tar": "tar", ".tar.gz": "tar.gz", ".tgz": "tar.gz", ".parquet": "parquet"}
 
 FILES_PER_SHARD = 4096
-"""Files of a folder tree that make one shard."""
+"""How many files of a folder tree make one shard."""
 
 
 class Shard(NamedTuple):
-    """A unit of input."""
+    """A file or a group of files that is read as one."""
 
     uri: str
-    """Of the file, or of the folder."""
+    """The address of the file or folder."""
     kind: str
     """tar, tar.gz, parquet or folder."""
     bytes: int
     mtime_ns: int
     members: list[str] | None
-    """The files of a folder shard, below `uri`."""
+    """The names of a folder shard's files, below `uri`; None for other kinds."""
 
 
 class _Loose(NamedTuple):
@@ -46,19 +47,19 @@ class _Loose(NamedTuple):
 
     base: str
     name: str
-    """Below `base`."""
+    """The name below `base`."""
     info: pyarrow.fs.FileInfo
 
 
 class _Top(NamedTuple):
-    """A local folder to list."""
+    """A local folder to list, with all below it."""
 
     folder: str
-    """Absolute."""
+    """Its absolute path."""
     base: str
-    """What names are below of."""
+    """The folder below which files are named."""
     path: str
-    """Of those asked for, the one that led to it."""
+    """The path, of those asked for, that led to the folder."""
 
 
 def list_shards(
@@ -67,29 +68,29 @@ def list_shards(
     say: Callable[[str], object] = lambda _: None,
     may_lack: bool = False,
 ) -> list[Shard]:
-    """The shards under files, folders, globs and addresses, each once, in an order that depends on their names alone.
+    """The shards under files, folders, globs and addresses, each once, in an order that depends only on their names.
 
     A folder gives the tar and Parquet files of its tree and, in groups, its image files. A shard's place in the list is
-    its id. `say` is called with a sentence for a person about links that were not followed. ValueError names the path under
-    which there is nothing, unless some `may_lack` what was there.
+    its id. `say` is called with a sentence for a person about links that were not followed. ValueError for a path under which
+    there is nothing, unless paths `may_lack` what was there before.
     """
     shards: dict[str, Shard] = {}
     loose: dict[str, _Loose] = {}
     folders = _Folders()
-    found = set[str]()
+    fruitful = set[str]()
     for path, base, name, info in _files(paths, folders):
         uri, ending = join_uri(base, name), extension(name)
         if ending in KINDS:
             shards[uri] = Shard(uri, KINDS[ending], info.size, info.mtime_ns or 0, None)
         elif ending in EXTENSIONS:
-            # Found by two paths, a file belongs to the shorter: not to the one that came first.
+            # A file that two paths lead to belongs to the shorter one, whichever came first.
             file = _Loose(base, name, info)
-            loose[uri] = min(loose.get(uri, file), file, key=lambda held: len(held.base))
+            loose[uri] = min(loose.get(uri, file), file, key=lambda one: len(one.base))
         else:
             continue
-        found.add(path)
+        fruitful.add(path)
     for path in paths:
-        if path not in found and not may_lack and not (found and path in folders.passed):
+        if path not in fruitful and not may_lack and not (fruitful and path in folders.passed):
             raise ValueError(f"{path}: no such file, or no images in it; looked for {', '.join((*KINDS, *EXTENSIONS))}")
     for links, what in ((folders.again, "links to folders that are listed already"), (folders.nowhere, "dead links")):
         if links:
@@ -114,14 +115,14 @@ def list_shards(
 
 
 def _files(paths: Sequence[str], folders: "_Folders") -> Iterator[tuple[str, str, str, pyarrow.fs.FileInfo]]:
-    """(path, base, name below it, info) of every visible file at the paths, in their trees, or in what globs match."""
+    """(path, base, name below the base, info) of every visible file at the paths, in their trees, or in what globs match."""
     tops: list[_Top] = []
     for path in paths:
-        with _told(path):
+        with _about(path):
             base, patterns = path, []
             place = Place(base)
             if place.info().type == pyarrow.fs.FileType.NotFound:
-                # A glob only where nothing is called that: a name may hold brackets.
+                # A path is a glob only if nothing has that name: names may hold brackets.
                 address, settings = split_settings(path)
                 parts = address.split("/")
                 fixed = len(list(itertools.takewhile(lambda part: not set("*?[") & set(part), parts)))
@@ -129,7 +130,7 @@ def _files(paths: Sequence[str], folders: "_Folders") -> Iterator[tuple[str, str
                 base = ("/".join(parts[:fixed]) or ("/" if address.startswith("/") else ".")) + settings
                 place = Place(base)
             if place.is_local:
-                base = place.path  # absolute, so that ids do not depend on where the command was given
+                base = place.path  # absolute, so that ids do not depend on the current folder
             for top in _expand(place, place.path, patterns, folders):
                 if top.is_file and place.is_local:
                     folders.list_file(top.path)
@@ -145,57 +146,57 @@ def _files(paths: Sequence[str], folders: "_Folders") -> Iterator[tuple[str, str
                         if info.is_file and not is_hidden(_below(top.path, info.path)):
                             yield path, base, _below(place.path, info.path), info
     for top, entries in folders.below(tops):
-        with _told(top.path):
+        with _about(top.path):
             for entry in entries:
                 if extension(entry.name) in (*KINDS, *EXTENSIONS) and os.path.isfile(entry.path):
-                    found = entry.stat()
-                    info = pyarrow.fs.FileInfo(entry.path, size=found.st_size, mtime_ns=found.st_mtime_ns)
+                    status = entry.stat()
+                    info = pyarrow.fs.FileInfo(entry.path, size=status.st_size, mtime_ns=status.st_mtime_ns)
                     yield top.path, top.base, _below(top.base, entry.path), info
 
 
 @contextmanager
-def _told(path: str) -> Iterator[None]:
-    """What goes wrong on the way names the path that was asked for."""
+def _about(path: str) -> Iterator[None]:
+    """What goes wrong inside is a ValueError that names the path that was asked for."""
     try:
         yield
-    except (OSError, ValueError) as error:  # the latter: an unknown kind of address, a name that is not UTF-8
+    except (OSError, ValueError) as error:  # ValueError: an unknown kind of address, a name that is not UTF-8
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 
 def _below(root: str, path: str) -> str:
-    """What of a path comes after its root."""
+    """The part of a path that comes after its root."""
     return path[len(root.rstrip("/")) :].lstrip("/")
 
 
 class _Folders:
-    """Local trees folder by folder, each folder once, though links may lead to it in circles or twice."""
+    """Lists local trees folder by folder, each folder once, even if links lead to it twice or in circles."""
 
     def __init__(self) -> None:
         self.again = set[str]()
-        """Links to folders that are listed already, or that hold the link itself."""
+        """Links to folders that are listed already, or that hold the link."""
         self.nowhere = set[str]()
         """Links to nothing."""
         self.passed = set[str]()
-        """The paths asked for that led to links of the first kind."""
+        """The paths asked for under which a link or file was passed over because it is listed already."""
         self._listed: dict[str, str] = {}
-        """Real path of each folder, and the one under which it is listed."""
+        """The real path of each folder that is listed, and the path under which it is listed."""
         self._files: dict[str, str] = {}
-        """The same of files that are listed by themselves."""
+        """The same for files that were asked for by name."""
         self._real = functools.lru_cache(1024)(os.path.realpath)
 
     def list_file(self, path: str) -> None:
-        """A file that is listed by itself, and need not be by a link to its folder."""
+        """Note a file that was asked for by name, so that a link to its folder does not list it again."""
         folder, name = posixpath.split(path)
         self._files[posixpath.join(self._real(folder), name)] = path
 
     def below(self, tops: Sequence[_Top]) -> Iterator[tuple[_Top, list[os.DirEntry[str]]]]:
-        """The folders and all visible ones in their trees, with what lies in each, but for hidden names.
+        """The folders and all visible folders in their trees, each with its entries that are not hidden.
 
-        What can be reached without a link comes first, and links in the order of their names: so which of two counts does
-        not depend on the order of paths.
+        Folders that are reached without a link come first, then links in the order of their names: so the order of paths does
+        not decide under which of two names a folder is listed.
         """
         linked = {top for top in tops if os.path.realpath(top.folder) != top.folder}
-        asked = {top for top in linked if Place(top.path).path == top.folder}  # and not by a glob
+        asked = {top for top in linked if Place(top.path).path == top.folder}  # by its own name, not by a glob
         fresh = [top for top in tops if top not in linked]
         while fresh or linked:
             yield from self._trees(fresh, linked)
@@ -214,14 +215,14 @@ class _Folders:
         self.passed.add(top.path)
 
     def _trees(self, tops: Sequence[_Top], linked: set[_Top]) -> Iterator[tuple[_Top, list[os.DirEntry[str]]]]:
-        """The folders of trees as far as they go without links; those are added to `linked`."""
+        """The folders of trees that are reached without a link; links to folders are added to `linked`."""
         for top in sorted(tops):
             waiting = [(top.folder, os.path.realpath(top.folder))]
             while waiting:
                 folder, real = waiting.pop()
                 if self._listed.setdefault(real, folder) != folder:
                     continue
-                with _told(top.path), os.scandir(folder) as entries:
+                with _about(top.path), os.scandir(folder) as entries:
                     visible = [entry for entry in entries if not is_hidden(entry.name)]
                 fresh = [
                     entry for entry in visible if self._files.get(f"{real}/{entry.name}", entry.path) == entry.path
@@ -240,7 +241,7 @@ class _Folders:
 
 
 def _tree(place: Place, folder: str, folders: _Folders) -> Iterator[str]:
-    """A folder and all visible ones below it."""
+    """A folder and all visible folders below it."""
     if place.is_local:
         inner = _Folders()
         yield from (top.folder for top, _ in inner.below([_Top(folder, folder, folder)]))
@@ -254,7 +255,7 @@ def _tree(place: Place, folder: str, folders: _Folders) -> Iterator[str]:
 
 
 def _expand(place: Place, folder: str, patterns: list[str], folders: _Folders) -> Iterator[pyarrow.fs.FileInfo]:
-    """Files and folders below `folder` that match shell patterns, one a level; `**` is any number of levels."""
+    """Files and folders below `folder` that match shell patterns, one for each level; `**` is any number of levels."""
     if not patterns or patterns == ["**"]:
         yield place.info(folder)
         return
@@ -272,7 +273,7 @@ def _expand(place: Place, folder: str, patterns: list[str], folders: _Folders) -
 
 
 def is_hidden(name: str) -> bool:
-    """Whether any part of the path is one that people do not see."""
+    """Whether any part of a path is hidden."""
     return any(part == "__MACOSX" or (part.startswith(".") and part not in (".", "..")) for part in name.split("/"))
 
 

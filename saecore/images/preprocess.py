@@ -21,20 +21,20 @@ from saecore.untrusted import about, mapping, number, read_json_file, shown, who
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-    """What a model's image processor does to an image."""
+    """The settings of a model's image processor."""
 
     resize: int | tuple[int, int]
     """Shortest edge, or (height, width), in pixels."""
     crop: tuple[int, int] | None
-    """(height, width) cut out of the centre, in pixels; None leaves all."""
+    """(height, width) cut out of the centre, in pixels; None if nothing is cut off."""
     resample: int
-    """Pillow's number of the filter."""
+    """Pillow's number of the filter for resizing."""
     mean: tuple[float, float, float]
-    """Subtracted from rescaled pixels, by channel."""
+    """What is subtracted from rescaled pixels, by channel."""
     std: tuple[float, float, float]
-    """Then divided by, by channel."""
+    """By what they are divided then, by channel."""
     rescale_factor: float
-    """Multiplies uint8 pixels before that."""
+    """By what uint8 pixels are multiplied before that."""
 
     def __post_init__(self) -> None:
         if isinstance(self.resize, int) and self.crop is None:
@@ -119,7 +119,7 @@ _SIGLIP = {
     "image_std": (0.5, 0.5, 0.5),
 }
 _DEFAULTS = {"CLIP": _CLIP, "Siglip": _SIGLIP}
-"""What transformers' processors do where their config is silent."""
+"""The settings of transformers' processors that their config need not state."""
 
 
 def _edges(value: list[Any], what: str) -> tuple[int, int]:
@@ -135,7 +135,7 @@ def _channels(value: Any, what: str) -> tuple[float, float, float]:
 
 
 def load_preprocess(model: str, revision: str | None = None) -> Preprocess:
-    """The image processor's settings of a model: a folder, a Hub id, or `demo`; ValueError if it has none, or damaged ones."""
+    """The settings of a model at a folder, a Hub id, or `demo`; ValueError if it has none, or damaged ones."""
     folder = model_folder(model, revision)
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file():

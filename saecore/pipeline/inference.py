@@ -1,4 +1,4 @@
-"""Pixels -> everything a run says about an image, as NumPy arrays: CLIP, SAE and maps for one batch on one device.
+"""Pixels -> all that a run computes about an image, as NumPy arrays: CLIP, SAE and maps for one batch on one device.
 
     pixels -> embedding, trace (CLIP) -> kept latents, reconstruction (SAE) -> maps of the targets (methods) -> 8 bits a patch
 
@@ -12,16 +12,16 @@ import numpy as np
 import torch
 
 from saecore import heatmaps
-from saecore.methods import DEFAULT_OPTIONS, KEPT, RECORDS, Options, TargetRequest, dtype_of
+from saecore.methods import DEFAULT_OPTIONS, KEPT, METHODS, Options, TargetRequest, dtype_of
 from saecore.relevance.explain import explain_forward, trace_needs
-from saecore.relevance.maps import completeness_error, sink_share
+from saecore.relevance.maps import Maps, completeness_error, sink_share
 from saecore.relevance.targets import TargetAxis, Targets, WordTargets, no_word_targets
-from saecore.sae.model import SAE
+from saecore.sae.model import SAE, Code
 from saecore.towers.tower import ImageTower
 
 
 class Inferred(NamedTuple):
-    """What is inferred of B images: columns of the tables that a run writes."""
+    """Columns of a run's tables for B images."""
 
     embedding: np.ndarray
     """float32 (B, E), not L2-normalised."""
@@ -32,23 +32,23 @@ class Inferred(NamedTuple):
     fvu: np.ndarray
     """float32 (B,)."""
     completeness: np.ndarray
-    """float32 (B,): the worst of the image's maps, before rounding to 8 bits; NaN if no method decomposes."""
+    """float32 (B,): the worst error of the image's maps, before rounding to 8 bits; NaN if no method decomposes."""
     sinks: np.ndarray
     """bool (B, P): patches flagged as sinks."""
     latent: np.ndarray
-    """int32 (B, k), strongest first."""
+    """int32 (B, k): the kept latents, strongest first."""
     activation: np.ndarray
     """float32 (B, k)."""
     pre_activation: np.ndarray
     """float32 (B, k)."""
     target_latent: np.ndarray
-    """int32 (B, n less texts and concepts): the latents that maps explain, see `TargetAxis`."""
+    """int32 (B, n without the word targets): the targets that are latents, see `TargetAxis`."""
     map: np.ndarray
     """int8 (B, M, n, P): relevance / scale."""
     scale: np.ndarray
     """float32 (B, M, n)."""
     map_pre_activation: np.ndarray
-    """float32 (B, n): what a map and its remainder add up to."""
+    """float32 (B, n): the targets' values, to which a map and its remainder add up."""
     remainder: np.ndarray
     """float32 (B, M, n)."""
     sink_share: np.ndarray
@@ -56,17 +56,17 @@ class Inferred(NamedTuple):
 
 
 class Embedded(NamedTuple):
-    """What `Embedder` makes."""
+    """The column of embeddings for B images."""
 
     embedding: np.ndarray
     """float32 (B, E), not L2-normalised."""
 
 
-Batch = TypeVar("Batch", Embedded, Inferred)
+Columns = TypeVar("Columns", Embedded, Inferred)
 
 
-class _OnDevice(Generic[Batch]):
-    """CLIP on its device, in the precision that `dtype_of` says. A subclass says what is inferred of a batch."""
+class _OnDevice(Generic[Columns]):
+    """CLIP on its device, in the precision that `dtype_of` says. A subclass computes the columns."""
 
     def __init__(self, tower: ImageTower, device: str, methods: Sequence[str] = ()) -> None:
         self.device = torch.device(device)
@@ -74,28 +74,28 @@ class _OnDevice(Generic[Batch]):
         if dtype_of(self.device.type, methods) == "bfloat16":
             self.tower.run_in(torch.bfloat16)
 
-    def __call__(self, pixels: np.ndarray) -> Batch:
-        """uint8 (B, height, width, 3), B of any size, none included."""
+    def __call__(self, pixels: np.ndarray) -> Columns:
+        """Pixels, uint8 (B, height, width, 3), -> columns. B may be 0."""
         if not len(pixels):  # Empty batch: run one blank image and keep zero rows.
             blank = self(np.zeros((1, *pixels.shape[1:]), np.uint8))
             return type(blank)(*(column[:0] for column in blank))
         with torch.inference_mode():
-            # .copy(): Arrow's buffers are read-only, which PyTorch refuses to share.
+            # .copy(), because Arrow's buffers are read-only, and PyTorch does not share such memory.
             return self._infer(torch.from_numpy(pixels.copy()).to(self.device, non_blocking=True))
 
-    def _infer(self, pixels: torch.Tensor) -> Batch:
+    def _infer(self, pixels: torch.Tensor) -> Columns:
         raise NotImplementedError
 
 
 class Embedder(_OnDevice[Embedded]):
-    """CLIP alone."""
+    """CLIP without an SAE."""
 
     def _infer(self, pixels: torch.Tensor) -> Embedded:
         return Embedded(self.tower.embed(pixels).cpu().numpy())
 
 
 class Inference(_OnDevice[Inferred]):
-    """CLIP, SAE and methods. SAE and sums of maps are in float32 everywhere."""
+    """CLIP, SAE and methods. The SAE and the sums of maps are in float32 on every device."""
 
     def __init__(
         self,
@@ -118,31 +118,40 @@ class Inference(_OnDevice[Inferred]):
     def _infer(self, pixels: torch.Tensor) -> Inferred:
         embedding, trace = self.tower(pixels, **self.needs)
         code = self.sae.encode_sparse(embedding, at_least=self.k)
-        reconstruction = self.sae.decode_sparse(code.latents, code.activations, embedding)
-        squared_error = (embedding - reconstruction).square().sum(-1)
         kept = code.latents[:, : self.k]
         targets = Targets(self.sae, self.axis.latents(kept), self.words)
         by_method = explain_forward(self.methods, self.tower, pixels, embedding, trace, targets, self.options)
-        maps = [by_method[name] for name in self.methods]
         values = targets.values(embedding[:, None])[:, 0]
-        errors = [
-            completeness_error(by_method[name], values).amax(-1) for name in self.methods if RECORDS[name].decomposes
-        ]
+        maps = list(by_method.values())
         columns = {
             "embedding": embedding,
-            "l0": (code.activations != 0).sum(-1, dtype=torch.int32),
-            "cosine": torch.cosine_similarity(embedding, reconstruction),
-            "fvu": squared_error / self.sae.deviation(embedding).square().sum(-1),
-            "completeness": torch.stack(errors).amax(0) if errors else torch.full_like(squared_error, torch.nan),
+            **self._reconstruction(embedding, code),
+            "completeness": _worst_error(by_method, values),
             "sinks": trace.sinks,
             "latent": kept.int(),
             "activation": code.activations[:, : self.k],
             "pre_activation": code.pre_activations[:, : self.k],
             "target_latent": targets.latents.int(),
             "map_pre_activation": values,
-            "remainder": torch.stack([one.remainder for one in maps], 1),
-            "sink_share": torch.stack([sink_share(one, trace.sinks) for one in maps], 1),
+            "remainder": torch.stack([m.remainder for m in maps], 1),
+            "sink_share": torch.stack([sink_share(m, trace.sinks) for m in maps], 1),
         }
-        stored, scale = heatmaps.encode(torch.stack([one.relevance for one in maps], 1).cpu().numpy())
+        stored, scale = heatmaps.encode(torch.stack([m.relevance for m in maps], 1).cpu().numpy())
         arrays = {name: tensor.cpu().numpy() for name, tensor in columns.items()}
         return Inferred(map=stored, scale=scale, **arrays)
+
+    def _reconstruction(self, embedding: torch.Tensor, code: Code) -> dict[str, torch.Tensor]:
+        """How many latents fire, and how well the SAE reconstructs the embedding from them."""
+        reconstruction = self.sae.decode_sparse(code.latents, code.activations, embedding)
+        squared_error = (embedding - reconstruction).square().sum(-1)
+        return {
+            "l0": (code.activations != 0).sum(-1, dtype=torch.int32),
+            "cosine": torch.cosine_similarity(embedding, reconstruction),
+            "fvu": squared_error / self.sae.deviation(embedding).square().sum(-1),
+        }
+
+
+def _worst_error(by_method: dict[str, Maps], values: torch.Tensor) -> torch.Tensor:
+    """(B,): the largest completeness error of each image's maps; NaN if no method decomposes."""
+    errors = [completeness_error(maps, values).amax(-1) for name, maps in by_method.items() if METHODS[name].decomposes]
+    return torch.stack(errors).amax(0) if errors else values.new_full((len(values),), torch.nan)

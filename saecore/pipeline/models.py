@@ -1,8 +1,8 @@
-"""Models that fit each other: a CLIP and an SAE for its embeddings, and what the text tower makes of the words of a request.
+"""Models that fit each other: a CLIP, an SAE for its embeddings, and the word targets that the text tower makes.
 
-    addresses -> tower, SAE -> checked against each other -> text embeddings of texts and concepts, where some are asked for
+    addresses -> tower, SAE -> checked against each other -> word targets, if the request has texts or concepts
 
-PyTorch is loaded when models are: who only decodes imports this module too, and does not wait for it.
+PyTorch is loaded with the first model: workers that only decode import this module too, and do not wait for PyTorch.
 """
 
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def load_models(clip: str, sae_address: str, site: str = "") -> "tuple[ImageTower, SAE]":
     """CLIP and SAE on the CPU; ValueError if one cannot be loaded, or if they do not fit each other."""
     from saecore.sae.checkpoints import load_embedding_sae
-    from saecore.towers.clip import load_tower
+    from saecore.towers.loading import load_tower
 
     sae, tower = load_embedding_sae(sae_address, site), load_tower(clip)
     check_widths(sae_address, sae, clip, tower)
@@ -42,9 +42,9 @@ def check_latents(request: TargetRequest, sae: "SAE") -> None:
 
 
 def load_word_targets(config: ExplainConfig, tower: "ImageTower", sae: "SAE") -> "WordTargets | None":
-    """What the model's text tower is needed for: targets that are texts or concepts, and the text that says nothing.
+    """What the model's text tower makes: targets that are texts or concepts, and the embedding of the text that says nothing.
 
-    None if no text tower is needed; ValueError if it is needed and cannot be had.
+    None if no text tower is needed; ValueError if one is needed and cannot be loaded.
     """
     from saecore.relevance.explain import needs_blank
     from saecore.relevance.targets import word_targets
@@ -52,15 +52,16 @@ def load_word_targets(config: ExplainConfig, tower: "ImageTower", sae: "SAE") ->
     request, blank = config.targets, needs_blank(tower, config.methods, config.options)
     if not (request.words or blank):
         return None
-    from saecore.towers.text import embed_texts, load_text_tower
+    from saecore.towers.loading import load_text_tower
+    from saecore.towers.text import embed_texts
 
     try:
         text_tower = load_text_tower(config.clip)
     except ValueError as error:
         if request.words:
             raise
-        need = "legrad needs the text tower, to find patches that any text lights, unless its option legrad_correction is off"
-        raise ValueError(f"{error}; {need}") from error
+        reason = "legrad needs the text tower, to find patches that any text lights, unless its option legrad_correction is off"
+        raise ValueError(f"{error}; {reason}") from error
     embeddings = embed_texts(text_tower, [*request.words, *[BLANK_TEXT] * blank], config.batch_size)
     of_words, of_blank = embeddings[: len(request.words)], embeddings[len(request.words) :]
     how = (config.concept_latents, config.concept_positive)

@@ -1,10 +1,10 @@
-"""The steps of the jobs as plain callables: an Arrow table in, a new Arrow table out. No Ray, no files written.
+"""The stages of the jobs as plain callables: an Arrow table in, a new Arrow table out. No Ray, no files written.
 
     RAW -> Decode -> DECODED -> Explain -> EXPLAINED        (schemas in `saecore.schema`)
                              -> Embed -> IMAGES
 
-A refused image passes through with its reason. No stage keeps anything from one call to the next, so that batches can
-come in any order, any size, and twice. Decode does not load PyTorch: workers that decode would wait seconds for it.
+A refused image passes through with its reason. No stage keeps anything from one call to the next, so that tables can come in
+any order, in any size, and twice. Decode does not load PyTorch, for which workers that decode would wait seconds.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Decode:
-    """RAW -> DECODED: encoded bytes to the uint8 pixels that the tower takes."""
+    """RAW -> DECODED: from encoded bytes to the uint8 pixels that the tower takes."""
 
     def __init__(self, preprocess: Preprocess, max_pixels: int = MAX_PIXELS) -> None:
         self.preprocess = preprocess
@@ -58,13 +58,13 @@ class Decode:
 
 
 class Embed:
-    """DECODED -> IMAGES with the embedding, and nothing of an SAE. Holds CLIP."""
+    """DECODED -> IMAGES with the embedding, without the columns of an SAE. Holds CLIP."""
 
     step = "embed"
 
     def __init__(self, config: EmbedConfig) -> None:
         from saecore.pipeline.inference import Embedder
-        from saecore.towers.clip import load_tower
+        from saecore.towers.loading import load_tower
 
         _use_threads(config.threads)
         self.config = config
@@ -76,9 +76,9 @@ class Embed:
 
 
 class Explain:
-    """DECODED -> EXPLAINED: latents, reconstruction quality and relevance maps. Holds CLIP, SAE and method.
+    """DECODED -> EXPLAINED: latents, quality of the reconstruction, and relevance maps. Holds CLIP and the SAE.
 
-    See `saecore.pipeline.inference` for what is computed, and in which precision.
+    `saecore.pipeline.inference` computes the values, and says in which precision.
     """
 
     step = "explain"
@@ -101,13 +101,13 @@ class Explain:
         return _table(self._columns(batch, shown), decoded, self.schema)
 
     def _columns(self, batch: dict[str, np.ndarray], shown: np.ndarray) -> dict[str, pa.Array]:
-        """Spread what was inferred of the shown images over all rows; refused rows get null."""
+        """Columns inferred for the images that were decoded -> columns for all rows, null for refused images."""
         k, n_shown = self.config.k, int(shown.sum())
         columns: dict[str, pa.Array] = {}
-        # The place of each row among the shown ones; null for the others, so that their columns are null too.
-        place = pa.array(np.cumsum(shown) - 1, mask=~shown)
+        # The position of each row among the shown rows; null for the others, whose columns then become null too.
+        position = pa.array(np.cumsum(shown) - 1, mask=~shown)
         for name in ("l0", "cosine", "fvu", "completeness"):
-            columns[name] = pa.array(batch[name]).take(place)
+            columns[name] = pa.array(batch[name]).take(position)
         kept = {
             "rank": np.tile(np.arange(k, dtype=np.int16), n_shown),
             **{name: batch[name].ravel() for name in ("latent", "activation", "pre_activation")},
@@ -121,7 +121,7 @@ class Explain:
         return columns
 
     def _maps(self, batch: dict[str, np.ndarray], shown: np.ndarray) -> pa.Array:
-        """MAPS of each shown image: by method, then by target."""
+        """The rows of MAPS of each shown image: by method, then by target."""
         axis, latents = self.infer.axis, batch["target_latent"]
         written = np.broadcast_to(axis.written(latents)[:, None], batch["scale"].shape)
         image, method, target = np.nonzero(written)
@@ -141,7 +141,7 @@ class Explain:
         return self._nested("maps", flat, shown, written.sum((1, 2)))
 
     def _nested(self, name: str, flat: dict[str, Any], shown: np.ndarray, lengths: np.ndarray) -> pa.Array:
-        """Columns of a table that travels nested -> its lists, of these lengths for the shown images."""
+        """Columns of the nested table `name` -> one list per row, with these lengths for the shown images."""
         kind = self.schema.field(name).type
         fields = list(kind.value_type)
         columns = [pa.array(flat[field.name], field.type) for field in fields]
@@ -158,22 +158,24 @@ def _use_threads(threads: int) -> None:
 def _in_batches(
     infer: "Embedder | Inference", decoded: pa.Table, batch_size: int
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Which rows hold pixels, and what is inferred of those, joined from batches of `batch_size` images."""
+    """Which rows are shown, that is hold pixels, and the columns inferred for them in batches of `batch_size` images."""
     shown = decoded["error"].is_null().to_numpy()
     pixels = _pixels(decoded, (*infer.tower.preprocess.size, 3))
     batches = [infer(pixels[start : start + batch_size]) for start in range(0, max(1, len(pixels)), batch_size)]
-    return shown, {name: np.concatenate([getattr(one, name) for one in batches]) for name in batches[0]._fields}
+    return shown, {name: np.concatenate([getattr(batch, name) for batch in batches]) for name in batches[0]._fields}
 
 
-def _table(columns: dict[str, pa.Array], decoded: pa.Table, wanted: pa.Schema) -> pa.Table:
-    """A table of the wanted columns: those given, those of the decoder as they are, and null for the others."""
+def _table(columns: dict[str, pa.Array], decoded: pa.Table, table_schema: pa.Schema) -> pa.Table:
+    """A table with the columns of a schema: the given columns, those of the decoder, and null for all others."""
     known = {**{name: decoded[name] for name in decoded.column_names}, **columns}
-    arrays = [known[field.name] if field.name in known else pa.nulls(decoded.num_rows, field.type) for field in wanted]
-    return pa.Table.from_arrays(arrays, schema=wanted)
+    arrays = [
+        known[field.name] if field.name in known else pa.nulls(decoded.num_rows, field.type) for field in table_schema
+    ]
+    return pa.Table.from_arrays(arrays, schema=table_schema)
 
 
 def _pixels(decoded: pa.Table, shape: tuple[int, ...]) -> np.ndarray:
-    """The pixels of the rows that have some: a read-only uint8 view (n, *shape) of Arrow's buffer."""
+    """The pixels of the rows that are not null: a read-only uint8 view (n, *shape) of Arrow's buffer."""
     column = pc.drop_null(decoded["pixels"]).combine_chunks()
     if not len(column):
         return np.zeros((0, *shape), np.uint8)
@@ -184,7 +186,7 @@ def _pixels(decoded: pa.Table, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _lists(values: pa.Array, shown: np.ndarray, lengths: np.ndarray, kind: pa.DataType) -> pa.ListArray:
-    """One list for every shown row, of `lengths` values, null for the others."""
+    """One list for every shown row, with `lengths` values each, and null for the other rows."""
     of_rows = np.zeros(len(shown), np.int64)
     of_rows[shown] = lengths
     offsets = np.concatenate([[0], np.cumsum(of_rows)]).astype(np.int32)

@@ -2,8 +2,8 @@
 
     PLAN row -> decode_chunk -> (chunk_id, DECODED, seconds) -> Replica -> (chunk_id, payload, seconds) -> write_chunk -> counts
 
-Between the steps a chunk's table travels packed into one value of a row, so that nothing can tear it apart. Each step tells a
-`Witness` what it is about to touch, so that an image that ends its worker is refused and the others go on
+Between the steps a chunk's table is packed into one value of a row, so that Ray cannot split it. Before a step works on
+images, it tells a `Witness` which ones. So an image that ends its worker is refused, and the others go on
 (`saecore.pipeline.isolation`).
 
 Left out: where the steps run, side by side on Ray or one after the other in one process (`jobs.pipeline`), and what a stage
@@ -26,7 +26,7 @@ from saecore.runs.run import Run
 
 
 class Stage(Protocol):
-    """DECODED -> a payload that `Run.write_chunk` takes."""
+    """DECODED -> a payload, the table that `Run.write_chunk` takes."""
 
     step: str
     """Its name in `step_seconds` of run.json."""
@@ -39,12 +39,12 @@ def decode_chunk(row: pa.Table, decode: Decode, witness: Witness) -> pa.Table:
     chunk = row.to_pylist()[0]
     chunk_id, clock = chunk["chunk_id"], Clock()
     work = witness.begin("decode", chunk_id, chunk["end"] - chunk["start"])
-    decoded, place = [], 0
+    decoded, position = [], 0
     for raw in clock.each("read", "decode", read_chunk(chunk)):
-        for start, end in pieces(witness, "decode", chunk_id, work, place, place + raw.num_rows):
-            piece = refuse(raw.slice(start - place, end - start), start, work.refused, "data")
+        for start, end in pieces(witness, "decode", chunk_id, work, position, position + raw.num_rows):
+            piece = refuse(raw.slice(start - position, end - start), start, work.refused, "data")
             decoded.append(survive(decode, piece, "data", lambda _: blank()))
-        place += raw.num_rows
+        position += raw.num_rows
     witness.done("decode", chunk_id)
     return _pack(chunk_id, pa.concat_tables(decoded), clock.seconds)
 
@@ -75,7 +75,7 @@ def _black(pixels: bytes) -> bytes:
 
 
 def write_chunk(row: pa.Table, run: Run, tags: dict[str, str]) -> pa.Table:
-    """chunk_id, payload, seconds -> images, refused, fit: a small row for the driver. The chunk is committed."""
+    """chunk_id, payload, seconds -> images, refused, fit: a small row for the driver. It commits the chunk."""
     chunk_id, payload, seconds = _unpack(row)
     commit = run.write_chunk(chunk_id, payload, seconds, tags)
     return pa.table({"images": [commit.images], "refused": [sum(commit.refused.values())], "fit": [list(commit.fit)]})

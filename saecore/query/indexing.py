@@ -1,6 +1,6 @@
 """Make by_latent/: sort a run's activations by latent, and copy what it takes to show each latent's first images.
 
-    plan -> build_segment, once for each group of chunks, here or on another machine -> `by_latent.write_index`
+    update_of -> build_segment, once for each group of chunks, here or on another machine -> `by_latent.write_index`
 
 DuckDB sorts within the memory of `Budget`; what does not fit goes to the budget's folder. Maps are read once, as a stream.
 """
@@ -49,8 +49,8 @@ class Budget:
     """Folder for what does not fit into memory; "" means a temporary folder."""
 
 
-class Plan(NamedTuple):
-    """How to bring an index up to date."""
+class Update(NamedTuple):
+    """What brings an index up to date."""
 
     kept: list[Segment]
     """Segments that stay."""
@@ -58,7 +58,7 @@ class Plan(NamedTuple):
     """Chunk ids of each new segment."""
 
 
-def plan(manifest: pa.Table, before: Index | None, top: int, n_groups: int) -> Plan:
+def update_of(manifest: pa.Table, before: Index | None, top: int, n_groups: int) -> Update:
     """Index what is not indexed yet, in `n_groups` segments; if that would make too many segments, index everything again."""
     kept = []
     if before is not None and before.top == top:
@@ -69,7 +69,7 @@ def plan(manifest: pa.Table, before: Index | None, top: int, n_groups: int) -> P
     if len(pending) and len(kept) + min(n_groups, len(pending)) > max(MOST_SEGMENTS, n_groups):
         kept, pending = [], chunk_ids
     groups = np.array_split(pending, min(n_groups, len(pending))) if len(pending) else []
-    return Plan(kept, groups)
+    return Update(kept, groups)
 
 
 def _ids(segment: Segment) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""The relevance maps of an image as numbers, and as a table that people read.
+"""The relevance maps of an image as numbers, and as a table for people.
 
-Rows and columns of patches count from 1, row 1 at the top, column 1 at the left, wherever people read them: in tables, in their
-JSON, on pages. Arrays are NumPy's and count from 0.
+Where people read them, in tables, their JSON and pages, rows and columns of patches count from 1: row 1 is at the top, column
+1 at the left. NumPy arrays count from 0.
 """
 
 from typing import NamedTuple
@@ -21,38 +21,38 @@ class Patch(NamedTuple):
 
 
 def peaks(values: np.ndarray) -> tuple[Patch, Patch | None]:
-    """A map (H, W) -> its strongest patch, that of the largest value, and the strongest against, where it outweighs the first.
+    """A map (H, W) -> the patch of its largest value, and the patch of its least value if that is larger in magnitude.
 
-    The largest value speaks most for the target, and is what a pointing score takes. The least one is named where its
-    magnitude is the larger of the two; elsewhere it is None.
+    The patch of the largest value speaks most for the target, and a pointing score takes it. The patch of the least value
+    speaks most against the target. It is None if its value is not negative, or not the larger one in magnitude.
     """
-    most_against, most_for = (_patch(values, place) for place in (values.argmin(), values.argmax()))
+    most_against, most_for = (_patch(values, index) for index in (values.argmin(), values.argmax()))
     return most_for, most_against if -most_against.value > abs(most_for.value) else None
 
 
-def _patch(values: np.ndarray, place: np.intp) -> Patch:
-    row, column = np.unravel_index(place, values.shape)
+def _patch(values: np.ndarray, index: np.intp) -> Patch:
+    row, column = np.unravel_index(index, values.shape)
     return Patch(values[row, column].item(), int(row) + 1, int(column) + 1)
 
 
 class ImageMaps(NamedTuple):
-    """The relevance maps of one image by one method, those of kept latents first, strongest first."""
+    """The relevance maps of one image. Those of kept latents come first, the strongest latent first."""
 
     maps: np.ndarray
-    """float32 (k, H, W), pre-activation units."""
+    """float32 (n, H, W), in the units of the methods."""
     latents: list[int | None]
-    """None where the target is not a latent."""
+    """n latents; None for a text or a concept."""
     targets: list[str | None]
-    """None where it is one."""
+    """n names of texts and concepts; None for a latent."""
     methods: list[str]
     remainders: np.ndarray
-    """float32 (k): what of each pre-activation no patch accounts for; NaN where the method is no decomposition."""
+    """float32 (n,): what of each pre-activation no patch accounts for; NaN if the method is no decomposition."""
 
     def table(self) -> pa.Table:
-        """A row a map: its target, its strongest patch, the strongest against where that outweighs it, sum and remainder."""
-        found = [peaks(one) for one in self.maps]
-        most_for = [patch for patch, _ in found]
-        against = [patch or (None, None, None) for _, patch in found]
+        """One row per map: its target, the patches of `peaks`, its sum and its remainder."""
+        patches = [peaks(values) for values in self.maps]
+        most_for = [patch for patch, _ in patches]
+        against = [patch or (None, None, None) for _, patch in patches]
         return pa.table(
             {
                 "latent": pa.array(self.latents, pa.int32()),

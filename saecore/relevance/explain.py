@@ -1,18 +1,18 @@
-"""One forward, many maps: what a tower must keep of its forward for the methods that are asked for, and their maps of it.
+"""One forward, many maps: what a tower must keep of its forward for some methods, and the maps that they make of it.
 
     pixels -> tower -> embedding, trace -> targets -> maps of every target by every method
 
-`explain_latents` is all of it, for latents that are given. A run chooses the latents by the embedding, so it calls the tower
-itself and then `explain_forward`, which both share.
+`explain_latents` does all of it for given latents. A run chooses the latents by the embedding, so it calls the tower itself,
+and then `explain_forward`, which `explain_latents` calls too.
 
-Shapes: B images, k latents; the others as in `saecore.relevance.maps`.
+Shapes: B images, k latents; the others are those of `saecore.relevance.maps`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from saecore.methods import DEFAULT_OPTIONS, RECORDS, Options
+from saecore.methods import DEFAULT_OPTIONS, METHODS, Options
 from saecore.relevance import maps
 from saecore.relevance.maps import Batch, Maps
 from saecore.relevance.occlusion import occlusion
@@ -32,37 +32,39 @@ FUNCTIONS: dict[str, Callable[[Batch], Maps]] = {
     "occlusion": occlusion,
     "attention": maps.attention,
 }
-"""The function of each method of `saecore.methods.RECORDS`."""
+"""The function of each method of `saecore.methods.METHODS`. All take one `Batch`, and none changes it."""
 
 
 def trace_needs(methods: Iterable[str], options: Options, n_layers: int) -> dict[str, int]:
-    """What a tower of so many layers must leave in its trace for these methods: its arguments `layers`, `keys` and `tokens`.
+    """The arguments `layers`, `keys` and `tokens` of a tower's forward, so that its trace holds what these methods read.
 
-    Keys double what a trace holds, and residual streams keep the last layer from computing CLS alone.
+    `n_layers` is the length of the tower's path. The trace holds no more than is needed: keys double its size, and if residual
+    streams are kept, the last layer cannot compute only the CLS token.
     """
-    own_targets = options.legrad_target == "mean"  # legrad's, which leave the CLS path alone
-    keeps_layers, keeps_keys, keeps_tokens = 0, False, 0
-    for name in methods:
-        method = RECORDS[name]
-        if method.has_own_forwards:
-            continue
-        depth = options.layers_of(name, n_layers) if method.takes_layers else 1
-        keeps_layers = max(keeps_layers, depth)
-        if name == "legrad" and own_targets:
-            keeps_tokens = max(keeps_tokens, depth + 1)
-        elif (method.follows_path and depth > 1) or name == "gradeclip":
-            keeps_keys = True
-        if name == "dense" and options.dense == "token":
-            keeps_tokens = max(keeps_tokens, 1)
-    return {"layers": keeps_layers, "keys": keeps_keys, "tokens": keeps_tokens}
+    depths = {
+        name: options.layers_of(name, n_layers) if METHODS[name].takes_layers else 1
+        for name in methods
+        if not METHODS[name].has_own_forwards
+    }
+    keys, tokens = False, 0
+    for name, depth in depths.items():
+        if name == "legrad" and options.legrad_target == "mean":
+            # Each layer's own target is read from the tokens, and does not follow the CLS path.
+            tokens = max(tokens, depth + 1)
+        elif (METHODS[name].follows_path and depth > 1) or name == "gradeclip":
+            keys = True
+        elif name == "dense" and options.dense == "token":
+            tokens = max(tokens, 1)
+    return {"layers": max(depths.values(), default=0), "keys": keys, "tokens": tokens}
 
 
 def check_fits(tower: ImageTower, methods: Sequence[str], options: Options) -> None:
-    """ValueError if a method is to look at more layers than its query passes, or to drop all that there is to look at."""
-    for name in (name for name in methods if RECORDS[name].takes_layers):
-        own = name == "legrad" and options.legrad_target == "mean"  # whatever the query passes, all layers have targets
-        most = tower.n_layers if own else len(tower.path())
-        if options.layers > most:
+    """ValueError if the options name more layers than a method can look at in this tower, or a block of all that it sees."""
+    for name in methods:
+        # Every layer has a target of its own; the other methods look at the layers that the query passes.
+        each_layer = name == "legrad" and options.legrad_target == "mean"
+        most = tower.n_layers if each_layer else len(tower.path())
+        if METHODS[name].takes_layers and options.layers > most:
             raise ValueError(f"layers {options.layers}: {name} has {most} to look at in this model")
     if "occlusion" in methods and options.block >= max(tower.grid) and not tower.n_own:
         raise ValueError(
@@ -80,7 +82,10 @@ def explain_latents(
     words: WordTargets | None = None,
     heads: bool = False,
 ) -> dict[str, Maps]:
-    """Maps of the latents (B, k) of images (uint8 (B, height, width, 3)), and of `words`, by every method: one forward."""
+    """Maps by every method of latents, int64 (B, k), and of `words`, in images, uint8 (B, height, width, 3): one forward.
+
+    heads: keeps the heads of the attention apart, see `saecore.relevance.maps.Batch`.
+    """
     options.check()
     check_fits(tower, methods, options)
     words = words or no_word_targets(sae)
@@ -101,7 +106,10 @@ def explain_forward(
     heads: bool = False,
     check: bool = True,
 ) -> dict[str, Maps]:
-    """Maps by every method, of one forward; the targets' read-outs are computed once for each norm that is asked for."""
+    """Maps by every method of one forward, whose trace must hold what `trace_needs` says.
+
+    The targets' read-outs are computed once for each norm that the methods need.
+    """
     exact = {name: options.norm_of(name) == "exact" for name in methods}
     batches = {
         norm: maps.batch_of(tower, pixels, embedding, trace, targets, norm, options, heads, check)
@@ -111,5 +119,5 @@ def explain_forward(
 
 
 def needs_blank(tower: ImageTower, methods: Sequence[str], options: Options) -> bool:
-    """Whether a method needs the text that says nothing, `methods.BLANK_TEXT`, in `WordTargets.blank`."""
+    """Whether a method needs `WordTargets.blank`: the embedding of `methods.BLANK_TEXT`, the text that says nothing."""
     return "legrad" in methods and maps.corrects_legrad(tower, options)

@@ -1,10 +1,10 @@
-"""Token-drop occlusion: what each target loses when patches are taken out of the sequence. The reference for other methods.
+"""Token-drop occlusion: what each target loses if patches are taken out of the sequence. The reference for other methods.
 
-    R_b = (z(x) - z(x without the patches of b)) / |b|      b: a square of patches; all targets share the forwards
+    R_b = (z(x) - z(x without the patches of b)) / |b|      b: a square of patches, one patch by default
 
-Costs a forward for each patch or square. The batch's options say how large the squares are.
+It costs one forward for each square, which all targets share. `Options.block` is the side of a square.
 
-Shapes as in `saecore.relevance.maps`.
+Shapes are those of `saecore.relevance.maps`.
 """
 
 import torch
@@ -13,39 +13,39 @@ from torch import Tensor
 from saecore.relevance.maps import Batch, Maps
 
 ROWS, ROWS_ON_CPU = 256, 16
-"""Token sequences in one forward of occlusion, at least as many as there are images: bounds its memory, not its results. What
-is in use should fit a CPU's caches: with 256 there it took 70 forwards on B/32 and 89 on B/16, with 16 it took 47 and 53."""
+"""Token sequences in one forward of occlusion, but at least one for each image. They bound its memory, and do not change its
+results. On a CPU they should fit the caches: occlusion cost 70 forwards on B/32 and 89 on B/16 with 256, 47 and 53 with 16."""
 
 
 def occlusion(batch: Batch) -> Maps:
-    """What each target loses when patches are taken out of the sequence: no grey square, no imputation.
+    """What each target loses if patches are taken out of the sequence: no grey square, no imputation.
 
-    Positions of the others stay. `Options.block` drops squares of patches at once, each patch of one getting an equal part of
-    what the square changes. Values are the targets' own, normalisers recomputed. Signed, in pre-activation units, but no
-    decomposition: effects of patches that stand in for each other are in none of them.
+    The other patches keep their positions. With a larger `Options.block`, squares of patches are dropped at once, and each
+    patch of a square gets an equal part of the change. The targets' values are computed anew, normalisers included. Maps are
+    signed and in pre-activation units, but no decomposition: if two patches can replace each other, neither shows its effect.
     """
     tower = batch.tower
     first = tower.first_tokens(batch.pixels)
     whole = batch.targets.values(batch.embedding[:, None])[:, 0]  # (B, k)
     height, width = tower.grid
     relevance = torch.zeros((*whole.shape, height * width), device=whole.device)
-    # Blocks at the edge may be smaller; one forward takes sequences of one length.
+    # Blocks at the edge may be smaller, and one forward takes only sequences of one length.
     by_size: dict[int, list[Tensor]] = {}
     for block in _blocks(height, width, batch.options.block):
         by_size.setdefault(len(block), []).append(block.to(whole.device))
     at_once = max(1, (ROWS_ON_CPU if first.device.type == "cpu" else ROWS) // len(first))
     for size, blocks in by_size.items():
         for start in range(0, len(blocks), at_once):
-            some = torch.stack(blocks[start : start + at_once])  # (R, size) patches
-            left = _others(some + tower.n_own, first.shape[1])  # (R, N - size) tokens
-            embeddings = tower.embed_tokens(first[:, left].flatten(0, 1)).unflatten(0, (len(first), len(some)))
-            lost = whole[:, None] - batch.targets.values(embeddings)  # (B, R, k)
-            relevance[:, :, some] = (lost / size).transpose(1, 2)[..., None].expand(-1, -1, -1, size)
+            dropped = torch.stack(blocks[start : start + at_once])  # (R, size) patches
+            rest = _others(dropped + tower.n_own, first.shape[1])  # (R, N - size) tokens
+            embeddings = tower.embed_tokens(first[:, rest].flatten(0, 1)).unflatten(0, (len(first), len(dropped)))
+            loss = whole[:, None] - batch.targets.values(embeddings)  # (B, R, k)
+            relevance[:, :, dropped] = (loss / size).transpose(1, 2)[..., None].expand(-1, -1, -1, size)
     return Maps(relevance, torch.full_like(whole, torch.nan))
 
 
 def _blocks(height: int, width: int, side: int) -> list[Tensor]:
-    """Patch numbers of each square of `side` patches, smaller at the right and lower edge."""
+    """The patch numbers of each square of `side` x `side` patches; squares at the right and lower edge may be smaller."""
     grid = torch.arange(height * width).view(height, width)
     return [
         grid[top : top + side, left : left + side].flatten()
@@ -55,6 +55,6 @@ def _blocks(height: int, width: int, side: int) -> list[Tensor]:
 
 
 def _others(dropped: Tensor, n_tokens: int) -> Tensor:
-    """(R, size) numbers -> (R, n_tokens - size): the others, in order."""
+    """Token numbers (R, size) -> the numbers of all other tokens, in order, (R, n_tokens - size)."""
     stays = torch.ones((len(dropped), n_tokens), dtype=torch.bool, device=dropped.device).scatter(1, dropped, False)
     return stays.nonzero()[:, 1].view(len(dropped), -1)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from saecore.methods import PRE_ACTIVATION, RECORDS, UNKNOWN
+from saecore.methods import METHODS, PRE_ACTIVATION, UNKNOWN
 from saecore.query.histograms import Bins, alike
 from saecore.query.results import Results
 from saecore.report.views import Map, Tile
@@ -48,7 +48,7 @@ def label(tile: Tile, one: Map) -> str:
 def caption(one: Map, method: str) -> str:
     """The map's numbers, in words."""
     places = _places(one, lambda value: f" {signed(value)}")
-    if not RECORDS.get(method, UNKNOWN).decomposes:
+    if not METHODS.get(method, UNKNOWN).decomposes:
         return places
     return f"patches {signed(one.total)}, remainder {signed(one.remainder)}; {places}"
 
@@ -73,14 +73,14 @@ def meaning(method: str, kind: str) -> str:
     if not has_signs(method):
         return "orange: the target depends on it; no units"
     colours = (
-        "orange adds, blue takes away" if RECORDS.get(method, UNKNOWN).is_cause else "orange above zero, blue below"
+        "orange adds, blue takes away" if METHODS.get(method, UNKNOWN).is_cause else "orange above zero, blue below"
     )
     return f"{colours}; {units(method, kind)}"
 
 
 def units(method: str, kind: str) -> str:
     """The units of a method's values for this kind of target; empty if they have none."""
-    return RECORDS.get(method, UNKNOWN).units.replace(PRE_ACTIVATION, "cosine" if kind == "text" else PRE_ACTIVATION)
+    return METHODS.get(method, UNKNOWN).units.replace(PRE_ACTIVATION, "cosine" if kind == "text" else PRE_ACTIVATION)
 
 
 def name_unit(row: Mapping[str, Any], naming: Mapping[str, Any]) -> str:
@@ -126,7 +126,7 @@ def value(kind: str) -> str:
 
 def has_signs(method: str) -> bool:
     """Whether a method's maps have values below zero; those with units do."""
-    return bool(RECORDS.get(method, UNKNOWN).units)
+    return bool(METHODS.get(method, UNKNOWN).units)
 
 
 class Bar(NamedTuple):

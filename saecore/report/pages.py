@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from saecore.methods import DECOMPOSE, RECORDS
+from saecore.methods import METHODS
 from saecore.query import search
 from saecore.query.finding import find_images, find_targets, index, numbered, strongest_images
 from saecore.report import captions
@@ -146,8 +146,8 @@ class Site:
             charts=charts,
             view=view,
             figures=captions.FIGURES,
-            methods={name: method.gives for name, method in RECORDS.items()},
-            decompose=DECOMPOSE,
+            methods={name: method.gives for name, method in METHODS.items()},
+            decompose=[name for name, method in METHODS.items() if method.decomposes],
             refused=record.refused,
             holdings=holdings(self.run),
             made=captions.made(record),

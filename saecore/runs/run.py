@@ -1,4 +1,4 @@
-"""A run folder: plan, fingerprint, chunk files, commit records, manifest; how a run is begun, resumed and finished.
+"""A run folder: plan, fingerprint, chunk files, commits, manifest; how a run is begun, resumed and finished.
 
     RUN/run.json           what made it and what came of it (`saecore.runs.record`)
     RUN/plan.parquet       the chunks (schema.PLAN)
@@ -7,10 +7,10 @@
     RUN/manifest.parquet   every file of a complete run, with rows, bytes and sha256
     RUN/README.md          its dataset card (`saecore.runs.card`)
 
-A chunk is done if and only if its commit record is valid: it can be read, carries this run's fingerprint, and the files it
+A chunk is done if and only if its commit is valid: it can be read, carries this run's fingerprint, and the files it
 names are there in the size it says. Names follow from the chunk id, files appear whole under their final name or not at
-all, and the record comes last: a worker may die anywhere, or run twice, and readers see each image once. A resumed run works on
-the chunks of the plan that have no valid record. All of this works on any pyarrow filesystem.
+all, and the commit comes last: a worker may die anywhere, or run twice, and readers see each image once. A resumed run works on
+the chunks of the plan that have no valid commit. All of this works on any pyarrow filesystem.
 
 A run is opened for writing by `open_run` and for reading by `saecore.runs.record.read_complete`.
 

@@ -21,14 +21,12 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import Tensor
 
-from saecore.hub import snapshot
+from saecore.hub import DEMO_SAE, embedded, snapshot
 from saecore.sae import embedding_formats, formats, sites
 from saecore.sae.config import SAEConfig, from_fields
 from saecore.sae.model import CONFIG_FILE, SAE, WEIGHTS_FILE
 from saecore.sae.soundness import check_sae
 from saecore.untrusted import about, read_json_file, read_safetensors, read_torch, shape_of
-
-DEMO = Path(__file__).parent.parent / "demo" / "sae"
 
 _SINGLE = (".pth", ".pt")
 
@@ -63,8 +61,7 @@ def load_embedding_sae(address: str, site: str = "") -> SAE:
 
 def _load(address: str) -> SAE:
     """The SAE at `address`; its site is empty where the files do not say it."""
-    if address == "demo":
-        return load_folder(DEMO)
+    address = embedded(address, DEMO_SAE)
     remote = address.startswith("hf://")
     if (address.partition("@")[0] if remote else address).endswith(".safetensors"):
         raise ValueError("a safetensors file does not say what its tensors are; give its folder")

@@ -1,9 +1,10 @@
 """The gradient of read-outs along the CLS path: through every later step of the CLS token, with patch tokens held constant.
 
-Of the last layer this is the true gradient, since nothing but the CLS row of its attention reaches the embedding; so it is of
-SigLIP's pooling, the one layer on the way of its learned query, which takes the place of CLS (`saecore.towers.siglip`).
-Below, it contains every later MLP and every later change of the CLS token's query, key and value, and leaves out what patches
-do to each other. A hand-written vector-Jacobian product for all k read-outs at once, top-down, without autograd; one layer is
+For the last layer this is the true gradient, since only the CLS row of its attention reaches the embedding. So it is for
+SigLIP's pooling, the only layer on the path of its learned query, which takes the place of CLS (`saecore.towers.siglip`). For
+the layers below, it contains every later MLP and every later change of the CLS token's query, key and value, and omits what
+patches do to each other. It is a hand-written vector-Jacobian product for all k read-outs at once, top-down, without autograd.
+One layer is
 
     o = sum_i A_i v_i,  A = softmax(s q . k_i)        y = x + W_O o + b_O        x' = y + MLP(LN2(y))
 
@@ -13,8 +14,8 @@ and with G = dz/dx' (a row for each read-out):
     dS = A (D - sum_j A_j D_j)       dq = s sum_i dS_i k_i,   dk_0 = s dS_0 q,   dv_0 = A_0 G_o
     dz/dx = G_y + J_LN1' (dq W_q + dk_0 W_k + dv_0 W_v)
 
-D^l = dz/dA^l is what methods of `saecore.relevance.maps` are made of. For all read-outs dk_0 W_k is, by head, the same vector
-q W_k times a number. Cost: 22 D^2 + 8 N D FLOP a read-out and layer.
+Methods of `saecore.relevance.maps` use D^l = dz/dA^l. By head, dk_0 W_k is the same vector q W_k times a number for each
+read-out. Cost: 22 D^2 + 8 N D FLOP for each read-out and layer.
 
 Shapes as in `saecore.towers.tower`: B images, k read-outs, N tokens (CLS first), H heads, D width.
 """
@@ -30,7 +31,7 @@ from saecore.towers.tower import Entry, ImageTower, PathLayer, Trace
 
 
 class Within(NamedTuple):
-    """The gradient inside one layer, for k read-outs of what leaves it."""
+    """The gradient of k read-outs inside one layer."""
 
     G_y: Tensor
     """float32 (B, k, D), between attention and MLP."""
@@ -43,16 +44,16 @@ class Within(NamedTuple):
 def attention_gradients(
     tower: ImageTower, trace: Trace, read_outs: Tensor, layers: int, exact: bool = False
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Of the last `layers` layers, last first: (-1, -2 .., D float32 (B, k, H, N), G_y float32 (B, k, D)).
+    """For the last `layers` layers, last first: their index (-1, -2, ..), D float32 (B, k, H, N), and G_y float32 (B, k, D).
 
-    `exact`: through the final LayerNorm's deviation too, instead of holding it constant. The trace must hold as many layers,
-    and their keys if `layers` is above 1.
+    `exact`: the final LayerNorm's deviation is differentiated too, instead of held constant. The trace must hold as many
+    layers, and their keys if `layers` is above 1.
     """
-    G = tower.pull_back(read_outs, trace.cls_final, exact).direction
+    G = tower.pull_back(read_outs, trace.query_final, exact).direction
     path = tower.path()
     for index in range(-1, -1 - layers, -1):
         layer = path[index]
-        after, inner, values = trace.cls_after[index], trace.cls_inner[index], trace.values[index]
+        after, inner, values = trace.query_after[index], trace.query_inner[index], trace.values[index]
         inside = within_layer(layer, tower.n_heads, after, inner, values, G)
         yield index, inside.D, inside.G_y
         if index > -layers:
@@ -61,8 +62,10 @@ def attention_gradients(
 
 
 def within_layer(layer: PathLayer, n_heads: int, after: Tensor, inner: Tensor, values: Tensor, G: Tensor) -> Within:
-    """G (B, k, D) where a layer is left -> the same inside; `after` (B, D) between attention and MLP, `inner` (B, 4 D) inside
-    the MLP, `values` (B, N, D)."""
+    """The gradient G (B, k, D) after a layer -> the gradient inside it.
+
+    The query's stream is `after` (B, D) between attention and MLP, and `inner` (B, 4 D) inside the MLP; `values` (B, N, D).
+    """
     G_y = G + mlp_vjp(layer, after, slope(layer, inner), G)
     G_o = by_head(product(G_y, layer.out), n_heads)
     v = by_head(values, n_heads).transpose(1, 2).float()  # B H N Dh
@@ -70,17 +73,17 @@ def within_layer(layer: PathLayer, n_heads: int, after: Tensor, inner: Tensor, v
 
 
 def _before_attention(tower: ImageTower, trace: Trace, index: int, entry: Entry, inside: Within) -> Tensor:
-    """What reaches the CLS token before a layer through its query, its key and its value (B, k, D)."""
-    A = trace.cls_attention[index][:, :, None]  # B H 1 N
+    """The gradient (B, k, D) at the CLS token before a layer, through its query, its key and its value."""
+    A = trace.query_attention[index][:, :, None]  # B H 1 N
     D = inside.D.transpose(1, 2)  # B H k N
     dS = entry.scale * A * (D - (A * D).sum(-1, keepdim=True))
     keys = by_head(trace.keys[index], tower.n_heads).transpose(1, 2).float()  # B H N Dh
     dq = (dS @ keys).transpose(1, 2).flatten(2)
-    q = by_head(trace.cls_query[index], tower.n_heads).transpose(0, 1)  # H B Dh
+    q = by_head(trace.query_q[index], tower.n_heads).transpose(0, 1)  # H B Dh
     through_key = (q @ entry.k.unflatten(0, (tower.n_heads, -1))).float().transpose(0, 1)  # B H D
     dv = (A[..., 0].transpose(1, 2)[..., None] * inside.G_o).flatten(2)
     into = product(dq, entry.q) + dS[..., 0].transpose(1, 2) @ through_key + product(dv, entry.v)
-    return _norm_vjp(entry.norm1, trace.cls_before[index], into)
+    return _norm_vjp(entry.norm1, trace.query_before[index], into)
 
 
 def mlp_vjp(layer: PathLayer, after: Tensor, slope: Tensor, G: Tensor) -> Tensor:
@@ -90,7 +93,7 @@ def mlp_vjp(layer: PathLayer, after: Tensor, slope: Tensor, G: Tensor) -> Tensor
 
 
 def slope(layer: PathLayer, inner: Tensor) -> Tensor:
-    """Derivative of a layer's activation function at what its MLP's first half gives (.., 4 D), float32."""
+    """The derivative of a layer's activation function at `inner`, what fc1 of its MLP gives (.., 4 D), float32."""
     name, x = type(layer.mlp.activation_fn).__name__, inner.float()
     if name == "QuickGELUActivation":
         gate = torch.sigmoid(1.702 * x)

@@ -1,8 +1,8 @@
-"""The files of a CLIP or SigLIP model in transformers' format, checked before transformers builds anything from them.
+"""Check the files of a CLIP or SigLIP model in transformers' format before transformers builds anything from them.
 
 transformers makes the layers and sizes that config.json claims, one after the other, and only then compares them with the
-weights. Here the claims are compared with the shapes in the weights' headers first, so that what does not fit is told at
-once, and no more is ever allocated than the files hold.
+weights. Here the claims are first compared with the shapes in the headers of the weights. So a model that does not fit is
+refused at once, and no more is ever allocated than the files hold.
 
 Left out: addresses (`saecore.hub`), whether the weights compute anything (`saecore.towers.soundness`).
 """
@@ -38,14 +38,14 @@ _SIZES = (
     "vocab_size",
     "max_position_embeddings",
 )
-"""Numbers of a config that sizes are made of."""
+"""The numbers of a config from which sizes are computed."""
 
 _FOREIGN = ("quantization_config", "auto_map", "dtype", "torch_dtype", "attn_implementation", "_attn_implementation")
-"""What a config may say of how it is to be loaded. Ours are loaded in one way."""
+"""Fields of a config that say how a model is to be loaded. They are ignored: there is one way here."""
 
 
 def read_fields(folder: Path) -> dict[str, Any]:
-    """What config.json says, with a `model_type` in it."""
+    """The content of config.json, with a `model_type` in it."""
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"no {CONFIG_FILE} in {folder}, so it is no model in transformers' format")
     fields = read_json_file(folder / CONFIG_FILE)
@@ -65,11 +65,11 @@ def read_config(half: type[PreTrainedModel], fields: Mapping[str, Any]) -> Pretr
         if of.get(name) is not None:
             whole(of[name], f"{name} of {where}")
     if of is not fields and fields.get("projection_dim") is not None:
-        # The whole model's counts, as in CLIPModel: LAION's L/14 and bigG say 512 in their sections, which is not true.
+        # The whole model's number counts, as in CLIPModel: the sections of LAION's L/14 and bigG say 512, which is wrong.
         of = {**of, "projection_dim": whole(fields["projection_dim"], f"projection_dim of {CONFIG_FILE}")}
     try:
         config = kind.from_dict({name: value for name, value in of.items() if name not in _FOREIGN})
-    except Exception as error:  # its checks raise kinds of their own, and what they do not check raises any kind
+    except Exception as error:  # transformers' checks have exceptions of their own, and anything may pass them
         raise ValueError(f"{where} is not what {kind.__name__} takes: {type(error).__name__}: {error}") from error
     activation = getattr(config, "hidden_act", None)
     if activation not in transformers.activations.ACT2FN:
@@ -91,11 +91,11 @@ def check_weights(folder: Path, half: type[PreTrainedModel], config: PretrainedC
             asked = {name: tuple(tensor.shape) for name, tensor in half(config).named_parameters()}
     except (RuntimeError, ArithmeticError, ValueError, TypeError) as error:  # sizes that overflow, or do not divide
         raise ValueError(f"{CONFIG_FILE} describes no model: {error}") from error
-    found = {_plain(key, own): shape for key, shape in shapes.items()}
+    held = {_plain(key, own): shape for key, shape in shapes.items()}
     for key, shape in asked.items():
-        if (stored := found.get(_plain(key, own), shape)) != shape:
+        if (stored := held.get(_plain(key, own), shape)) != shape:
             raise ValueError(f"{CONFIG_FILE} asks for {key} of shape {shape}, {name} holds it in shape {stored}")
-    lacks = [key for key in asked if _plain(key, own) not in found]
+    lacks = [key for key in asked if _plain(key, own) not in held]
     if lacks:
         more = f" and {len(lacks) - 3} more" if len(lacks) > 3 else ""
         raise ValueError(f"{name} lacks the weights {', '.join(lacks[:3])}{more}, of which its embedding is made")
@@ -103,7 +103,7 @@ def check_weights(folder: Path, half: type[PreTrainedModel], config: PretrainedC
 
 
 def read_shapes(folder: Path) -> tuple[str, Shapes]:
-    """The file of weights in `folder`, or their index, and the shapes that it holds by name; ValueError if there are none."""
+    """The name of the file of weights in `folder`, or of their index, and their shapes; ValueError if there are none."""
     for weights in WEIGHTS:
         if (folder / weights).is_file():
             return weights, stored_shapes(folder / weights)
@@ -113,7 +113,7 @@ def read_shapes(folder: Path) -> tuple[str, Shapes]:
 
 
 def load(half: type[PreTrainedModel], folder: Path, config: PretrainedConfig) -> PreTrainedModel:
-    """One half of a model in float32, checked before; ValueError if it still cannot be loaded."""
+    """One half of a model, whose files were checked, in float32; ValueError if it still cannot be loaded."""
     try:
         with _quietly():
             model, report = half.from_pretrained(
@@ -130,7 +130,8 @@ def load(half: type[PreTrainedModel], folder: Path, config: PretrainedConfig) ->
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """No table of the other half's weights, which transformers calls not expected; its settings are left as they were."""
+    """Inside, transformers is silent: it would list the weights of the other half as not expected. Then its settings are
+    restored."""
     logging = transformers.utils.logging
     level, bars, downloads = (
         logging.get_verbosity(),
@@ -144,29 +145,29 @@ def _quietly() -> Iterator[None]:
     finally:
         logging.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()  # and huggingface_hub's, which the caller may have switched off alone
+            logging.enable_progress_bar()  # this enables huggingface_hub's too, which the caller may have switched off
             if not downloads:
                 disable_progress_bars()
 
 
 def _indexed(folder: Path, name: str) -> Shapes:
-    """The shapes in all files that an index names; they must lie beside it."""
+    """The shapes in all files that an index names; ValueError for a file in another folder."""
     files = set(mapping(read_json_file(folder / name).get("weight_map"), f"weight_map in {name}").values())
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         if not isinstance(file, str) or Path(file).name != file or not (folder / file).is_file():
-            raise ValueError(f"{name} names {shown(file)}, expected a file beside it")
+            raise ValueError(f"{name} names {shown(file)}, expected a file in the same folder")
         shapes |= stored_shapes(folder / file)
     return shapes
 
 
 def _plain(name: str, own: str) -> str:
-    """A weight's name without what wraps it: versions of transformers, and whole and half models, differ in that."""
+    """A weight's name without its prefix: versions of transformers, and whole and half models, differ in that."""
     return re.sub(rf"^(clip\.|siglip\.|model\.)?({own}\.)?", "", name)
 
 
 def _n_layers(shapes: Shapes, own: str) -> int:
-    """How many layers of this half there are."""
+    """How many layers this half has."""
     pattern = re.compile(r"(?:^|\.)(?:(\w+_model)\.)?encoder\.layers\.(\d+)\.")
-    found = [match for match in map(pattern.search, shapes) if match and match[1] in (None, own)]
-    return len({match[2] for match in found})
+    matches = [match for match in map(pattern.search, shapes) if match and match[1] in (None, own)]
+    return len({match[2] for match in matches})

@@ -1,11 +1,11 @@
-"""SigLIP's image tower: no CLS token; a learned query, the probe, pools the patches that leave the last layer.
+"""SigLIP's image tower: without a CLS token; a learned query, the probe, pools the patches that leave the last layer.
 
     h_i = LN(x_i)        a = sum_i A_i v_i W_O + b_O,   A = softmax(s q . k_i)        e = a + MLP(LN'(a))
 
 with k_i, v_i projected from h_i and q from the probe, the same for every image. The fixed-resolution checkpoints of SigLIP 2
-are the same architecture. For maps the pooling is a path of one layer: before it the query's residual stream is nothing, what
-leaves it is the embedding, and no token is the tower's own. So `contrib` is the direct effect of each patch through the
-pooling, with MLP and biases in the remainder, and `contrib_grad` contains that MLP.
+have the same architecture. For maps the pooling is a path of one layer: the query's residual stream is zero before it and is
+the embedding after it, and no token is the tower's own. So `contrib` is the direct effect of each patch through the pooling,
+with MLP and biases in the remainder, and `contrib_grad` contains that MLP.
 
 Left out: the text tower (`saecore.towers.text`), NaFlex (transformers' type `siglip2`), position interpolation. Pixels at the
 right and lower edge that fill no whole patch are not seen: 6 of 384 with patches of 14.
@@ -13,7 +13,7 @@ right and lower edge that fill no whole patch are not seen: 6 of 384 with patche
 Shapes as in `saecore.towers.tower`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -21,8 +21,7 @@ from torch.nn.functional import linear
 from transformers import SiglipVisionModel
 
 from saecore.images.preprocess import Preprocess
-from saecore.towers.cls_path import within_layer
-from saecore.towers.tower import ImageTower, PathLayer, ReadOut, Step, Trace
+from saecore.towers.tower import ImageTower, PathLayer, ReadOut, Step
 
 
 class SiglipTower(ImageTower):
@@ -40,7 +39,7 @@ class SiglipTower(ImageTower):
         self.looks_from = self.n_layers
 
     def run_in(self, dtype: torch.dtype) -> None:
-        """See `ImageTower.run_in`: the pooling's keys and values are of all tokens, its MLP is of one."""
+        """See `ImageTower.run_in`. The pooling's keys and values are computed for all tokens, its MLP for one."""
         for part in (
             self.vision.embeddings,
             self.vision.encoder,
@@ -59,32 +58,23 @@ class SiglipTower(ImageTower):
         out = self.vision.head.attention.out_proj
         return [PathLayer(None, out.weight, out.bias, self.vision.head.layernorm, self.vision.head.mlp)]
 
-    def embed_cls(self, cls: Tensor) -> Tensor:
-        """See `ImageTower.embed_cls`: it is the embedding."""
-        return cls.float()
+    def embed_query(self, final: Tensor) -> Tensor:
+        """See `ImageTower.embed_query`: what leaves the pooling is the embedding."""
+        return final.float()
 
-    def embed_alone(self, tokens: Tensor) -> Tensor:
-        """See `ImageTower.embed_alone`: as if the pooling looked at that token alone."""
+    def embed_each(self, tokens: Tensor) -> Tensor:
+        """See `ImageTower.embed_each`: the pooling looks only at that token."""
         v = self._projected(2, self.vision.post_layernorm(tokens))
         a = self.vision.head.attention.out_proj(v).float()
         return self._out_of_mlp(a, self._into_mlp(a))
 
-    def pull_back(self, read_outs: Tensor, cls: Tensor, exact: bool = False) -> ReadOut:
-        """See `ImageTower.pull_back`: nothing lies between."""
+    def pull_back(self, read_outs: Tensor, final: Tensor, exact: bool = False) -> ReadOut:
+        """See `ImageTower.pull_back`: nothing lies between the two."""
         return ReadOut(read_outs.float(), torch.zeros_like(read_outs[..., 0]))
 
-    def own_targets(
-        self, trace: Trace, read_outs: Callable[[Tensor], Tensor], layers: int, exact: bool = False
-    ) -> Iterator[Tensor]:
-        """See `ImageTower.own_targets`: what leaves the layer is pooled, and the pooling's attention differentiated by.
-
-        As in the published code the pooling sees the tokens without LN, which is not how the model was trained.
-        """
-        for tokens in reversed(trace.tokens[-layers:]):
-            step = self._pool_normed(tokens, tokens)
-            layer, after, inner = self.path()[0], step.after[:, 0], step.inner[:, 0]
-            w = read_outs(step.leaving[:, 0])
-            yield within_layer(layer, self.n_heads, after, inner, step.v, w).D.clamp(min=0)
+    def pool_unnormed(self, tokens: Tensor) -> Step:
+        """The pooling of tokens (B, N, D) as they stand, without the LayerNorm that comes before it in the model."""
+        return self._pool_normed(tokens, tokens)
 
     def _steps(self, hidden: Tensor, whole: bool = False, weights: "list[Tensor] | None" = None) -> Iterator[Step]:
         for step in super()._steps(hidden, whole, weights):
@@ -96,7 +86,7 @@ class SiglipTower(ImageTower):
         return self._pool_normed(hidden, self.vision.post_layernorm(hidden), weights)
 
     def _pool_normed(self, hidden: Tensor, normed: Tensor, weights: "list[Tensor] | None" = None) -> Step:
-        """The same, of tokens as the pooling sees them."""
+        """The same; `normed` are the tokens as the pooling sees them."""
         probe = self.vision.head.probe.to(normed.dtype).expand(len(hidden), -1, -1)
         q, k, v = (self._projected(part, x) for part, x in enumerate((probe, normed, normed)))
         after = self.vision.head.attention.out_proj(self._mixed(q, k, v, weights)).float()
@@ -104,7 +94,7 @@ class SiglipTower(ImageTower):
         return Step(hidden, torch.zeros_like(after), after, inner, self._out_of_mlp(after, inner), q, k, v)
 
     def _projected(self, part: int, tokens: Tensor) -> Tensor:
-        """Queries, keys or values (part 0, 1 or 2), whose weights nn.MultiheadAttention holds in one."""
+        """Queries, keys or values (part 0, 1 or 2). nn.MultiheadAttention holds their weights in one tensor."""
         attention = self.vision.head.attention
         return linear(tokens, attention.in_proj_weight.chunk(3)[part], attention.in_proj_bias.chunk(3)[part])
 

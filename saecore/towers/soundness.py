@@ -1,7 +1,7 @@
-"""Whether the weights of a tower compute anything: a cheap look at their values, and one small forward of two inputs.
+"""Check that the weights of a tower compute something: a cheap look at their values, and one small forward of two inputs.
 
-Files can be whole and their shapes right while the numbers in them are not: NaN, infinities, 1e38 whose products overflow,
-zeros. All of that would surface hours later, as maps of NaN.
+Files can be whole and their shapes right while the numbers in them are wrong: NaN, infinities, 1e38 whose products overflow,
+zeros. Such numbers would be noticed only hours later, as maps of NaN.
 
 Left out: whether a model is any good (`saecore.evaluation.quality`), and whether an SAE belongs to a CLIP.
 """
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from saecore.towers.tower import ImageTower
 
 N_PATCHES = 4
-"""Patches that the test forward of an image tower takes of all: its cost is that of reading the weights, a fifth of a second
-for L/14 on one thread, and every weight is in it."""
+"""Patches in the test forward of an image tower: few, so that it costs what reading the weights costs, a fifth of a second for
+L/14 on one thread. Every weight takes part."""
 
 TEXTS = ("red", "a photograph of a large dog")
-"""Of two lengths, so that a tokenizer that cannot pad is found out."""
+"""Two lengths, so that a tokenizer that cannot pad is noticed."""
 
 
 def check_images(tower: "ImageTower", where: str) -> None:
-    """ValueError if the weights of an image tower, read from the file `where`, are not finite or overflow, or if it makes the
-    same of a black and a random picture.
+    """ValueError if the weights of an image tower, read from the file `where`, are not finite or overflow, or if its embeddings
+    of a black and a random picture are the same.
     """
     _check_weights(tower, where)
     with torch.inference_mode():
@@ -39,7 +39,7 @@ def check_images(tower: "ImageTower", where: str) -> None:
 
 
 def check_texts(tower: "TextTower", where: str) -> None:
-    """The same for a text tower, of two texts; and ValueError if its tokenizer does not fit it."""
+    """The same for a text tower, with two texts, and ValueError if its tokenizer does not fit it."""
     _check_weights(tower, where)
     n_words = tower.model.config.vocab_size
     try:

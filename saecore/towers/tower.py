@@ -1,21 +1,21 @@
 """Image towers from transformers, run layer by layer so that what relevance maps need is a return value, not a hook.
 
-The weights and modules are transformers' own; the forward over them is ours. Towers differ in the query that becomes the
-embedding: CLIP's is a token of its own, CLS, carried through all layers (`saecore.towers.clip`); SigLIP's is learned and
-looks at the patches once, behind the last layer (`saecore.towers.siglip`). What both share is here, layers l = 1..L over
-tokens x_i among it:
+The weights and modules are transformers' own; the forward over them is ours. Towers differ in the query, the token whose final
+residual stream becomes the embedding. CLIP's query is CLS, which all layers carry (`saecore.towers.clip`); SigLIP's is learned
+and looks at the patches once, after the last layer (`saecore.towers.siglip`). This file has what both share. Layers l = 1..L
+map tokens x_i as follows:
 
     x <- x + W_O concat_h(softmax(q k' / sqrt(Dh)) v) + b_O          x <- x + MLP(LN2(x))
 
-Attention is always fused (`scaled_dot_product_attention`): the one attention row that maps read, the query's, is recomputed
-from it and the keys. That does not change the embedding.
+Attention is always fused (`scaled_dot_product_attention`). The one attention row that maps read, by which the query looks at
+the tokens, is computed again from q and the keys; that does not change the embedding.
 
 Shapes: B images, L layers, N tokens, P patches, H heads, Dh head width, D = H Dh width, E embedding width, k read-outs.
 """
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -24,42 +24,45 @@ from torch import Tensor, nn
 from saecore.images.preprocess import Preprocess
 
 SINK_DEVIATIONS = 4.0
-"""A patch is a sink if its norm lies this many standard deviations above the mean patch norm of its image."""
+"""A patch is a sink if its norm is this many standard deviations above the mean patch norm of its image."""
 
 
 class Trace(NamedTuple):
-    """What one forward leaves for relevance maps. Lists have one entry a layer that the query passes, first layer first; those
-    of values, attention, queries and keys begin at the first layer that was asked for, so count layers from the last."""
+    """What one forward leaves for relevance maps.
+
+    A list has one entry for each layer that the query passes, first layer first. The lists `values`, `keys`,
+    `query_attention` and `query_q` hold only the last `layers` layers, so index all lists from the last: -1, -2, ..
+    """
 
     values: list[Tensor]
     """(B, N, D) value vectors of all tokens, heads side by side."""
-    cls_attention: list[Tensor]
-    """float32 (B, H, N): the query's attention over all tokens, after softmax."""
-    cls_before: list[Tensor]
-    """(B, D) the query's residual stream entering the layer."""
-    cls_after: list[Tensor]
-    """(B, D) the same between attention and MLP."""
-    cls_inner: list[Tensor]
-    """(B, 4 D) the same inside the MLP, before its activation function: one row, but a product with few rows is slow."""
-    cls_final: Tensor
-    """(B, D) the same leaving the last layer, before the final LayerNorm if there is one."""
+    query_attention: list[Tensor]
+    """float32 (B, H, N): the row of attention by which the query looks at all tokens, after softmax."""
+    query_before: list[Tensor]
+    """(B, D) the query's residual stream where it enters the layer."""
+    query_after: list[Tensor]
+    """(B, D) the same stream between attention and MLP."""
+    query_inner: list[Tensor]
+    """(B, 4 D) the same inside the MLP, before its activation function. Kept since a product with few rows is slow."""
+    query_final: Tensor
+    """(B, D) the same where it leaves the last layer, before the final LayerNorm if there is one."""
     sinks: Tensor
-    """bool (B, P): patches whose norm was an outlier where they enter any layer of the upper half."""
+    """bool (B, P): patches whose norm is an outlier where they enter any layer of the upper half."""
     keys: list[Tensor]
-    """(B, N, D) key vectors of all tokens; empty unless asked for, since they double what a trace holds."""
-    cls_query: list[Tensor]
-    """(B, D) the query itself."""
+    """(B, N, D) key vectors of all tokens; an empty list unless asked for, since keys double what a trace holds."""
+    query_q: list[Tensor]
+    """(B, D) the vector q by which the query looks at the keys."""
     tokens: list[Tensor]
-    """(B, N, D) residual streams entering each of the last layers, then that leaving the last; as many as were asked for."""
+    """(B, N, D) residual streams entering the last layers, then the one leaving the last layer; as many as were asked for."""
 
 
 class Step(NamedTuple):
-    """One layer: n queries that look at N tokens; all tokens do, or only the one that becomes the embedding."""
+    """One layer, in which n tokens look at all N: all of them, or only the query."""
 
     entering: Tensor
     """(B, N, D) residual streams of all tokens."""
     before: Tensor
-    """(B, n, D) those of the queries."""
+    """(B, n, D) residual streams of the tokens that look."""
     after: Tensor
     """(B, n, D) the same between attention and MLP."""
     inner: Tensor
@@ -89,7 +92,7 @@ class PathLayer(NamedTuple):
     """One layer as the query passes through it: o = concat_h(A v), y = x + W_O o + b_O, x' = y + MLP(LN2(y))."""
 
     entry: Entry | None
-    """How A and v depend on x; None for a learned query, which depends on nothing: no layer lies below."""
+    """How A and v depend on x; None for a learned query, which depends on no layer below."""
     out: Tensor
     """(D, D), as nn.Linear holds it."""
     out_bias: Tensor
@@ -99,9 +102,9 @@ class PathLayer(NamedTuple):
 
 
 class ReadOut(NamedTuple):
-    """Linear read-outs of the embedding, pulled back to the query's final residual stream x, any LayerNorm between frozen.
+    """Linear read-outs of the embedding, pulled back to the query's final residual stream x.
 
-    read-out . e = direction . x + constant.
+    A LayerNorm between the two is frozen: read-out . e = direction . x + constant.
     """
 
     direction: Tensor
@@ -111,7 +114,7 @@ class ReadOut(NamedTuple):
 
 
 class ImageTower(nn.Module):
-    """The image side of a model: uint8 pixels in, embedding and `Trace` out. A tower says what its query and embedding are."""
+    """The image side of a model: uint8 pixels in, embedding and `Trace` out. Subclasses say what query and embedding are."""
 
     mean: Tensor
     std: Tensor
@@ -120,7 +123,7 @@ class ImageTower(nn.Module):
     n_outputs: int
     """Width of the embedding."""
     looks_from: int
-    """The first of the steps in which the query looks at the tokens."""
+    """The number of the first step in which the query looks at the tokens."""
 
     def __init__(self, vision: Any, preprocess: Preprocess) -> None:
         super().__init__()
@@ -141,47 +144,40 @@ class ImageTower(nn.Module):
         self.register_buffer("std", torch.tensor(preprocess.std), persistent=False)
         self.rescale = preprocess.rescale_factor
 
-    # ---- What a tower says of itself.
+    # ---- What each kind of tower defines.
 
     def run_in(self, dtype: torch.dtype) -> None:
-        """Run the layers in another precision. What surrounds them, one token or one subtraction, stays in float32."""
+        """Run the layers in another precision. What surrounds the layers, one token or one subtraction, stays in float32."""
         raise NotImplementedError
 
     def first_tokens(self, pixels: Tensor) -> Tensor:
-        """uint8 pixels (B, height, width, 3) -> tokens (B, N, D) that enter the first layer, positions in them."""
+        """uint8 pixels (B, height, width, 3) -> tokens (B, N, D) that enter the first layer, positions included."""
         raise NotImplementedError
 
     def path(self) -> list[PathLayer]:
         """The layers as the query passes through them, first layer first."""
         raise NotImplementedError
 
-    def embed_cls(self, cls: Tensor) -> Tensor:
+    def embed_query(self, final: Tensor) -> Tensor:
         """The query's final residual stream (B, D) -> float32 embedding (B, E)."""
         raise NotImplementedError
 
-    def embed_alone(self, tokens: Tensor) -> Tensor:
-        """Final residual streams (B, n, D) -> embeddings (B, n, E), had the query become each, or looked at it alone."""
-        raise NotImplementedError
+    def embed_each(self, tokens: Tensor) -> Tensor:
+        """Final residual streams of tokens (B, n, D) -> the embedding that each would make (B, n, E).
 
-    def pull_back(self, read_outs: Tensor, cls: Tensor, exact: bool = False) -> ReadOut:
-        """Read-outs of the embedding (B, k, E) -> read-outs of the query's `cls` (B, D) that give the same numbers.
-
-        `exact`: the direction is the true gradient, and the constant what is left then.
+        CLIP: if the query's final stream were this one. SigLIP: if the query looked only at this token.
         """
         raise NotImplementedError
 
-    def own_targets(
-        self, trace: Trace, read_outs: Callable[[Tensor], Tensor], layers: int, exact: bool = False
-    ) -> Iterator[Tensor]:
-        """LeGrad as published: each layer's own target z^l, a stand-in for the embedding's that sees this layer and no later.
+    def pull_back(self, read_outs: Tensor, final: Tensor, exact: bool = False) -> ReadOut:
+        """Read-outs of the embedding (B, k, E) -> read-outs of the query's final residual stream (B, D) that give the
+        same numbers.
 
-        read_outs: of an embedding (B, E), here the layer's own, to w (B, k, E), since norms are that embedding's. Of the last
-        `layers` layers, last first: max(dz^l/dA^l, 0), A the attention that the target sees through, averaged over query rows,
-        float32 (B, k, H, N). The trace must hold the last `layers` + 1 residual streams.
+        `exact`: the direction is the true gradient, and the constant is what remains.
         """
         raise NotImplementedError
 
-    # ---- What follows from it.
+    # ---- What all towers share.
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 (B, height, width, 3) -> (B, 3, height, width) in the tower's type, as the image processor normalises."""
@@ -193,48 +189,61 @@ class ImageTower(nn.Module):
     ) -> tuple[Tensor, Trace]:
         """uint8 pixels (B, height, width, 3) -> float32 embedding (B, E), not L2-normalised, and the trace.
 
-        layers: of how many last layers that the query passes the trace holds values, attention and queries; all, if None.
-        keys: theirs too. tokens: how many last residual streams it holds; with any, the last layer computes all tokens.
+        layers: the trace holds values, attention and q of the last `layers` layers that the query passes; of all, if None.
+        keys: it holds their keys too. tokens: it holds so many of the last residual streams, and if there are any, the last
+        layer computes all tokens.
         """
-        trace = Trace([], [], [], [], [], pixels, pixels, [], [], [])
+        values, keys_kept, streams, norms = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
+        before, after, inner = list[Tensor](), list[Tensor](), list[Tensor]()
+        rows, queries = list[Tensor](), list[Tensor]()
         looks_end = self.looks_from + len(self.path())
-        norms: list[Tensor] = []
         for index, step in enumerate(self._steps(self.first_tokens(pixels), whole=tokens > 0)):
             if index >= self.n_layers // 2:
                 patches = step.entering[:, self.n_own :]
                 norms.append(torch.linalg.vector_norm(patches, dim=-1, dtype=torch.float32))
             if index + tokens > self.n_layers:
-                trace.tokens.append(step.entering)
+                streams.append(step.entering)
             if index < self.looks_from:
                 continue
-            # clones, since a view would keep every layer's whole residual stream in memory
-            trace.cls_before.append(step.before[:, 0].clone())
-            trace.cls_after.append(step.after[:, 0].clone())
-            trace.cls_inner.append(step.inner[:, 0].clone())
+            # Clones, since a view would keep every layer's whole residual stream in memory.
+            before.append(step.before[:, 0].clone())
+            after.append(step.after[:, 0].clone())
+            inner.append(step.inner[:, 0].clone())
             if layers is None or index + layers >= looks_end:
-                query = step.q[:, 0].clone()
-                trace.values.append(step.v)
-                trace.cls_attention.append(self._attention_row(query, step.k))
-                trace.cls_query.append(query)
-                if keys:
-                    trace.keys.append(step.k)
-        if len(trace.tokens) < tokens:  # what leaves the last layer has entered a pooling already, where there is one
-            trace.tokens.append(step.leaving)
+                queries.append(step.q[:, 0].clone())
+                rows.append(self._attention_row(queries[-1], step.k))
+                values.append(step.v)
+                keys_kept += [step.k] if keys else []
+        # With a pooling, what leaves the last layer is there already, since it enters the pooling.
+        if len(streams) < tokens:
+            streams.append(step.leaving)
         final = step.leaving[:, 0]
-        return self.embed_cls(final), trace._replace(cls_final=final, sinks=_outliers(norms))
+        trace = Trace(
+            values=values,
+            query_attention=rows,
+            query_before=before,
+            query_after=after,
+            query_inner=inner,
+            query_final=final,
+            sinks=_outliers(norms),
+            keys=keys_kept,
+            query_q=queries,
+            tokens=streams,
+        )
+        return self.embed_query(final), trace
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """The embedding alone: the plain forward that the cost of maps is measured against."""
+        """Only the embedding: the plain forward that the cost of maps is measured against."""
         return self.embed_tokens(self.first_tokens(pixels))
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
-        """First tokens (B, n, D), the tower's own and any of the patches -> embedding (B, E): what it makes of only these."""
-        return self.embed_cls(deque(self._steps(tokens), maxlen=1).pop().leaving[:, 0])
+        """First tokens (B, n, D), the tower's own and any of the patches -> the embedding of only these tokens (B, E)."""
+        return self.embed_query(deque(self._steps(tokens), maxlen=1).pop().leaving[:, 0])
 
     def attend_plainly(self, first: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """First tokens -> the query's final residual (B, D) and every step's whole attention (B, H, n, N), in autograd's graph.
+        """First tokens -> the query's final residual stream (B, D) and the whole attention of each step (B, H, n, N).
 
-        n = N, or 1 where a learned query looks.
+        Both are in autograd's graph. n = N, or 1 where a learned query looks.
         """
         weights: list[Tensor] = []
         last = deque(self._steps(first, whole=True, weights=weights), maxlen=1).pop()
@@ -243,7 +252,7 @@ class ImageTower(nn.Module):
     def attend(
         self, index: int, hidden: Tensor, rows: int | None = None, weights: "list[Tensor] | None" = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Tokens (B, N, D) that enter a layer -> the first `rows` of them between its attention and its MLP, q, k and v."""
+        """Tokens (B, N, D) that enter a layer -> the first `rows` of them between its attention and MLP, and its q, k and v."""
         layer = self.vision.encoder.layers[index]
         attention, normed = layer.self_attn, layer.layer_norm1(hidden)
         k, v = attention.k_proj(normed), attention.v_proj(normed)  # every row sees all tokens
@@ -257,8 +266,11 @@ class ImageTower(nn.Module):
         return hash_of(described, self)
 
     def _steps(self, hidden: Tensor, whole: bool = False, weights: "list[Tensor] | None" = None) -> Iterator[Step]:
-        """All layers, one after the other. Of a tower with CLS the last computes that token only, unless `whole`: no other
-        token of it reaches the embedding, and about 1/L of a forward is saved. weights: see `_mixed`."""
+        """All layers, one after the other.
+
+        With CLS, the last layer computes only that token unless `whole`: no other token that leaves it reaches the embedding,
+        and about 1/L of a forward is saved. weights: see `_mixed`.
+        """
         for index, layer in enumerate(self.vision.encoder.layers):
             rows = None if whole or index + 1 < self.n_layers else self.n_own or None
             after, q, k, v = self.attend(index, hidden, rows, weights)
@@ -270,7 +282,8 @@ class ImageTower(nn.Module):
     def _mixed(self, q: Tensor, k: Tensor, v: Tensor, weights: "list[Tensor] | None") -> Tensor:
         """softmax(s q k') v by head, heads side by side (B, n, D).
 
-        weights: where to put the attention (B, H, n, N), which is then computed as written, and can be differentiated by.
+        weights: a list to which the attention (B, H, n, N) is appended. It is then computed as written, so that autograd can
+        differentiate by it.
         """
         q_BHnD, k_BHND, v_BHND = (t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for t in (q, k, v))
         if weights is None:
@@ -278,7 +291,7 @@ class ImageTower(nn.Module):
         else:
             A = torch.softmax((q_BHnD @ k_BHND.mT).float() * self.scale, dim=-1)
             if not A.requires_grad:
-                A.requires_grad_()  # the first layer's: nothing before it is differentiated
+                A.requires_grad_()  # in the first layer: nothing before it is differentiated
             weights.append(A)
             mixed = A.to(v.dtype) @ v_BHND
         return mixed.transpose(1, 2).flatten(2)
@@ -286,15 +299,16 @@ class ImageTower(nn.Module):
     def _attention_row(self, q: Tensor, k: Tensor) -> Tensor:
         """softmax(s q k') of one query (B, D) over keys (B, N, D), float32 (B, H, N)."""
         q_BHD, k_BNHD = (t.unflatten(-1, (self.n_heads, -1)).float() for t in (q, k))
-        # one row a head: as a product of matrices this would copy all keys
+        # One row for each head: a product of matrices would copy all keys.
         scores = (k_BNHD.transpose(1, 2) * q_BHD[:, :, None]).sum(-1)
         return torch.softmax(scores * self.scale, dim=-1)
 
 
 def _outliers(norms: list[Tensor]) -> Tensor:
-    """Patch norms (B, P) of some layers -> bool (B, P): an outlier in any of them.
+    """Patch norms (B, P) of some layers -> bool (B, P): whether a patch is an outlier in any of them.
 
-    Registers as in Darcet et al. 2024 (arXiv:2309.16588), found per image so that no threshold belongs to one model.
+    These are the registers of Darcet et al. 2024 (arXiv:2309.16588). They are judged image by image, so that no threshold is
+    tied to one model.
     """
     flagged = []
     for norm in norms:
@@ -304,7 +318,7 @@ def _outliers(norms: list[Tensor]) -> Tensor:
 
 
 def hash_of(described: tuple[Any, ...], module: nn.Module) -> str:
-    """sha256 of what a module is described by and of its weights."""
+    """sha256 of a description and of a module's weights."""
     digest = hashlib.sha256(repr(described).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())

@@ -13,7 +13,7 @@ from saecore.demo import build, drawing, scenes
 from saecore.demo.build import ClipBuild, ClipTraining, contrast
 from saecore.demo.figures import image_embeddings
 from saecore.demo.lessons import make_batch, normalise, photo
-from saecore.towers.clip import load_tower
+from saecore.towers.loading import load_tower
 
 TOY = ClipBuild(batch=16, rate=3e-3, lessons=4)
 

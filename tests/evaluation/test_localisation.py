@@ -54,7 +54,7 @@ def test_mean_of_patches_by_hand() -> None:
 
 
 def test_what_knows_nothing_scores_as_it_should() -> None:
-    """Noise points at the object as often as the object is large; the centre wins if and only if the object is there."""
+    """Noise points at the object as often as the object is large. The centre scores only if the object is there."""
     covered = np.zeros((4000, 64))
     covered[:, [27, 28, 35, 36]] = 1
     middle = localisation.centre(4000, (8, 8))
@@ -69,23 +69,23 @@ def test_what_knows_nothing_scores_as_it_should() -> None:
 def test_edges_are_where_they_are() -> None:
     picture = np.full((1, 64, 64, 3), 100, np.uint8)
     picture[0, :, 36:] = 200  # inside of the fifth column of patches
-    found = localisation.edges(picture, (8, 8)).reshape(8, 8)
-    np.testing.assert_allclose(found[:, 4], 2 * 4 * 100 / 8, rtol=1e-5)  # 2 of 8 pixels; weights 1, 2, 1
-    assert (np.delete(found, 4, axis=1) == 0).all()
+    lengths = localisation.edges(picture, (8, 8)).reshape(8, 8)
+    np.testing.assert_allclose(lengths[:, 4], 2 * 4 * 100 / 8, rtol=1e-5)  # 2 of 8 pixels; weights 1, 2, 1
+    assert (np.delete(lengths, 4, axis=1) == 0).all()
 
 
 def test_the_interval_is_over_images() -> None:
-    """As SciPy's where every image has one score; where each has ten equal ones, no narrower, since nothing was added."""
+    """It is SciPy's if every image has one score. Ten equal scores per image make it no narrower, since they add nothing."""
     scores, images = RNG.normal(0.6, 0.2, 150), np.arange(150)
-    found = localisation.mean_over_images(scores, images)
+    mean = localisation.mean_over_images(scores, images)
     expected = bootstrap((scores,), np.mean, method="percentile", rng=np.random.default_rng(1)).confidence_interval
-    assert found.value == pytest.approx(scores.mean())
-    assert found.low == pytest.approx(expected.low, abs=0.004)
-    assert found.high == pytest.approx(expected.high, abs=0.004)
-    assert localisation.mean_over_images(scores, images) == found
+    assert mean.value == pytest.approx(scores.mean())
+    assert mean.low == pytest.approx(expected.low, abs=0.004)
+    assert mean.high == pytest.approx(expected.high, abs=0.004)
+    assert localisation.mean_over_images(scores, images) == mean
     tenfold = localisation.mean_over_images(scores.repeat(10), images.repeat(10))
-    np.testing.assert_allclose(tenfold, found)
+    np.testing.assert_allclose(tenfold, mean)
     gaps = localisation.mean_over_images(np.append(scores, np.nan), np.append(images, 900))
-    assert gaps == found
+    assert gaps == mean
     with pytest.raises(ValueError, match="no score"):
         localisation.mean_over_images(np.array([np.nan]), np.array([0]))

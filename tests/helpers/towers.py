@@ -7,7 +7,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Siglip
 
 from saecore.images.preprocess import Preprocess
 from saecore.sae.model import SAE, SAEConfig
-from saecore.towers.clip import ClipTower, load_tower
+from saecore.towers.clip import ClipTower
+from saecore.towers.loading import load_tower
 from saecore.towers.siglip import SiglipTower
 from saecore.towers.tower import ImageTower
 

@@ -215,11 +215,11 @@ def test_many_bytes_go_on_ray_without_a_plan(shards: Path, monkeypatch: pytest.M
 
 def test_the_choice_is_said_and_changes_no_row(
     ray_session: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
     shards: Path,
     local_run: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for name, small in (("here", N_SCENES), ("ray", N_SCENES - 1)):
         monkeypatch.setattr(pipeline, "SMALL_IMAGES", small)

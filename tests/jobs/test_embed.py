@@ -15,7 +15,8 @@ from saecore import schema
 from saecore.demo import drawing, scenes
 from saecore.runs.files import open_dataset
 from saecore.runs.run import Commit, Run
-from saecore.towers.text import embed_texts, load_text_tower
+from saecore.towers.loading import load_text_tower
+from saecore.towers.text import embed_texts
 from saecore.training import memmaps
 from tests.conftest import N_SCENES, command
 from tests.helpers.mistakes import mistake

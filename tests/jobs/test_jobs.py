@@ -28,7 +28,7 @@ from jobs import commands, explain, pipeline
 from jobs.summaries import run_summary
 from saecore import schema
 from saecore.demo import drawing, outlines, scenes, writing
-from saecore.methods import DECOMPOSE, METHODS
+from saecore.methods import METHODS
 from saecore.numbering import shard_of
 from saecore.pipeline import isolation
 from saecore.pipeline.clock import Clock
@@ -218,10 +218,10 @@ def test_all_methods_and_targets_in_one_run(shards: Path, local_run: Path, tmp_p
     expected |= {(i, None, target) for i in images for target in ("text: a red square", "concept: red")}
     for name, of_one in by_method.items():
         assert of_one.keys() == expected
-        assert np.isnan([row["remainder"] for row in of_one.values()]).all() == (name not in DECOMPOSE)
+        assert np.isnan([row["remainder"] for row in of_one.values()]).all() == (not METHODS[name].decomposes)
         for key, row in of_one.items():
             assert row["pre_activation"] == by_method["contrib"][key]["pre_activation"]
-            if name in DECOMPOSE:
+            if METHODS[name].decomposes:
                 total = np.frombuffer(row["map"], np.int8).sum(dtype=int) * row["scale"] + row["remainder"]
                 assert abs(total - row["pre_activation"]) <= 32 * row["scale"]  # 64 patches, each off by half a step
             if name in ("chefer", "legrad", "gradeclip", "rollout", "attention"):
@@ -518,7 +518,9 @@ def test_help_says_what_is_needed_and_titles_the_options_of_methods(capsys: pyte
     assert "Needs --images, --clip and --sae, or --demo in place of these three; and --out." in said
     assert "methods' options" in said
     listed = said.partition("--method STR")[2].partition(", joined by commas")[0]
-    assert tuple(re.findall(r"\b(\w+)(?: \([a-z ]+\))?(?:,|$)", listed.partition("one or several of")[2])) == METHODS
+    assert tuple(re.findall(r"\b(\w+)(?: \([a-z ]+\))?(?:,|$)", listed.partition("one or several of")[2])) == tuple(
+        METHODS
+    )
     assert "options options" not in said
 
 

@@ -17,12 +17,14 @@ from saecore import schema
 from saecore.demo import scenes
 from saecore.demo.figures import embed as embed_scenes
 from saecore.demo.lessons import FACETS
+from saecore.hub import DEMO_CLIP
 from saecore.naming.names import latents_of
+from saecore.naming.vocabulary import read_vocabulary
 from saecore.query import results
 from saecore.runs import latents
 from saecore.sae.checkpoints import load_sae
-from saecore.towers.clip import DEMO
-from saecore.towers.text import embed_words, load_text_tower, read_vocabulary
+from saecore.towers.loading import load_text_tower
+from saecore.towers.text import embed_words
 from tests.conftest import command
 from tests.helpers.mistakes import mistake
 
@@ -110,7 +112,7 @@ def test_names_are_true_of_other_scenes(demo_run: Path, truth: Truth) -> None:
     """Names found on the run's 512 scenes, judged on 1,000 that no one saw before."""
     table, sae = named(demo_run), load_sae("demo")
     sample = list(scenes.scenes_of(scenes.SEED_EVALUATION, 1000, start=500_000))
-    code = sae.encode_sparse(embed_scenes(CLIPModel.from_pretrained(DEMO).eval(), sample))
+    code = sae.encode_sparse(embed_scenes(CLIPModel.from_pretrained(DEMO_CLIP).eval(), sample))
     strength = code.dense(sae.config.n_latents)
     order = strength.argsort(dim=0, descending=True)[:20].T.tolist()
     tops = [[sample[i] for i in top if strength[i, latent] > 0] for latent, top in enumerate(order)]
@@ -304,6 +306,6 @@ def test_mistakes_are_told_in_one_sentence(
     if "WITHOUT" in argv:
         given = [word for word in command(shards, places["WITHOUT"], "--local") if word != "--keep-embeddings"]
         assert explain.main(given) == 0
-    places |= {"RUN": local_run, "CLIP": DEMO}
+    places |= {"RUN": local_run, "CLIP": DEMO_CLIP}
     assert sentence in mistake(name.main, [str(places.get(word, word)) for word in argv], capsys)
     assert not (local_run / "latents.parquet").exists()

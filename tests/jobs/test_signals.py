@@ -82,10 +82,14 @@ def test_stopped_in_the_middle(where: str, number: int, group: bool, code: int, 
     [
         (
             "jobs.explain",
-            "saecore.towers.clip.load_tower",
+            "saecore.towers.loading.load_tower",
             ["--images", "{shards}", "--clip", "demo", "--sae", "demo", "--out", "{out}"],
         ),
-        ("jobs.embed", "saecore.towers.clip.load_tower", ["--images", "{shards}", "--clip", "demo", "--out", "{out}"]),
+        (
+            "jobs.embed",
+            "saecore.towers.loading.load_tower",
+            ["--images", "{shards}", "--clip", "demo", "--out", "{out}"],
+        ),
         (
             "jobs.train",
             "saecore.training.loop.make_plan",

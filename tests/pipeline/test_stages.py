@@ -1,4 +1,4 @@
-"""The stages' promise: exactly the declared schema for 0, 1 and n rows, whatever is among them, and no input changed."""
+"""Stages return exactly the declared schema for 0, 1 and n rows of any kind, and do not change their input."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ def decode(explain: Explain) -> Decode:
 
 
 def raw(*data: bytes | None) -> pa.Table:
-    """RAW rows; None stands for an image that could not even be read."""
+    """RAW rows; None stands for an image that could not be read."""
     rows = [
         {
             "image_id": index,
@@ -51,14 +51,14 @@ def scene(index: int) -> bytes:
     "content", [[], [scene(0)], [b"<html>"], [scene(i) for i in range(9)], [None, scene(0), b"", scene(1)]]
 )
 def test_schemas_hold_for_any_rows(content: list[bytes | None], decode: Decode, explain: Explain) -> None:
-    given = raw(*content)
-    before = given.to_pylist()
-    decoded = decode(given)
+    table = raw(*content)
+    before = table.to_pylist()
+    decoded = decode(table)
     explained = explain(decoded)
     assert decoded.schema == schema.DECODED
     assert explained.schema == schema.explained_schema(64)
     explained.validate(full=True)
-    assert given.to_pylist() == before
+    assert table.to_pylist() == before
     assert explained["image_id"].to_pylist() == list(range(len(content)))
     good = [row is not None and row.startswith(b"\xff\xd8") for row in content]
     for row, shown in zip(explained.to_pylist(), good, strict=True):
@@ -74,7 +74,7 @@ def test_schemas_hold_for_any_rows(content: list[bytes | None], decode: Decode, 
 
 
 def test_rows_say_what_the_models_computed(decode: Decode, explain: Explain) -> None:
-    """Every written number against the model called by hand on the one image."""
+    """Compares every written number with the models called by hand on that one image."""
     explained = explain(decode(raw(scene(0), b"", scene(1))))
     for index, row in ((0, explained.slice(0, 1).to_pylist()[0]), (1, explained.slice(2, 1).to_pylist()[0])):
         pixels = torch.from_numpy(decode_image(scene(index), explain.infer.tower.preprocess).pixels.copy())[None]
@@ -88,18 +88,18 @@ def test_rows_say_what_the_models_computed(decode: Decode, explain: Explain) -> 
         fvu = (embedding - reconstruction).square().sum() / (embedding - explain.infer.sae.mean).square().sum()
         assert row["fvu"] == pytest.approx(float(fvu), rel=1e-3)
         assert row["completeness"] < 1e-5
-        assert [found["latent"] for found in row["activations"]] == code.latents[0, :5].tolist()
-        assert [found["rank"] for found in row["activations"]] == list(range(5))
-        for rank, (activation, found) in enumerate(zip(row["activations"], row["maps"], strict=True)):
+        assert [kept["latent"] for kept in row["activations"]] == code.latents[0, :5].tolist()
+        assert [kept["rank"] for kept in row["activations"]] == list(range(5))
+        for rank, (activation, stored) in enumerate(zip(row["activations"], row["maps"], strict=True)):
             assert activation["activation"] == pytest.approx(float(code.activations[0, rank]), rel=1e-4)
             assert activation["pre_activation"] == pytest.approx(float(code.pre_activations[0, rank]), rel=1e-4)
-            assert (found["latent"], found["target"]) == (activation["latent"], None)
-            assert found["pre_activation"] == pytest.approx(activation["pre_activation"], rel=1e-4, abs=1e-4)
-            decoded = np.frombuffer(found["map"], np.int8) * found["scale"]
+            assert (stored["latent"], stored["target"]) == (activation["latent"], None)
+            assert stored["pre_activation"] == pytest.approx(activation["pre_activation"], rel=1e-4, abs=1e-4)
+            decoded = np.frombuffer(stored["map"], np.int8) * stored["scale"]
             # 8 bits: at most half a step off, and the step is 1/127 of the strongest patch.
-            np.testing.assert_allclose(decoded, maps.relevance[0, rank], atol=0.51 * found["scale"])
-            assert found["remainder"] == pytest.approx(float(maps.remainder[0, rank]), rel=1e-4, abs=1e-4)
-            assert 0 <= found["sink_share"] <= 1
+            np.testing.assert_allclose(decoded, maps.relevance[0, rank], atol=0.51 * stored["scale"])
+            assert stored["remainder"] == pytest.approx(float(maps.remainder[0, rank]), rel=1e-4, abs=1e-4)
+            assert 0 <= stored["sink_share"] <= 1
 
 
 def test_embeddings_are_written_only_where_asked_for(decode: Decode) -> None:

@@ -1,4 +1,4 @@
-"""The strongest patch of a map, and what people read of maps: rows and columns from 1."""
+"""The strongest patch of a map, and the table that people read, whose rows and columns of patches count from 1."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from saecore.query.maps import ImageMaps, peaks
     [
         ([[0.0, 2.0], [-1.0, 1.0]], (2.0, 1, 2), None),
         ([[0.0, 2.0], [-3.0, 1.0]], (2.0, 1, 2), (-3.0, 2, 1)),
-        ([[0.0, 2.0], [-2.0, 1.0]], (2.0, 1, 2), None),  # as strong: not the stronger
+        ([[0.0, 2.0], [-2.0, 1.0]], (2.0, 1, 2), None),  # equally strong, so not stronger
         ([[-1.0, -2.0], [-1.5, -3.0]], (-1.0, 1, 1), (-3.0, 2, 2)),
         ([[0.0, 0.0], [0.0, 0.0]], (0.0, 1, 1), None),
         ([[-1.0, -1.0], [-1.0, -1.0]], (-1.0, 1, 1), None),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saecore.methods import DECOMPOSE, METHODS, RECORDS, Options, dtype_of, parse_methods, parse_targets
+from saecore.methods import METHODS, Options, dtype_of, parse_methods, parse_targets
 from saecore.relevance.explain import explain_latents
 from saecore.relevance.maps import completeness_error
 from saecore.relevance.targets import Targets, concept_weights, word_targets
@@ -30,6 +30,8 @@ from tests.helpers.derivations import (
 from tests.helpers.towers import SHAPES, demo_tower, random_pixels, random_sae, random_tower
 
 ALL = [*range(len(SHAPES)), "demo"]
+
+DECOMPOSITIONS = [name for name, method in METHODS.items() if method.decomposes]
 
 
 def models(which: Any) -> tuple[Any, ClipTower, SAE]:
@@ -79,14 +81,14 @@ def test_methods_along_the_cls_path_equal_their_formula(which: Any, norm: str) -
     D = [layer.numpy() for layer in replayed(tower, sae, pixels, latents, exact=norm == "exact")]
     layers = plain_forward(tower, pixels)
     for name in ("contrib_grad", "chefer", "legrad", "gradeclip", "attention"):
-        only = int(name == "legrad")
-        found = ours(tower, sae, pixels, latents, name, norm=norm, legrad_target="cls", layers=only)
-        assert_close(found, by_formula(name, D, layers))
+        depth = int(name == "legrad")
+        maps = ours(tower, sae, pixels, latents, name, norm=norm, legrad_target="cls", layers=depth)
+        assert_close(maps, by_formula(name, D, layers))
     for name in ("chefer", "legrad"):
-        found = ours(tower, sae, pixels, latents, name, norm=norm, legrad_target="cls", layers=len(D))
-        assert_close(found, all_layers(name, D, layers))
-    found = ours(tower, sae, pixels, latents, "contrib_grad", norm=norm, layers=1)
-    assert_close(found, by_formula("contrib_grad", D[-1:], layers[-1:]))
+        maps = ours(tower, sae, pixels, latents, name, norm=norm, legrad_target="cls", layers=len(D))
+        assert_close(maps, all_layers(name, D, layers))
+    maps = ours(tower, sae, pixels, latents, "contrib_grad", norm=norm, layers=1)
+    assert_close(maps, by_formula("contrib_grad", D[-1:], layers[-1:]))
 
 
 @pytest.mark.parametrize("norm", ["frozen", "exact"])
@@ -99,39 +101,39 @@ def test_methods_of_the_full_model_equal_autograd(which: Any, norm: str) -> None
     pixels, latents = random_pixels(tower, 2), some_latents(sae, 2, k)
     layers = plain_forward(tower, pixels)
     z = read(sae, embed(tower, layers[-1].leaving[:, 0], exact), latents)
-    every = [torch.autograd.grad(z[:, j].sum(), [layer.A for layer in layers], retain_graph=True) for j in range(k)]
-    last = torch.stack([found[-1] for found in every], 1)  # (B, k, H, N, N)
+    gradients = [torch.autograd.grad(z[:, j].sum(), [layer.A for layer in layers], retain_graph=True) for j in range(k)]
+    last = torch.stack([of_layers[-1] for of_layers in gradients], 1)  # (B, k, H, N, N)
     assert last[..., 1:, :].abs().max() == 0
     expected = (layers[-1].A[:, None] * last).clamp(min=0).mean(2)[..., 0, 1:].detach()
     assert_close(ours(tower, sae, pixels, latents, "chefer", norm=norm), expected)
 
     for discard in (0.9, 0.0):
-        rows = [rolled([layer.A.detach().numpy() for layer in layers], found, discard) for found in every]
-        found = ours(tower, sae, pixels, latents, "rollout", norm=norm, discard=discard)
-        assert_close(found, np.stack(rows, 1))
+        rows = [rolled([layer.A.detach().numpy() for layer in layers], of_layers, discard) for of_layers in gradients]
+        maps = ours(tower, sae, pixels, latents, "rollout", norm=norm, discard=discard)
+        assert_close(maps, np.stack(rows, 1))
 
-    wanted = min(2, len(layers))
+    depth = min(2, len(layers))
     total = torch.zeros_like(expected)
-    for layer in layers[-wanted:]:
+    for layer in layers[-depth:]:
         z = read(sae, embed(tower, layer.leaving.mean(1), exact), latents)
         for j in range(k):
             gradient = torch.autograd.grad(z[:, j].sum(), layer.A, retain_graph=True)[0]
             total[:, j] += gradient.clamp(min=0).mean((1, 2))[:, 1:]
-    found = ours(tower, sae, pixels, latents, "legrad", norm=norm, legrad_target="mean", layers=wanted)
-    assert_close(found, total)
+    maps = ours(tower, sae, pixels, latents, "legrad", norm=norm, legrad_target="mean", layers=depth)
+    assert_close(maps, total)
 
 
 def rolled(attention: list[np.ndarray], gradients: Any, discard: float) -> np.ndarray:
     """Rollout as the classic scripts have it: whole matrices from the first layer up, the smallest entries sorted out."""
-    found = []
+    rows = []
     for image in range(len(attention[0])):
         N = attention[0].shape[-1]
         R = np.eye(N)
         for A, G in zip(attention, gradients, strict=True):
             mixed = fused(A[image], G[image].numpy(), discard) + np.eye(N)
             R = mixed / mixed.sum(1, keepdims=True) @ R
-        found.append(R[0, 1:])
-    return np.stack(found)
+        rows.append(R[0, 1:])
+    return np.stack(rows)
 
 
 @pytest.mark.parametrize("block", [1, 3])
@@ -144,12 +146,12 @@ def test_occlusion_is_transformers_run_again_without_the_tokens(which: Any, bloc
     vision, tower, sae = models(which)
     pixels, latents = random_pixels(tower, 2), some_latents(sae, 2, 5)
     height, width = tower.grid
-    found = ours(tower, sae, pixels, latents, "occlusion", block=block).unflatten(-1, (height, width))
+    maps = ours(tower, sae, pixels, latents, "occlusion", block=block).unflatten(-1, (height, width))
     with torch.inference_mode():
         first = vision.pre_layrnorm(vision.embeddings(tower.normalise(pixels)))
 
-        def value(image: int, left: list[int]) -> Tensor:
-            hidden = vision.encoder(inputs_embeds=first[image : image + 1, left]).last_hidden_state
+        def value(image: int, tokens: list[int]) -> Tensor:
+            hidden = vision.encoder(inputs_embeds=first[image : image + 1, tokens]).last_hidden_state
             embedding = tower.projection(vision.post_layernorm(hidden[:, 0]))
             return sae.pre_activations(embedding)[0, latents[image]]
 
@@ -162,9 +164,9 @@ def test_occlusion_is_transformers_run_again_without_the_tokens(which: Any, bloc
                         for y in range(top, min(height, top + block))
                         for x in range(left, min(width, left + block))
                     ]
-                    lost = value(image, everything) - value(image, [i for i in everything if i not in inside])
-                    square = found[image, :, top : top + block, left : left + block]
-                    expected = (lost / len(inside))[:, None, None].expand_as(square)
+                    loss = value(image, everything) - value(image, [i for i in everything if i not in inside])
+                    square = maps[image, :, top : top + block, left : left + block]
+                    expected = (loss / len(inside))[:, None, None].expand_as(square)
                     torch.testing.assert_close(square, expected, rtol=1e-4, atol=2e-5)
 
 
@@ -201,12 +203,13 @@ def test_decompositions_and_their_remainder_add_up(which: Any, layers: int, norm
         words = word_targets(sae, texts, n_texts=2, n_latents=6, positive=False)
         pixels, latents = random_pixels(tower, 4), some_latents(sae, 4, 20)
         with torch.inference_mode():
-            found = explain_latents(tower, sae, pixels, latents, DECOMPOSE, Options(layers=layers, norm=norm), words)
+            options = Options(layers=layers, norm=norm)
+            by_method = explain_latents(tower, sae, pixels, latents, DECOMPOSITIONS, options, words)
             embedding = tower.embed(pixels)
             z = Targets(sae, latents, words).values(embedding[:, None])[:, 0]
             pre = sae.pre_activations(embedding).gather(1, latents)
         torch.testing.assert_close(z[:, :20], pre, rtol=1e-4, atol=1e-4)
-        for maps in found.values():
+        for maps in by_method.values():
             assert completeness_error(maps, z).max() < 1e-5
             assert maps.relevance.sum(-1).std(0).mean() > 0.005
 
@@ -270,7 +273,7 @@ def test_several_methods_share_one_forward() -> None:
     forwards = []
     tower.register_forward_hook(lambda *_: forwards.append(1))
     with torch.inference_mode():
-        together = explain_latents(tower, sae, pixels, latents, METHODS)
+        together = explain_latents(tower, sae, pixels, latents, tuple(METHODS))
     assert len(forwards) == 1
     for name in METHODS:
         torch.testing.assert_close(
@@ -297,14 +300,14 @@ def test_heads_add_up_to_the_map(name: str) -> None:
 def test_methods_in_bfloat16_are_nearly_the_same() -> None:
     """As on a GPU. Occlusion takes differences of two forwards, which bfloat16 drowns: a tower stays in float32 for it."""
     latents, pixels = torch.arange(10).expand(4, -1), random_pixels(demo_tower(), 4)
-    found = []
+    by_dtype = []
     for dtype in (torch.float32, torch.bfloat16):
         tower, sae = demo_tower(), load_sae("demo")
         tower.run_in(dtype)
         with torch.inference_mode():
-            found.append(explain_latents(tower, sae, pixels, latents, METHODS))
-    for name in [name for name in METHODS if not RECORDS[name].needs_float32]:
-        exact, rounded = (maps[name].relevance for maps in found)
+            by_dtype.append(explain_latents(tower, sae, pixels, latents, tuple(METHODS)))
+    for name in [name for name, method in METHODS.items() if not method.needs_float32]:
+        exact, rounded = (maps[name].relevance for maps in by_dtype)
         assert rounded.dtype == torch.float32
         largest = exact.abs().amax(-1).clamp(min=1e-6)  # gradeclip has maps that are zero everywhere
         assert ((rounded - exact).abs().amax(-1) / largest).mean() < 0.04
@@ -331,17 +334,22 @@ def test_methods_in_bfloat16_are_nearly_the_same() -> None:
 )
 def test_targets_have_one_spelling(given: list[str], specs: list[str]) -> None:
     """Texts and concepts add to the kept latents, and what asks for the same makes the same fingerprint."""
-    wanted = parse_targets(given)
-    assert wanted.specs() == specs
-    assert parse_targets(specs) == wanted
-    assert wanted.kept == ("kept" in specs)
+    request = parse_targets(given)
+    assert request.specs() == specs
+    assert parse_targets(specs) == request
+    assert request.kept == ("kept" in specs)
 
 
 def test_what_is_asked_for_is_read_as_written() -> None:
     assert parse_methods("chefer, contrib,chefer") == ("chefer", "contrib")
-    wanted = parse_targets(["kept", "latents:3,17", "text: a red: square ", "concept:red", "latents:3"])
-    assert (wanted.kept, wanted.latents, wanted.texts, wanted.concepts) == (True, (3, 17), ("a red: square",), ("red",))
-    assert wanted.labels() == ["text: a red: square", "concept: red"]
+    request = parse_targets(["kept", "latents:3,17", "text: a red: square ", "concept:red", "latents:3"])
+    assert (request.kept, request.latents, request.texts, request.concepts) == (
+        True,
+        (3, 17),
+        ("a red: square",),
+        ("red",),
+    )
+    assert request.labels() == ["text: a red: square", "concept: red"]
     for wrong in ("contrib,lrp", "", "contrib,,chefer"):
         with pytest.raises(ValueError, match=r"method .*: must be"):
             parse_methods(wrong)
@@ -354,11 +362,11 @@ def test_what_is_asked_for_is_read_as_written() -> None:
         parse_targets(["no-kept", "text:x", "kept"])
     with pytest.raises(ValueError, match="targets no-kept leaves nothing to explain"):
         parse_targets(["no-kept"])
-    for options, said in (
+    for options, sentence in (
         ({"norm": "loose"}, "norm 'loose' is not one of auto, frozen, exact"),
         ({"layers": -1}, "layers -1"),
         ({"discard": 1.0}, "discard 1.0"),
         ({"block": 0}, "block 0"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=sentence):
             Options(**options).check()

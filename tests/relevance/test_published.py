@@ -1,7 +1,8 @@
-"""Methods that bear a published name are the published methods, with default options: for latents, texts and concepts.
+"""Methods with a published name are the published methods, with default options: for latents, texts and concepts.
 
-Each procedure is written here anew, in float64, as its public code goes about it: one image and one target at a time, whole
-matrices, and autograd through the whole model; README says where ours differs from that code on purpose. Weights are random.
+Each procedure is written here anew, in float64 and as its public code works: one image and one target at a time, whole
+matrices, and autograd through the whole model. docs/maps.md says where ours differs from that code on purpose. Weights are
+random.
 """
 
 import re
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, linear
 
-from saecore.methods import DEFAULT_OPTIONS, METHODS, RECORDS, Options
+from saecore.methods import DEFAULT_OPTIONS, METHODS, Options
 from saecore.relevance.explain import FUNCTIONS, explain_latents
 from saecore.relevance.targets import Targets, WordTargets, word_targets
 from saecore.sae.model import SAE, SAEConfig
@@ -24,7 +25,7 @@ from saecore.towers.tower import ImageTower
 from tests.helpers.towers import random_pixels, random_sae, random_siglip, random_tower
 
 Score = Callable[[Tensor], Tensor]
-"""An embedding (E,) -> what is explained, a number."""
+"""An embedding (E,) -> the value of a target."""
 
 CLIP: dict[str, Any] = {
     "image_size": 96,
@@ -38,19 +39,19 @@ SIGLIP = {**CLIP, "layers": 4, "activation": "gelu_pytorch_tanh"}
 
 
 class Layer(NamedTuple):
-    """Of one image; heads first, then tokens."""
+    """A layer's tensors for one image. The axis of heads comes first, then that of tokens."""
 
     A: Tensor
     q: Tensor
     k: Tensor
     v: Tensor
-    o: Tensor  # (N, D), what the heads give, side by side
+    o: Tensor  # (N, D): the outputs of the heads, side by side
     leaving: Tensor
     out: Any
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """(n, D), (N, D), (N, D) -> the attention (H, n, N), which can be differentiated by, and what the heads give (n, D)."""
+    """(n, D), (N, D), (N, D) -> the attention (H, n, N), as a variable of autograd, and the outputs of the heads (n, D)."""
     split = [x.unflatten(-1, (heads, -1)).transpose(0, 1) for x in (q, k, v)]
     A = torch.softmax(split[0] @ split[1].mT / split[0].shape[-1] ** 0.5, -1)
     A = A if A.requires_grad else A.requires_grad_()
@@ -58,15 +59,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]
 
 
 def layers_of(vision: Any, x: Tensor) -> list[Layer]:
-    found = []
+    layers = []
     for layer in vision.encoder.layers:
         own, normed = layer.self_attn, layer.layer_norm1(x)
         q, k, v = own.q_proj(normed), own.k_proj(normed), own.v_proj(normed)
         A, o = attend(q, k, v, vision.config.num_attention_heads)
         y = x + own.out_proj(o)
         x = y + layer.mlp(layer.layer_norm2(y))
-        found.append(Layer(A, q, k, v, o, x, own.out_proj))
-    return found
+        layers.append(Layer(A, q, k, v, o, x, own.out_proj))
+    return layers
 
 
 def chefer(layers: list[Layer], z: Tensor) -> Tensor:
@@ -82,8 +83,8 @@ def gradeclip(layers: list[Layer], z: Tensor, projected: bool) -> Tensor:
     g = gradient_of(z, last.o)[0]
     q, k = (linear(x, last.out.weight, last.out.bias) if projected else x for x in (last.q, last.k))
     cosine = cosine_similarity(q[:1], k[1:], dim=-1)
-    loose = (cosine - cosine.min()) / (cosine.max() - cosine.min())
-    return (g * last.v[1:] * loose[:, None]).sum(-1).relu()
+    weights = (cosine - cosine.min()) / (cosine.max() - cosine.min())
+    return (g * last.v[1:] * weights[:, None]).sum(-1).relu()
 
 
 def rollout(layers: list[Layer], z: Tensor) -> Tensor:
@@ -103,13 +104,13 @@ def gradient_of(z: Tensor, by: Tensor) -> Tensor:
 
 
 def legrad_clip(layers: list[Layer], score: Score, embed: Callable[[Tensor], Tensor]) -> Tensor:
-    """The last two layers; an embedding is made of each one's mean token."""
+    """Sums over the last two layers. Each has an embedding of its own, made of its mean token."""
     maps = [gradient_of(score(embed(layer.leaving.mean(0))), layer.A).clamp(min=0) for layer in layers[-2:]]
     return torch.stack(maps).sum(0).mean((0, 1))[1:]
 
 
 def legrad_siglip(vision: Any, layers: list[Layer], score: Score, blank: Score | None) -> Tensor:
-    """The last two layers, each pooled as it is, without the LayerNorm that comes before the pooling; then the correction."""
+    """The last two layers, each pooled without the LayerNorm that comes before the pooling, and then the correction."""
     head, heads = vision.head, vision.config.num_attention_heads
     total, lit = torch.zeros(2, len(layers[0].leaving), dtype=torch.float64)
     for layer in layers[-2:]:
@@ -126,7 +127,7 @@ def legrad_siglip(vision: Any, layers: list[Layer], score: Score, blank: Score |
     return total
 
 
-# ---- Targets, written anew too.
+# ---- Targets, also written anew.
 
 
 def cosine(text: Tensor) -> Score:
@@ -160,21 +161,21 @@ class Case(NamedTuple):
 
     def maps(self, method: str, **options: Any) -> Tensor:
         with torch.inference_mode():
-            found = explain_latents(
+            by_method = explain_latents(
                 self.tower, self.sae, self.pixels, self.latents, (method,), Options(**options), self.words
             )
-        return found[method].relevance
+        return by_method[method].relevance
 
     def embed(self, token: Tensor) -> Tensor:
         assert isinstance(self.tower, ClipTower)
         e: Tensor = self.vision.post_layernorm(token) @ self.tower.projection.weight.double().T
         return e
 
-    def assert_equal(self, found: Tensor, published: Callable[[list[Layer], Score], Tensor]) -> None:
-        """Within 1e-5 of the largest value that any image's map of the target has: one by gradeclip may be almost nothing."""
+    def assert_equal(self, maps: Tensor, published: Callable[[list[Layer], Score], Tensor]) -> None:
+        """Within 1e-5 of the largest value in all images' maps of the target, since a map by gradeclip may be almost zero."""
         for target, score in enumerate(self.scores):
             expected = torch.stack([published(layers, score) for layers in self.layers]).detach()
-            assert (found[:, target] - expected).abs().max() < 1e-5 * expected.abs().max(), target
+            assert (maps[:, target] - expected).abs().max() < 1e-5 * expected.abs().max(), target
 
 
 def case_of(model: Any, tower: ImageTower, normalise: str) -> Case:
@@ -208,7 +209,7 @@ def siglip(request: pytest.FixtureRequest) -> Case:
 
 
 def of_embedding(case: Case, published: Callable[..., Tensor], *more: Any) -> Callable[[list[Layer], Score], Tensor]:
-    """A procedure that begins at the embedding's own value."""
+    """A procedure whose gradient begins at the embedding."""
     return lambda layers, score: published(layers, score(case.embed(layers[-1].leaving[0])), *more)
 
 
@@ -247,7 +248,7 @@ def test_legrad_of_siglip(siglip: Case) -> None:
 
 @pytest.mark.parametrize("method", ["chefer", "legrad", "gradeclip", "rollout"])
 def test_frozen_norms_give_another_map(clip: Case, method: str) -> None:
-    """Else the test above would hold whatever the default norm is."""
+    """Otherwise the tests above would hold for any default norm."""
     own, exact, frozen = clip.maps(method), clip.maps(method, norm="exact"), clip.maps(method, norm="frozen")
     torch.testing.assert_close(own, exact, rtol=0, atol=0)
     assert ((frozen - own).abs().amax(-1) > 0.1 * own.amax(-1)).any(0).float().mean() > 0.5
@@ -256,7 +257,7 @@ def test_frozen_norms_give_another_map(clip: Case, method: str) -> None:
 LAYERS = {0: "all", 1: "last", 2: "last 2", None: "none"}
 
 
-def test_the_table_of_methods_in_the_docs_says_what_the_records_say() -> None:
+def test_the_table_of_methods_in_the_docs_says_what_the_code_says() -> None:
     lines = (Path(__file__).parent.parent.parent / "docs" / "maps.md").read_text().splitlines()
     start = next(at for at, line in enumerate(lines) if line.startswith("| `--method` |"))
     assert [cell.strip() for cell in lines[start].split("|")[3:8]] == [
@@ -273,15 +274,15 @@ def test_the_table_of_methods_in_the_docs_says_what_the_records_say() -> None:
         name, _, *cells = (cell.strip() for cell in line.split("|")[1:-1])
         table[re.findall(r"`(\w+)`", name)[0]] = cells
     assert list(table) == list(METHODS)
-    assert list(RECORDS) == list(FUNCTIONS)
+    assert list(METHODS) == list(FUNCTIONS)
     for name, (norm, layers, target, units, published) in table.items():
-        record = RECORDS[name]
-        assert (norm, layers, target) == (record.norm, LAYERS[record.layers], record.target), name
-        assert units == (record.units or "none"), name
-        assert published.startswith(record.published or "ours"), name
+        method = METHODS[name]
+        assert (norm, layers, target) == (method.norm, LAYERS[method.layers], method.target), name
+        assert units == (method.units or "none"), name
+        assert published.startswith(method.published or "ours"), name
 
 
-def test_norms_and_layers_are_the_records_unless_asked_otherwise() -> None:
+def test_norms_and_layers_are_the_methods_own_unless_asked_otherwise() -> None:
     norms = {name: DEFAULT_OPTIONS.norm_of(name) for name in METHODS}
     assert {name for name, norm in norms.items() if norm == "exact"} == {"chefer", "legrad", "gradeclip", "rollout"}
     assert {name for name, norm in norms.items() if norm == "frozen"} == {"contrib", "contrib_grad"}

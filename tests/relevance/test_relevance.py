@@ -97,8 +97,8 @@ def test_a_latent_has_one_map_however_many_are_asked_for() -> None:
     _, tower = random_tower()
     sae, pixels = random_sae(), random_pixels(tower, 3)
     many, _ = maps_of(tower, sae, pixels, torch.arange(64).expand(3, -1))
-    one, _ = maps_of(tower, sae, pixels, torch.full((3, 1), 41))
-    torch.testing.assert_close(one.relevance[:, 0], many.relevance[:, 41], rtol=1e-5, atol=1e-6)
+    alone, _ = maps_of(tower, sae, pixels, torch.full((3, 1), 41))
+    torch.testing.assert_close(alone.relevance[:, 0], many.relevance[:, 41], rtol=1e-5, atol=1e-6)
     single, _ = maps_of(tower, sae, pixels[1:2], torch.full((1, 1), 41))
     torch.testing.assert_close(single.relevance[0, 0], many.relevance[1, 41], rtol=1e-5, atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""The check of `contrib_grad`'s gradient: it agrees with autograd's; a wrong gradient, which adds up all the same, fails it."""
+"""The check of `contrib_grad`'s gradient agrees with autograd, and a wrong gradient fails it though its terms add up."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ from tests.helpers.towers import SHAPES, SIGLIP_SHAPES, random_pixels, random_sa
 
 
 def errors(tower: ImageTower, sae: SAE, **options: Any) -> tuple[float, float]:
-    """The worst error of the sum alone, and of the check of the gradient."""
+    """The worst error of the sum, and the worst error that the check of the gradient sees."""
     pixels, latents = random_pixels(tower, 3), torch.arange(20).expand(3, -1)
     with torch.inference_mode():
         maps = explain_latents(tower, sae, pixels, latents, ("contrib_grad",), Options(**options))["contrib_grad"]
@@ -49,12 +49,14 @@ def test_the_derivative_is_that_of_autograd() -> None:
     D = replayed(tower, sae, pixels, latents, exact=True)
     with torch.inference_mode():
         _, trace = tower(pixels, keys=True)
-        direction = tower.pull_back(sae.read_outs(latents)[0], trace.cls_final, exact=True).direction
-        found = tangent.derivative(tower, trace, direction, len(D))
+        direction = tower.pull_back(sae.read_outs(latents)[0], trace.query_final, exact=True).direction
+        derivative = tangent.derivative(tower, trace, direction, len(D))
     s = tangent.signs(len(D), tower.n_heads, trace.values[0].shape[1])
     assert s.unique().tolist() == [-1, 1]
-    expected = sum((A[:, None] * G * some).sum((2, 3)) for A, G, some in zip(trace.cls_attention, D, s, strict=True))
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    expected = sum(
+        (A[:, None] * G * signs).sum((2, 3)) for A, G, signs in zip(trace.query_attention, D, s, strict=True)
+    )
+    torch.testing.assert_close(derivative.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def forgets_the_activation(right: Callable[..., Any]) -> Callable[..., Any]:

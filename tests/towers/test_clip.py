@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from saecore.hub import DEMO_CLIP
 from saecore.images.decode import decode_image
 from saecore.relevance.explain import explain_latents
-from saecore.towers.clip import DEMO, load_tower
+from saecore.towers.loading import load_tower
 from tests.helpers.photographs import photographs
 from tests.helpers.towers import SHAPES, random_pixels, random_sae, random_tower
 
@@ -28,7 +29,7 @@ def test_embedding_equals_transformers(shape: dict[str, Any]) -> None:
 
 def test_embedding_equals_transformers_on_the_embedded_model() -> None:
     tower = load_tower("demo")
-    model = CLIPVisionModelWithProjection.from_pretrained(DEMO).eval()
+    model = CLIPVisionModelWithProjection.from_pretrained(DEMO_CLIP).eval()
     pixels = random_pixels(tower, 5)
     with torch.inference_mode():
         expected = model(tower.normalise(pixels)).image_embeds
@@ -39,8 +40,8 @@ def test_photographs_embed_as_with_the_models_own_image_processor() -> None:
     """Bytes to embedding by both ways, on the photographs of scikit-image and scikit-learn: cosine and pixels."""
     from transformers import CLIPImageProcessorPil
 
-    tower, processor = load_tower("demo"), CLIPImageProcessorPil.from_pretrained(DEMO)
-    model = CLIPVisionModelWithProjection.from_pretrained(DEMO).eval()
+    tower, processor = load_tower("demo"), CLIPImageProcessorPil.from_pretrained(DEMO_CLIP)
+    model = CLIPVisionModelWithProjection.from_pretrained(DEMO_CLIP).eval()
     for name, pixels in photographs().items():
         sink = io.BytesIO()
         Image.fromarray(pixels).save(sink, "JPEG", quality=90)
@@ -62,9 +63,9 @@ def test_trace_is_what_transformers_computes(shape: dict[str, Any]) -> None:
         theirs = model(tower.normalise(pixels), output_attentions=True, output_hidden_states=True)
         _, trace = tower(pixels)
     for layer, attention in enumerate(theirs.attentions):
-        torch.testing.assert_close(trace.cls_attention[layer], attention[:, :, 0], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(trace.cls_before[layer], theirs.hidden_states[layer][:, 0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(trace.cls_final, theirs.hidden_states[-1][:, 0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(trace.query_attention[layer], attention[:, :, 0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(trace.query_before[layer], theirs.hidden_states[layer][:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(trace.query_final, theirs.hidden_states[-1][:, 0], rtol=1e-5, atol=1e-5)
 
 
 def test_layers_in_bfloat16_give_nearly_the_same() -> None:
@@ -113,7 +114,7 @@ def test_a_checkpoint_without_its_projection_is_refused(tmp_path: object) -> Non
         hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8
     )
     CLIPVisionModel(config).save_pretrained(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text((DEMO / "preprocessor_config.json").read_text())  # type: ignore[operator]
+    (tmp_path / "preprocessor_config.json").write_text((DEMO_CLIP / "preprocessor_config.json").read_text())  # type: ignore[operator]
     with pytest.raises(ValueError, match="visual_projection"):
         load_tower(str(tmp_path))
 

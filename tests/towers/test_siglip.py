@@ -27,18 +27,20 @@ from transformers import (
 
 from jobs import embed, explain
 from saecore.demo import drawing, scenes
-from saecore.methods import DECOMPOSE, METHODS, Options
+from saecore.methods import METHODS, Options
 from saecore.relevance.explain import check_fits, explain_latents
 from saecore.relevance.maps import completeness_error
 from saecore.relevance.targets import Targets, WordTargets, word_targets
 from saecore.runs.files import open_dataset
 from saecore.sae.model import SAE
-from saecore.towers.clip import load_tower
+from saecore.towers.loading import load_text_tower, load_tower
 from saecore.towers.siglip import SiglipTower
-from saecore.towers.text import TextTower, embed_texts, load_text_tower
+from saecore.towers.text import TextTower, embed_texts
 from tests.helpers.derivations import Layer, assert_close, fused, ours, plain_layers, read, some_latents
 from tests.helpers.mistakes import mistake
 from tests.helpers.towers import SIGLIP_SHAPES, fill, random_pixels, random_sae, random_siglip
+
+DECOMPOSITIONS = [name for name, method in METHODS.items() if method.decomposes]
 
 
 class Pooled(NamedTuple):
@@ -108,7 +110,7 @@ def test_embedding_equals_transformers(case: Case) -> None:
     torch.testing.assert_close(embedding, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(case.tower.embed(case.pixels), expected, rtol=1e-5, atol=1e-5)
     assert_close(embedding, case.pool.e.detach())
-    assert_close(trace.cls_attention[0], case.pool.A.detach())
+    assert_close(trace.query_attention[0], case.pool.A.detach())
     assert case.tower.grid[0] * case.tower.grid[1] == trace.values[0].shape[1]
 
 
@@ -194,7 +196,9 @@ def test_decompositions_and_their_remainder_add_up(case: Case, norm: str) -> Non
         sae.load_state_dict(case.sae.state_dict())
         words = word_targets(sae, texts, n_texts=2, n_latents=6, positive=False)
         with torch.inference_mode():
-            found = explain_latents(case.tower, sae, case.pixels, case.latents, DECOMPOSE, Options(norm=norm), words)
+            found = explain_latents(
+                case.tower, sae, case.pixels, case.latents, DECOMPOSITIONS, Options(norm=norm), words
+            )
             z = Targets(sae, case.latents, words).values(case.tower.embed(case.pixels)[:, None])[:, 0]
         for maps in found.values():
             assert completeness_error(maps, z).max() < 1e-5
@@ -223,10 +227,10 @@ def test_layers_in_bfloat16_give_nearly_the_same() -> None:
         embedding = tower.embed(pixels)
         assert embedding.dtype == torch.float32
         assert torch.cosine_similarity(embedding, exact).min() > 0.999
-        found = explain_latents(tower, sae, pixels, latents, METHODS, words=blank(sae))
+        found = explain_latents(tower, sae, pixels, latents, tuple(METHODS), words=blank(sae))
         pre = sae.pre_activations(embedding).gather(1, latents)
     assert {maps.relevance.dtype for maps in found.values()} == {torch.float32}
-    for maps in (found[name] for name in DECOMPOSE):
+    for maps in (found[name] for name in DECOMPOSITIONS):
         error = (maps.relevance.sum(-1) + maps.remainder - pre).abs()
         assert (error / (maps.relevance.abs().sum(-1) + maps.remainder.abs())).max() < 0.03
 

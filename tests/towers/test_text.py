@@ -7,8 +7,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, CLIPModel
 
-from saecore.towers.clip import DEMO
-from saecore.towers.text import TextTower, embed_texts, embed_words, load_text_tower, read_vocabulary
+from saecore.hub import DEMO_CLIP
+from saecore.naming.vocabulary import read_vocabulary
+from saecore.towers.loading import load_text_tower
+from saecore.towers.text import TextTower, embed_texts, embed_words
 
 TEXTS = ["red", "a red circle", "blue square and a green star", "red " * 60]
 
@@ -19,7 +21,7 @@ def tower() -> TextTower:
 
 
 def test_embeddings_equal_transformers(tower: TextTower) -> None:
-    model, tokenizer = CLIPModel.from_pretrained(DEMO).eval(), AutoTokenizer.from_pretrained(DEMO)
+    model, tokenizer = CLIPModel.from_pretrained(DEMO_CLIP).eval(), AutoTokenizer.from_pretrained(DEMO_CLIP)
     tokens = tokenizer(TEXTS, padding=True, truncation=True, return_tensors="pt")
     with torch.inference_mode():
         expected = model.get_text_features(tokens["input_ids"], attention_mask=tokens["attention_mask"])
@@ -72,7 +74,7 @@ def test_a_bad_vocabulary_is_one_sentence(content: bytes | None, complaint: str,
 def test_what_is_no_clip_with_a_text_side_is_refused(tmp_path: Path) -> None:
     from transformers import CLIPTextConfig, CLIPTextModel, ViTConfig
 
-    with pytest.raises(ValueError, match="--clip no/such-model") as caught:
+    with pytest.raises(ValueError, match=r"^no/such-model") as caught:
         load_text_tower("no/such-model")
     assert "\n" not in str(caught.value)
     ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path / "vit")
@@ -86,6 +88,6 @@ def test_what_is_no_clip_with_a_text_side_is_refused(tmp_path: Path) -> None:
         load_text_tower(str(bare))
     assert "\n" not in str(caught.value)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (bare / name).write_text((DEMO / name).read_text())
+        (bare / name).write_text((DEMO_CLIP / name).read_text())
     with pytest.raises(ValueError, match="text_projection"):
         load_text_tower(str(bare))
