@@ -1,6 +1,9 @@
 # `make demo` and `make test` need nothing but Python 3.10 or later and a package index.
 PYTHON ?= python3
 BIN := .venv/bin
+# Test files run side by side, each whole in one process: they share what is made once for a file. One thread of PyTorch each.
+PROCESSES ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
 
 .PHONY: demo test quick check check-oldest format bench clean
 
@@ -8,11 +11,11 @@ demo: .venv/.installed
 	$(BIN)/relmap run --demo --out runs/demo
 
 test: check
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # Without Ray, without a browser and without what is slow: the tests to run while one works.
 quick: .venv/.test
-	$(BIN)/python -m pytest -q -m "not slow and not ray and not browser"
+	$(PYTEST) -q -m "not slow and not ray and not browser"
 
 # Are the lower bounds of pyproject.toml true? `OLDEST=torch==2.13.0+cpu` takes another version of one package.
 check-oldest:
