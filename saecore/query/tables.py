@@ -6,6 +6,7 @@ are read from the files that hold them and from no others.
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -98,6 +99,8 @@ class Tables:
         for name, dataset in self.datasets.items():
             database.register(name, dataset)
         database.register("latents", self.latents)
+        # Threads of DuckDB that let go of Arrow's objects while Python ends abort the process: close it before, at exit too.
+        weakref.finalize(self, database.close)
         return database
 
     def sql(self, query: str, parameters: Sequence[Any] = (), **more: pa.Table | pyarrow.dataset.Dataset) -> pa.Table:
