@@ -217,9 +217,10 @@ def configure(arguments: Arguments, loaded: Loaded) -> ExplainConfig:
     from saecore.relevance.explain import check_fits
 
     sae, methods, targets = loaded.sae.config, parse_methods(arguments.method), parse_targets(arguments.targets)
-    most = sae.k if sae.architecture == "topk" else sae.n_latents
-    if arguments.k > most:
-        raise ValueError(f"--k {arguments.k}: this SAE lets {most} latents fire, so at most that many can be kept")
+    if arguments.k > sae.most_firing:
+        raise ValueError(
+            f"--k {arguments.k}: this SAE lets {sae.most_firing} latents fire, so at most that many can be kept"
+        )
     with commands.given_fields(arguments, arguments.options):
         check_latents(targets, loaded.sae)
         check_fits(loaded.tower, methods, arguments.options)
@@ -227,7 +228,7 @@ def configure(arguments: Arguments, loaded: Loaded) -> ExplainConfig:
         clip=loaded.clip_address,
         sae=loaded.sae_address,
         site=arguments.site,
-        k=arguments.k or min(DEFAULT_K, most),
+        k=arguments.k or min(DEFAULT_K, sae.most_firing),
         batch_size=arguments.batch_size,
         methods=methods,
         targets=targets,

@@ -55,12 +55,12 @@ def hints(run: Results) -> dict[str, str]:
     """
     place = split_settings(run.uri)[0]
     lines = {EXPLORER: commands.called("report", "--run", place, "--serve")}
-    for one in holdings(run):
-        if one.missing and one.what in JOBS:
-            lines[one.what] = commands.called(JOBS[one.what], "--run", place)
-        elif one.missing and run.record.command:
-            values = [",".join(one.complete)] if one.what == "Methods" else one.complete
-            lines[one.what] = _again(run.record.command, SETTINGS[one.what], *values)
+    for holding in holdings(run):
+        if holding.missing and holding.what in JOBS:
+            lines[holding.what] = commands.called(JOBS[holding.what], "--run", place)
+        elif holding.missing and run.record.command:
+            values = [",".join(holding.complete)] if holding.what == "Methods" else holding.complete
+            lines[holding.what] = _again(run.record.command, SETTINGS[holding.what], *values)
     return lines
 
 

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from saecore import schema
 from saecore.images.changes import since
-from saecore.images.chunks import plan_chunks
+from saecore.images.chunks import count_images, plan_chunks
 from saecore.images.effort import MAX_PIXELS
 from saecore.images.listing import list_shards
 from saecore.pipeline.clock import Clock
@@ -164,13 +163,8 @@ def few(inputs: Inputs) -> int:
     """
     if inputs.bytes > SMALL_BYTES and not 0 < inputs.arguments.limit <= SMALL_AT_ANY_SIZE:
         return 0
-    n_images = count(inputs.plan)
+    n_images = count_images(inputs.plan)
     return n_images if n_images <= SMALL_IMAGES else 0
-
-
-def count(plan: pa.Table) -> int:
-    """The images of some chunks."""
-    return int(pc.sum(pc.subtract(plan["end"], plan["start"])).as_py() or 0)
 
 
 def fingerprint_parts(inputs: Inputs, config: EmbedConfig, models: ModelDigests) -> dict[str, Any]:
@@ -305,7 +299,7 @@ def complete(job: Job, arguments: Arguments, clock: Clock, watch: Callable[[Fit]
         job.run.finish(0, 0.0)  # stopped between the last chunk and the end
         return True
     watch(fit)
-    total, left = count(job.run.plan()), count(pending)
+    total, left = count_images(job.run.plan()), count_images(pending)
     if left < total:
         print(f"resuming: {total - left:,} of {total:,} images are done")
     if job.pool.why:

@@ -6,6 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from saecore.images.chunks import count_images
 from saecore.runs import durations, latents
 from saecore.runs.record import Record, Unread
 from saecore.runs.refusals import Refusal
@@ -69,7 +70,7 @@ def _count(number: int, what: str) -> str:
 
 def outline(plan: pa.Table, verb: str, out: str, how: Sequence[str]) -> str:
     """What a plan holds and what would be done with it: the answer to --dry-run."""
-    n_images = int(pc.sum(pc.subtract(plan["end"], plan["start"])).as_py() or 0)
+    n_images = count_images(plan)
     n_shards = len(pc.unique(plan["shard_id"]))
     damaged = plan.num_rows - plan["damage"].null_count
     held = f"{n_images:,} images of {n_shards:,} shards in {plan.num_rows:,} chunks"
@@ -177,7 +178,7 @@ def measuring_summary(report: Mapping[str, Any]) -> str:
 
 
 def naming_summary(table: pa.Table, made_by: Mapping[str, Any], run: str, out: str, shown: int = 10) -> str:
-    """What jobs.name found, as a person reads it: counts, the valid names of the widest margin,"""
+    """What jobs.name found, as a person reads it: counts, and the valid names with the widest margin."""
     valid = table.filter(pc.equal(table["valid"], True)).sort_by([("margin", "descending")])
     by_data = pc.sum(table["by_data"]).as_py()
     how = [f"{table.num_rows - table['name'].null_count - by_data:,} by {'decoder' if by_data else made_by['by']}"]

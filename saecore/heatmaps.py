@@ -3,21 +3,27 @@
     stored = round(relevance / scale)        scale = max |relevance| / 127        relevance ~ stored * scale
 
 A stored value is at most half a scale away from what was computed, 0.4 % of the strongest patch. Sums and errors of
-completeness are taken before this rounding. NumPy only, so that workers, questions and pages need no PyTorch.
+completeness are taken before this rounding. Maps are rounded on the device that computed them, so that a quarter of the bytes
+leaves it; to restore them takes NumPy only, since questions and pages know no PyTorch.
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STEPS = 127
 """Steps from 0 to the strongest patch. -128 is never used."""
 
 
-def encode(relevance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def encode(relevance: "Tensor") -> "tuple[Tensor, Tensor]":
     """Maps, float32 (..., P) -> int8 (..., P), and their scales, float32 (...). A map of zeros has scale 0."""
-    scale = np.abs(relevance).max(-1) / np.float32(STEPS)
+    scale = relevance.abs().amax(-1) / STEPS
     # Avoids a division by zero: where the scale is 0, all values are 0.
-    divisor = np.maximum(scale, np.finfo(np.float32).tiny)[..., None]
-    return np.round(relevance / divisor).astype(np.int8), scale
+    divisor = scale.clamp(min=float(np.finfo(np.float32).tiny))[..., None]
+    return (relevance / divisor).round().char(), scale
 
 
 def decode(stored: bytes | np.ndarray, scale: float | np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -143,7 +143,7 @@ def explain_image(
     check_fits(tower, (name,), options)
     check_latents(request, sae)
     device = sae.encoder.device
-    k = min(k, sae.config.k if sae.config.architecture == "topk" else sae.config.n_latents)
+    k = min(k, sae.config.most_firing)
     config = ExplainConfig(clip=clip, sae="", k=k, methods=(name,), targets=request, options=options)
     words = load_word_targets(config, tower, sae) or no_word_targets(sae)
     data = _bytes_of(image)

@@ -236,9 +236,8 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
             temporary.replace(target)
     finally:
-        with suppress(
-            OSError
-        ):  # after a write that failed, closing tries it again; after one that did not, all is synced
+        # After a write that failed, closing tries it again; after one that did not, all is synced.
+        with suppress(OSError):
             file.close()
         temporary.unlink(missing_ok=True)  # still there only if something above failed
     folder = os.open(target.parent, os.O_RDONLY)

@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs
 
 from saecore import numbering, schema
@@ -74,6 +75,11 @@ def plan_chunks(
             if remaining == 0:
                 break
     return pa.concat_tables(tables).combine_chunks().replace_schema_metadata({_EMPTY: json.dumps(empty)})
+
+
+def count_images(plan: pa.Table) -> int:
+    """The images of some chunks: all rows of a plan, or a part of them."""
+    return int(pc.sum(pc.subtract(plan["end"], plan["start"])).as_py() or 0)
 
 
 def empty_shards(plan: pa.Table) -> list[str]:

@@ -123,6 +123,7 @@ class Inference(_OnDevice[Inferred]):
         by_method = explain_forward(self.methods, self.tower, pixels, embedding, trace, targets, self.options)
         values = targets.values(embedding[:, None])[:, 0]
         maps = list(by_method.values())
+        stored, scale = heatmaps.encode(torch.stack([m.relevance for m in maps], 1))
         columns = {
             "embedding": embedding,
             **self._reconstruction(embedding, code),
@@ -132,13 +133,13 @@ class Inference(_OnDevice[Inferred]):
             "activation": code.activations[:, : self.k],
             "pre_activation": code.pre_activations[:, : self.k],
             "target_latent": targets.latents.int(),
+            "map": stored,
+            "scale": scale,
             "map_pre_activation": values,
             "remainder": torch.stack([m.remainder for m in maps], 1),
             "sink_share": torch.stack([sink_share(m, trace.sinks) for m in maps], 1),
         }
-        stored, scale = heatmaps.encode(torch.stack([m.relevance for m in maps], 1).cpu().numpy())
-        arrays = {name: tensor.cpu().numpy() for name, tensor in columns.items()}
-        return Inferred(map=stored, scale=scale, **arrays)
+        return Inferred(**{name: tensor.cpu().numpy() for name, tensor in columns.items()})
 
     def _reconstruction(self, embedding: torch.Tensor, code: Code) -> dict[str, torch.Tensor]:
         """How many latents fire, and how well the SAE reconstructs the embedding from them."""

@@ -103,6 +103,11 @@ class SAEConfig:
         return sites.parse(self.site).first == "l2"
 
     @property
+    def most_firing(self) -> int:
+        """How many latents can fire for one image, so that at most as many can be kept."""
+        return self.k if self.architecture == "topk" else self.n_latents
+
+    @property
     def trained_on(self) -> Model:
         """The model that it was trained on, as far as it is known."""
         return Model(self.model, self.model_sha256)

@@ -424,7 +424,8 @@ def test_parquet_columns_of_every_binary_kind(tmp_path: Path, form: str) -> None
     try:
         pq.write_table(pa.table({"picture": values, "label": range(len(data))}), path, row_group_size=rows)
     except pa.ArrowNotImplementedError:
-        pytest.skip("this pyarrow does not write such columns")
+        assert int(pa.__version__.split(".")[0]) < 26
+        pytest.skip("this old pyarrow does not write such columns")
     if form == "fixed":
         with pytest.raises(ValueError, match="no column of it holds encoded images"):
             plan_of(path)

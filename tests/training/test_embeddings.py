@@ -63,7 +63,8 @@ def test_parquet_with_nulls_for_images_that_were_refused(tmp_path: Path, kind: p
         try:
             pq.write_table(table(some, kind), tmp_path / f"{name}.parquet", row_group_size=100)
         except pa.ArrowNotImplementedError:
-            pytest.skip("this pyarrow writes no such lists with nulls")
+            assert int(pa.__version__.split(".")[0]) < 26
+            pytest.skip("this old pyarrow writes no such lists with nulls")
     source = open_embeddings(str(tmp_path))
     assert source.width == WIDTH
     assert len(source.block_rows) > 2
