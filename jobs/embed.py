@@ -38,7 +38,7 @@ from saecore.schema import TEXTS_FILE
 from saecore.storage import Place, exists, join_uri, read_parquet, write_atomic
 from saecore.training import memmaps
 
-from . import cluster, commands, console, pipeline
+from . import cluster, collection, commands, console, pipeline
 from .summaries import outline, refused_images, run_summary
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments(pipeline.Arguments):
+class Arguments(collection.Arguments):
     """Embed images, or the words of a vocabulary, with CLIP.
 
     Needs --images or --text, --clip and --out.
@@ -64,7 +64,7 @@ class Arguments(pipeline.Arguments):
     """Write no memory map, only Parquet."""
 
     def check(self) -> None:
-        """See `pipeline.Arguments.check`."""
+        """See `collection.Arguments.check`."""
         if bool(self.images) == bool(self.text):
             raise ValueError("give either --images or --text")
         if not self.clip:
@@ -117,21 +117,21 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
     """Resolve the arguments to a job, or print what it would be for --dry-run; ValueError for what the user can mend."""
     from saecore.towers.loading import load_tower
 
-    pipeline.check_outside(arguments)
-    clip = pipeline.address(arguments.clip)
+    collection.check_outside(arguments)
+    clip = collection.address(arguments.clip)
     with commands.given("--clip"):
         tower = load_tower(clip)
-    inputs = pipeline.Inputs(arguments, arguments.images)
-    pool = pipeline.make_pool(arguments, inputs)
+    inputs = collection.Inputs(arguments, arguments.images)
+    pool = collection.make_pool(arguments, inputs)
     config = EmbedConfig(clip=clip, batch_size=arguments.batch_size, device=pool.device, threads=pool.threads)
-    parts = {"kind": "embed"} | pipeline.fingerprint_parts(inputs, config, ModelDigests(tower.sha256()[:16]))
+    parts = {"kind": "embed"} | collection.fingerprint_parts(inputs, config, ModelDigests(tower.sha256()[:16]))
     tags = {"clip": clip, "clip_sha256": parts["clip"]}
     if arguments.dry_run:
         how = [f"with CLIP {clip}, {tower.n_outputs} numbers per image"]
         print(outline(inputs.plan, "embed", arguments.out, how))
         return None
-    made_by = pipeline.made_by("embed", argv, config, inputs, pool) | {"n_outputs": tower.n_outputs}
-    run = pipeline.begin_run(inputs, parts, made_by)
+    made_by = collection.made_by("embed", argv, config, inputs, pool) | {"n_outputs": tower.n_outputs}
+    run = collection.begin_run(inputs, parts, made_by)
     decode = Decode(tower.preprocess, arguments.max_pixels)
     return pipeline.Job(run, decode, functools.partial(Embed, config), tags, pool)
 
@@ -144,7 +144,7 @@ def embed_vocabulary(arguments: Arguments) -> int:
         with commands.given("--text"):
             vocabulary = read_vocabulary(arguments.text)
         words = vocabulary.words[: arguments.limit or None]
-        clip = pipeline.address(arguments.clip)
+        clip = collection.address(arguments.clip)
         with commands.given("--clip"):
             tower = load_text_tower(clip)
         device = cluster.here(arguments.gpus_per_replica).device

@@ -35,7 +35,7 @@ from saecore.runs.refusals import refusals
 from saecore.spellings import Model, telling
 from saecore.storage import writing
 
-from . import commands, console, pipeline
+from . import collection, commands, console, pipeline
 from .hints import after_explain
 from .summaries import outline, refused_images, run_summary
 
@@ -52,7 +52,7 @@ DEMO_SCENES, DEMO_SHARDS = 512, 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments(pipeline.Arguments):
+class Arguments(collection.Arguments):
     """Images to latents and relevance maps.
 
     Needs --images, --clip and --sae, or --demo in place of these three; and --out.
@@ -89,7 +89,7 @@ class Arguments(pipeline.Arguments):
     """Explain 512 drawn scenes with the embedded CLIP and SAE, and write their embeddings."""
 
     def check(self) -> None:
-        """See `pipeline.Arguments.check`."""
+        """See `collection.Arguments.check`."""
         if not self.demo and not (self.images and self.clip and self.sae):
             raise ValueError("give --images, --clip and --sae, or --demo for all three")
         commands.at_least(self, k=0, concept_latents=1)
@@ -156,25 +156,27 @@ def advice(fit: Fit, record: Record) -> str:
 
 def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
     """A job from its arguments, or None after --dry-run has said what it would be; ValueError for what the user can mend."""
-    pipeline.check_outside(arguments)
+    collection.check_outside(arguments)
     images = arguments.images or demo_images(arguments.out)
     loaded = load(arguments)
     config = configure(arguments, loaded)
-    inputs = pipeline.Inputs(arguments, images)
-    pool = pipeline.make_pool(arguments, inputs)  # it may start Ray, so all that can be wrong with the models is known
+    inputs = collection.Inputs(arguments, images)
+    pool = collection.make_pool(
+        arguments, inputs
+    )  # it may start Ray, so all that can be wrong with the models is known
     config = dataclasses.replace(config, device=pool.device, threads=pool.threads)
     if loaded.remark:
         print(loaded.remark)
     if arguments.dry_run:
         print(outline(inputs.plan, "explain", arguments.out, in_words(config, loaded)))
         return None
-    parts = pipeline.fingerprint_parts(inputs, config, loaded.digests)
-    made_by = pipeline.made_by("explain", argv, config, inputs, pool) | {
+    parts = collection.fingerprint_parts(inputs, config, loaded.digests)
+    made_by = collection.made_by("explain", argv, config, inputs, pool) | {
         "grid": list(loaded.tower.grid),
         "n_latents": loaded.sae.config.n_latents,
         "sae": loaded.sae.describe(),
     }
-    run = pipeline.begin_run(inputs, parts, made_by)
+    run = collection.begin_run(inputs, parts, made_by)
     decode = Decode(loaded.tower.preprocess, arguments.max_pixels)
     return pipeline.Job(run, decode, functools.partial(Explain, config), tags(config, loaded), pool)
 
@@ -196,7 +198,7 @@ def load(arguments: Arguments) -> Loaded:
     from saecore.sae.checkpoints import load_embedding_sae
     from saecore.towers.loading import load_tower
 
-    clip, address = pipeline.address(arguments.clip or "demo"), pipeline.address(arguments.sae or "demo")
+    clip, address = collection.address(arguments.clip or "demo"), collection.address(arguments.sae or "demo")
     with commands.given("--sae"):
         sae = load_embedding_sae(address, arguments.site)
     with commands.given("--clip"):

@@ -1,217 +1,39 @@
-"""What jobs over images share: arguments, inputs and pool, and the flow of a run on Ray Data or in this process.
+"""The flow of a run over images, on Ray Data or in this process.
 
 One row of Ray Data for each chunk of images; a job brings the stage that its replicas hold:
 
     plan -> decode_chunk (CPU tasks) -> Replica (actors) -> write_chunk (CPU tasks) -> progress
 
-From the top: arguments; a job from its arguments (inputs, pool, fingerprint, run); the flow; the work from the first pending
-chunk to the last. Left out: what the three steps do (`saecore.pipeline.steps`), what a stage computes
-(`saecore.pipeline.stages`), and what a job does before and after (`jobs.explain`, `jobs.embed`).
+From the top: the flow; the work from the first pending chunk to the last. Left out: what the three steps do
+(`saecore.pipeline.steps`), what a stage computes (`saecore.pipeline.stages`), and how a run begins (`jobs.collection`).
 """
 
 import contextlib
 import dataclasses
 import functools
 import math
-import time
-from collections.abc import Callable, Generator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from saecore import schema
-from saecore.images.changes import since
-from saecore.images.chunks import count_images, plan_chunks
-from saecore.images.effort import MAX_PIXELS
-from saecore.images.listing import list_shards
+from saecore.images.chunks import count_images
 from saecore.pipeline.clock import Clock
-from saecore.pipeline.config import EmbedConfig, ModelDigests, Part, changes_results, keeps_results, parts_of
 from saecore.pipeline.isolation import Suspects
 from saecore.pipeline.stages import Decode
 from saecore.pipeline.steps import Replica, decode_chunk, write_chunk
 from saecore.runs.fit import Fit
 from saecore.runs.record import Record, write_record
-from saecore.runs.run import Run, check_place, fit_of, listing_hash, open_run, run_at
-from saecore.storage import resolved
+from saecore.runs.run import Run, fit_of
 
-from . import cluster, commands, console, origin
+from . import cluster, commands, console
+from .collection import Arguments
 
 MAX_BLOCKS = 10_000
 """Blocks of the pipeline's input: one per chunk up to here, then several chunks each, since Ray's driver tracks every block."""
 
 DECODE_MEMORY = 512 << 20
 """Bytes of memory asked for to decode a chunk: 64 MiB encoded, 77 MB of pixels for 512 images at 224, in two copies."""
-
-SMALL_IMAGES, SMALL_BYTES, SMALL_AT_ANY_SIZE = 2000, 250 << 20, 100
-"""What one process does in the time that Ray takes to start, 10 s: of the demo's scenes 200 a second on the least of two cores,
-of larger JPEGs 25 MB a second, of 12 megapixels 6 to 10 a second. With --limit, the bytes are those of whole shards."""
-
-_IN_CONFIG = keeps_results("the stage's configuration holds it")
-_IN_INPUTS = keeps_results("the part `inputs` holds the listing")
-_ONLY_WHERE = keeps_results("it says where the work is done; the device is in the stage's configuration")
-
-
-@dataclasses.dataclass(frozen=True)
-class Arguments:
-    """What every job over images is told."""
-
-    out: str = dataclasses.field(metadata=keeps_results("a run may be moved"))
-    """Folder of the run: a path, or an s3:// or gs:// address. The same command again resumes the run."""
-    images: tuple[str, ...] = dataclasses.field(default=(), metadata=_IN_INPUTS)
-    """Tar shards, folders, Parquet files or single images: paths, globs, s3:// or gs:// addresses."""
-    clip: str = dataclasses.field(default="", metadata=_IN_CONFIG)
-    """CLIP or SigLIP: a Hugging Face id, a folder in transformers format, or `demo`."""
-    batch_size: int = dataclasses.field(default=64, metadata=_IN_CONFIG)
-    """Images per forward of a replica. It changes speed and memory, not results."""
-    chunk_size: int = dataclasses.field(default=512, metadata=changes_results(Part("chunk-size")))
-    """Images per chunk, the unit of work, of retry and of commitment."""
-    replicas: int = dataclasses.field(default=0, metadata=_ONLY_WHERE)
-    """Actors that hold the models. 0 is as many as the GPUs carry, or one if there is no GPU."""
-    gpus_per_replica: float = dataclasses.field(default=-1.0, metadata=_ONLY_WHERE)
-    """GPUs of each replica; a fraction is allowed. -1 is one GPU if there are GPUs, else none."""
-    limit: int = dataclasses.field(default=0, metadata=changes_results(Part("limit")))
-    """Take only the first images of the plan, so many. 0 takes all."""
-    image_column: str = dataclasses.field(
-        default="", metadata=keeps_results("the plan holds it from the first start on")
-    )
-    """The Parquet column that holds the images, if the program cannot guess it."""
-    max_pixels: int = dataclasses.field(default=MAX_PIXELS, metadata=changes_results(Part("max-pixels")))
-    """An image with more pixels is refused before it is decoded."""
-    local: bool = dataclasses.field(default=False, metadata=_ONLY_WHERE)
-    """Run in this process, without Ray. A small collection does so by itself."""
-    ray: bool = dataclasses.field(default=False, metadata=_ONLY_WHERE)
-    """Run on Ray. A large collection does so by itself."""
-    dry_run: bool = dataclasses.field(default=False, metadata=keeps_results("it writes nothing"))
-    """Say what the command would do, and do nothing."""
-
-    def check(self) -> None:
-        """ValueError for what contradicts itself. Not at construction: tyro would draw a box around the sentence."""
-        if self.local and self.ray:
-            raise ValueError("--local is without Ray: give either --local or --ray")
-        if self.local and self.replicas > 1:
-            raise ValueError(f"--replicas {self.replicas} needs Ray: omit --local")
-        commands.at_least(self, batch_size=1, chunk_size=1, replicas=0, limit=0, max_pixels=1)
-        if self.max_pixels > MAX_PIXELS:
-            raise ValueError(
-                f"--max-pixels {self.max_pixels}: at most {MAX_PIXELS}, since Pillow decodes nothing larger"
-            )
-
-
-# ---- A job from its arguments.
-
-
-def check_outside(arguments: Arguments) -> None:
-    """ValueError for an --out that takes no run, or a cluster that does not answer: before anything is loaded."""
-    if not arguments.dry_run:
-        with commands.given("--out"):
-            check_place(resolved(arguments.out))
-        if not arguments.local:
-            cluster.check_answers()
-
-
-def address(name: str) -> str:
-    """A model's address as it may travel: a path made absolute, anything else as it stands."""
-    return resolved(name) if Path(name).exists() else name
-
-
-class Inputs:
-    """The images of a command: their shards, and their plan, which is made when it is first asked for."""
-
-    def __init__(self, arguments: Arguments, images: Sequence[str]) -> None:
-        self.arguments, self.images = arguments, list(images)
-        with commands.given("--out"):
-            run = run_at(resolved(arguments.out))
-        # Of a run that was made of the same inputs, `begin_run` judges what is missing now.
-        is_known = run is not None and run.record().inputs == self.images
-        with commands.given("--images"):
-            self.shards = list_shards(images, say=print, may_lack=is_known)
-
-    @functools.cached_property
-    def plan(self) -> pa.Table:
-        """The chunks of a new run."""
-        given = self.arguments
-        with commands.given_fields(given):
-            return plan_chunks(self.shards, given.chunk_size, given.limit or None, given.image_column or None)
-
-    @property
-    def bytes(self) -> int:
-        """Of all shards."""
-        return sum(shard.bytes for shard in self.shards)
-
-
-def make_pool(arguments: Arguments, inputs: Inputs) -> cluster.Pool:
-    """Where the replicas run: as told, or in this process if the images are few. Results do not depend on it."""
-    import torch
-
-    is_told = arguments.ray or arguments.replicas > 1 or arguments.gpus_per_replica not in (-1, 0, 1)
-    if arguments.dry_run or arguments.local:
-        return cluster.here(arguments.gpus_per_replica if arguments.local else min(arguments.gpus_per_replica, 0))
-    if is_told or cluster.asked_for() or torch.cuda.device_count() > 1:
-        return cluster.make_pool(arguments.replicas, arguments.gpus_per_replica)
-    if n_images := few(inputs):
-        why = f"in this process: {n_images:,} images take less time than the start of Ray (--ray takes it nevertheless)"
-        return cluster.here(arguments.gpus_per_replica)._replace(why=why)
-    why = "on Ray: the images take more time than its start (--local stays in this process)"
-    return cluster.make_pool(arguments.replicas, arguments.gpus_per_replica)._replace(why=why)
-
-
-def few(inputs: Inputs) -> int:
-    """How many images there are, if one process is through with them before Ray has started; 0 if there are more.
-
-    The plan of a large collection, which takes long to make, is not made for this.
-    """
-    if inputs.bytes > SMALL_BYTES and not 0 < inputs.arguments.limit <= SMALL_AT_ANY_SIZE:
-        return 0
-    n_images = count_images(inputs.plan)
-    return n_images if n_images <= SMALL_IMAGES else 0
-
-
-def fingerprint_parts(inputs: Inputs, config: EmbedConfig, models: ModelDigests) -> dict[str, Any]:
-    """Everything that changes the results of a run over images, see `saecore.pipeline.config`."""
-    shards = f"{len(inputs.shards)} shards, {inputs.bytes:,} bytes, {listing_hash(inputs.shards)[:16]}"
-    own = parts_of(inputs.arguments, of=Arguments)
-    return {"schema": schema.VERSION, **own, "inputs": shards, **parts_of(config, models)}
-
-
-def made_by(name: str, argv: Sequence[str], config: Any, inputs: Inputs, pool: cluster.Pool) -> dict[str, Any]:
-    """What run.json says of a run's making, whatever it makes."""
-    return {
-        "command": commands.called(name, *argv),
-        "config": dataclasses.asdict(config) | {"images": inputs.images},
-        "replicas": pool.replicas,
-        "versions": origin.versions(),
-        "git_commit": origin.git_commit(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
-def begin_run(inputs: Inputs, parts: dict[str, Any], made_by: dict[str, Any]) -> Run:
-    """The run at --out, new or taken up; of a complete one it is said what has changed in its inputs since.
-
-    ValueError if it was made otherwise, if inputs are new, or if they have changed before it was complete.
-    """
-    arguments, out = inputs.arguments, resolved(inputs.arguments.out)
-    run = run_at(out)
-    if run is None:
-        return open_run(out, parts, made_by, lambda: inputs.plan)
-    if {**run.parts, "inputs": parts["inputs"]} != parts or run.parts == parts:
-        with commands.given("--out"):
-            return open_run(out, parts, made_by, lambda: inputs.plan)
-    changes = since(run.plan(), inputs.shards, is_limited=arguments.limit > 0)
-    what = str(changes) or f"inputs beyond --limit {arguments.limit} are others"
-    if run.pending().num_rows:
-        raise ValueError(
-            f"--out {arguments.out} is not complete, and its inputs have changed since it began: {what}; the same command "
-            "resumes once they are as they were, or name another folder for a new run"
-        )
-    if changes.new:
-        raise ValueError(
-            f"--out {arguments.out} is complete, and its inputs have changed since: {what}; what is new needs a folder of its "
-            "own for now: name another --out, and only the new inputs in --images"
-        )
-    print(f"inputs have changed since the run was made: {what}")
-    return run
 
 
 # ---- The flow.

@@ -212,6 +212,7 @@ def test_no_job_imports_another() -> None:
 
 SHARED = [
     "cluster",
+    "collection",
     "commands",
     "console",
     "hints",

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from jobs import cluster, embed, explain, index, pipeline, train
+from jobs import cluster, collection, embed, explain, index, train
 from saecore.images.listing import list_shards
 from tests.conftest import N_SCENES, command
 from tests.helpers.mistakes import mistake
@@ -173,7 +173,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch, shards: Path, *flags: str) -> cluste
     """The pool of a command, with a Ray that takes no time to start."""
     on_ray = cluster.Pool(2, "cpu", 1.0, 0.0, 1, on_ray=True)
     monkeypatch.setattr(cluster, "make_pool", lambda replicas, gpus_per_replica: on_ray)
-    arguments = pipeline.Arguments(
+    arguments = collection.Arguments(
         out=str(shards / "no run"),
         images=(str(shards),),
         local="--local" in flags,
@@ -181,7 +181,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch, shards: Path, *flags: str) -> cluste
         replicas=2 if "--replicas" in flags else 0,
         limit=20 if "--limit" in flags else 0,
     )
-    return pipeline.make_pool(arguments, pipeline.Inputs(arguments, arguments.images))
+    return collection.make_pool(arguments, collection.Inputs(arguments, arguments.images))
 
 
 def test_few_images_stay_in_this_process_unless_told_otherwise(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +197,7 @@ def test_few_images_stay_in_this_process_unless_told_otherwise(shards: Path, mon
         patch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
         assert chosen(monkeypatch, shards).on_ray
         assert not chosen(monkeypatch, shards, "--local").on_ray
-    monkeypatch.setattr(pipeline, "SMALL_IMAGES", N_SCENES - 1)
+    monkeypatch.setattr(collection, "SMALL_IMAGES", N_SCENES - 1)
     pool = chosen(monkeypatch, shards)
     assert pool.on_ray
     assert pool.why.startswith("on Ray: ")
@@ -207,9 +207,9 @@ def test_few_images_stay_in_this_process_unless_told_otherwise(shards: Path, mon
 
 def test_many_bytes_go_on_ray_without_a_plan(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their plan may take long; a limit of few images needs only the first shards'."""
-    monkeypatch.setattr(pipeline, "SMALL_BYTES", sum(shard.bytes for shard in list_shards([str(shards)])) - 1)
+    monkeypatch.setattr(collection, "SMALL_BYTES", sum(shard.bytes for shard in list_shards([str(shards)])) - 1)
     assert not chosen(monkeypatch, shards, "--limit").on_ray
-    monkeypatch.setattr(pipeline, "plan_chunks", lambda *given: pytest.fail("the plan was made"))
+    monkeypatch.setattr(collection, "plan_chunks", lambda *given: pytest.fail("the plan was made"))
     assert chosen(monkeypatch, shards).on_ray
 
 
@@ -222,7 +222,7 @@ def test_the_choice_is_said_and_changes_no_row(
     tmp_path: Path,
 ) -> None:
     for name, small in (("here", N_SCENES), ("ray", N_SCENES - 1)):
-        monkeypatch.setattr(pipeline, "SMALL_IMAGES", small)
+        monkeypatch.setattr(collection, "SMALL_IMAGES", small)
         assert explain.main(command(shards, tmp_path / name)) == 0
         assert len(re.findall(r"^(in this process|on Ray): .*--(local|ray)", capsys.readouterr().out, re.M)) == 1
         assert_same_rows(tmp_path / name, local_run)

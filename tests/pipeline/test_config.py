@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from jobs import explain, pipeline
+from jobs import collection, explain
 from saecore.methods import Options, parse_targets
 from saecore.pipeline.config import EmbedConfig, ExplainConfig, ModelDigests, Part, changes_results, parts_of, said_of
 from saecore.runs.run import fingerprint
@@ -37,7 +37,7 @@ OF_MODELS = {
 """Other models, for the fields that only say where to find them."""
 
 
-@pytest.mark.parametrize("settings", [EmbedConfig, ExplainConfig, pipeline.Arguments, explain.Arguments])
+@pytest.mark.parametrize("settings", [EmbedConfig, ExplainConfig, collection.Arguments, explain.Arguments])
 def test_every_field_says_whether_it_changes_results(settings: type) -> None:
     """Arguments that have their name in the stage's configuration say it there."""
     there = {field.name for field in dataclasses.fields(ExplainConfig)} if settings is explain.Arguments else set()
@@ -88,7 +88,7 @@ def test_options_change_the_fingerprint_each_by_itself() -> None:
 def test_fingerprints_are_what_they_were(shards: Path, local_run: Path, tmp_path: Path) -> None:
     """The parts as the first runs have them: a run of theirs is resumed, not refused."""
     record = json.loads((local_run / "run.json").read_text())
-    inputs = pipeline.Inputs(pipeline.Arguments(str(tmp_path / "run"), (str(shards),)), [str(shards)]).shards
+    inputs = collection.Inputs(collection.Arguments(str(tmp_path / "run"), (str(shards),)), [str(shards)]).shards
     size = sum(shard.bytes for shard in inputs)
     assert record["parts"]["inputs"].startswith(f"3 shards, {size:,} bytes, ")
     assert record["parts"] == {
