@@ -1,5 +1,4 @@
-"""How fast, against what, on this machine: ratios within one run, never only seconds. In how much memory. And how true: maps
-against masks.
+"""How fast, in how much memory, against what, on this machine: ratios within one run, never only seconds. And how true.
 
 python -m benchmarks train        training an SAE, against a straightforward dense loop
 python -m benchmarks maps         maps by every method, against a plain forward and the naive ways
