@@ -9,6 +9,7 @@ import threading
 import time
 import zlib
 from multiprocessing.synchronize import Barrier
+from typing import Any
 
 import numpy as np
 import pytest
@@ -95,19 +96,20 @@ def pictures() -> dict[str, bytes]:
     """One of each mode that is made RGB in strips."""
     random = np.random.default_rng(5)
     palette = Image.fromarray(random.integers(0, 256, (50, 37, 3), np.uint8)).quantize(16)
+    colours = palette.convert("RGB")
     deep = Image.fromarray(random.integers(0, 40, (50, 37)).astype(np.uint16) * 1000)
-    images = {
-        "RGBA": (Image.fromarray(random.integers(0, 256, (50, 37, 4), np.uint8), "RGBA"), {}),
-        "LA": (Image.fromarray(random.integers(0, 256, (50, 37, 2), np.uint8), "LA"), {}),
-        "P": (palette, {"transparency": 3}),
-        "RGB": (palette.convert("RGB"), {"transparency": tuple(palette.convert("RGB").getpixel((0, 0)))}),
-        "I;16": (deep, {}),
-        "I;16 clear": (deep, {"transparency": 7000}),
+    images: dict[str, tuple[Image.Image, Any]] = {
+        "RGBA": (Image.fromarray(random.integers(0, 256, (50, 37, 4), np.uint8), "RGBA"), None),
+        "LA": (Image.fromarray(random.integers(0, 256, (50, 37, 2), np.uint8), "LA"), None),
+        "P": (palette, 3),
+        "RGB": (colours, colours.getpixel((0, 0))),
+        "I;16": (deep, None),
+        "I;16 clear": (deep, 7000),
     }
     written = {}
-    for name, (image, more) in images.items():
+    for name, (image, clear) in images.items():
         sink = io.BytesIO()
-        image.save(sink, "PNG", **more)
+        image.save(sink, "PNG", **({} if clear is None else {"transparency": clear}))
         written[name] = sink.getvalue()
     return written
 
