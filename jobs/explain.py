@@ -37,6 +37,7 @@ from saecore.storage import writing
 
 from . import collection, commands, console, pipeline
 from .hints import after_explain
+from .pool import DEVICES
 from .summaries import outline, refused_images, run_summary
 
 if TYPE_CHECKING:
@@ -161,9 +162,10 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
     loaded = load(arguments)
     config = configure(arguments, loaded)
     inputs = collection.Inputs(arguments, images)
-    pool = collection.make_pool(
-        arguments, inputs
-    )  # it may start Ray, so all that can be wrong with the models is known
+    if not arguments.dry_run:
+        on_devices = (dataclasses.replace(config, device=device) for device in DEVICES)
+        collection.check_run(inputs, [collection.fingerprint_parts(inputs, on, loaded.digests) for on in on_devices])
+    pool = collection.make_pool(arguments, inputs)  # it may start Ray, so all that can be wrong is known
     config = dataclasses.replace(config, device=pool.device, threads=pool.threads)
     if loaded.remark:
         print(loaded.remark)

@@ -28,6 +28,7 @@ from saecore.runs.run import Run, fit_of
 
 from . import cluster, commands, console
 from .collection import Arguments
+from .pool import Pool
 
 MAX_BLOCKS = 10_000
 """Blocks of the pipeline's input: one per chunk up to here, then several chunks each, since Ray's driver tracks every block."""
@@ -53,7 +54,7 @@ class Job(NamedTuple):
     """Makes a replica's `Stage` in the replica's own process."""
     tags: dict[str, str]
     """Go into the metadata of every Parquet file."""
-    pool: cluster.Pool
+    pool: Pool
 
 
 def on_ray(job: Job, pending: pa.Table) -> Generator[dict[str, Any], None, None]:

@@ -220,6 +220,7 @@ SHARED = [
     "order",
     "origin",
     "pipeline",
+    "pool",
     "questions",
     "signals",
     "summaries",
