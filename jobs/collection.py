@@ -23,7 +23,7 @@ from saecore.runs.run import Run, check_place, listing_hash, open_run, refuse_ot
 from saecore.storage import resolved
 
 from . import cluster, commands, origin
-from .pool import Pool, Wishes
+from .pool import Pool, Wishes, crowded
 
 SMALL_IMAGES, SMALL_BYTES, SMALL_AT_ANY_SIZE = 2000, 250 << 20, 100
 """What one process does in the time that Ray takes to start, 10 s: of the demo's scenes 200 a second on the least of two cores,
@@ -148,20 +148,28 @@ def check_run(inputs: Inputs, parts: Sequence[dict[str, Any]]) -> None:
             refuse_other(resolved(inputs.arguments.out), {**run.parts, "inputs": parts[0]["inputs"]}, parts[0])
 
 
-def make_pool(arguments: Arguments, inputs: Inputs) -> Pool:
-    """Where the replicas run: as told, or in this process if the images are few. Results do not depend on it."""
+def make_pool(arguments: Arguments, inputs: Inputs, image_bytes: int) -> Pool:
+    """Where the replicas run: as told, or in this process if the images are few. Results do not depend on it.
+
+    `image_bytes` are those of the pixels of an image.
+    """
     import torch
 
     is_told = arguments.ray or arguments.replicas > 1 or arguments.gpus_per_replica not in (-1, 0, 1)
     if arguments.dry_run or arguments.local:
         return cluster.here(arguments.gpus_per_replica if arguments.local else min(arguments.gpus_per_replica, 0))
-    on_ray = functools.partial(cluster.make_pool, wishes(arguments), arguments.wait_minutes)
+
+    def on_ray(why: str = "") -> Pool:
+        pool = cluster.make_pool(wishes(arguments), arguments.wait_minutes)
+        remark = crowded(cluster.nodes(), arguments.chunk_size, image_bytes)
+        return pool._replace(why="\n".join(line for line in (why, remark) if line))
+
     if is_told or cluster.asked_for() or torch.cuda.device_count() > 1:
         return on_ray()
     if n_images := few(inputs):
         why = f"in this process: {n_images:,} images take less time than the start of Ray (--ray takes it nevertheless)"
         return cluster.here(arguments.gpus_per_replica)._replace(why=why)
-    return on_ray()._replace(why="on Ray: the images take more time than its start (--local stays in this process)")
+    return on_ray("on Ray: the images take more time than its start (--local stays in this process)")
 
 
 def few(inputs: Inputs) -> int:

@@ -132,7 +132,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
 
     if not arguments.dry_run:
         collection.check_run(inputs, list(map(parts_on, DEVICES)))
-    pool = collection.make_pool(arguments, inputs)
+    pool = collection.make_pool(arguments, inputs, tower.preprocess.bytes)
     config, parts = dataclasses.replace(config, device=pool.device, threads=pool.threads), parts_on(pool.device)
     tags = {"clip": clip, "clip_sha256": parts["clip"]}
     if arguments.dry_run:

@@ -165,7 +165,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
     if not arguments.dry_run:
         on_devices = (dataclasses.replace(config, device=device) for device in DEVICES)
         collection.check_run(inputs, [collection.fingerprint_parts(inputs, on, loaded.digests) for on in on_devices])
-    pool = collection.make_pool(arguments, inputs)  # it may start Ray, so all that can be wrong is known
+    pool = collection.make_pool(arguments, inputs, loaded.tower.preprocess.bytes)  # it may start Ray: the last check
     config = dataclasses.replace(config, device=pool.device, threads=pool.threads)
     if loaded.remark:
         print(loaded.remark)

@@ -20,6 +20,10 @@ DEVICES = ("cpu", "cuda")
 """All devices that a replica may get."""
 
 
+CHUNKS_IN_STORE = 4
+"""Chunks for which a node's object store needs room: one that is decoded, one that waits, two at a replica."""
+
+
 class Node(NamedTuple):
     """What one machine of a cluster offers."""
 
@@ -71,6 +75,23 @@ class Pool(NamedTuple):
     on_ray: bool
     why: str = ""
     """A line that says where the replicas run and how to choose otherwise; empty if the user chose."""
+
+
+def crowded(nodes: Sequence[Node], chunk_size: int, image_bytes: int) -> str:
+    """A sentence if the pixels of a chunk are too large for the object store of a node; empty if they are not.
+
+    Ray Data holds back tasks so that what they have made takes half of all stores together. But it lets each step work on a
+    chunk whatever its size, so what counts is how many chunks the smallest store holds.
+    """
+    stores = [node.object_store for node in nodes if node.cpus and node.object_store]
+    least, chunk = min(stores, default=0), chunk_size * image_bytes
+    if not stores or chunk * CHUNKS_IN_STORE <= least:
+        return ""
+    fits, needed = max(1, least // CHUNKS_IN_STORE // image_bytes), CHUNKS_IN_STORE * chunk
+    return (
+        f"the pixels of a chunk take {chunk / 1e6:,.0f} MB, and the object store of a node has {least / 1e6:,.0f} MB: Ray "
+        f"would keep chunks on the disk; a new run with --chunk-size {fits} fits, or a store of {needed / 1e9:.1f} GB"
+    )
 
 
 def divided(wishes: Wishes, nodes: Sequence[Node]) -> Pool:

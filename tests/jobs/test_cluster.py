@@ -127,6 +127,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch, shards: Path, *flags: str) -> Pool:
     """The pool of a command, with a Ray that takes no time to start."""
     on_ray = Pool(2, "cpu", 1.0, 0.0, 1, on_ray=True)
     monkeypatch.setattr(cluster, "make_pool", lambda wishes, wait_minutes: on_ray)
+    monkeypatch.setattr(cluster, "nodes", list)
     arguments = collection.Arguments(
         out=str(shards / "no run"),
         images=(str(shards),),
@@ -135,7 +136,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch, shards: Path, *flags: str) -> Pool:
         replicas=2 if "--replicas" in flags else 0,
         limit=20 if "--limit" in flags else 0,
     )
-    return collection.make_pool(arguments, collection.Inputs(arguments, arguments.images))
+    return collection.make_pool(arguments, collection.Inputs(arguments, arguments.images), 150528)
 
 
 def test_few_images_stay_in_this_process_unless_told_otherwise(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

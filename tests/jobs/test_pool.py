@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from jobs import cluster, collection, embed, explain, index, train
-from jobs.pool import LackError, Node, Pool, Wishes, divided
+from jobs.pool import LackError, Node, Pool, Wishes, crowded, divided
 from tests.conftest import command
 from tests.helpers.mistakes import mistake
 
@@ -107,6 +107,23 @@ def test_what_is_divided_can_be_placed() -> None:
         if not wishes.replicas and pool.gpus_per_replica:
             assert not placed(pool._replace(replicas=pool.replicas + 1), nodes), (wishes, nodes, pool)
     assert made > 200
+
+
+@pytest.mark.parametrize(
+    ("nodes", "chunk_size", "sentence"),
+    [
+        ([Node(8, object_store=4 * 512 * 150528)], 512, ""),  # 512 images at 224: 77 MB
+        ([Node(8, object_store=4 * 512 * 150528 - 1)], 512, "77 MB, and the object store of a node has 308 MB"),
+        ([Node(8, object_store=4 * 512 * 150528 - 1)], 512, "--chunk-size 511 fits, or a store of 0.3 GB"),
+        ([Node(8, object_store=10**10), Node(1, object_store=10**8)], 512, "has 100 MB"),
+        ([Node(8, object_store=10**10), Node(0, object_store=10**8)], 512, ""),  # a head on which nothing runs
+        ([Node(8)], 10**6, ""),  # nothing is known
+    ],
+)
+def test_chunks_that_are_too_large_for_a_store(nodes: list[Node], chunk_size: int, sentence: str) -> None:
+    said = crowded(nodes, chunk_size, image_bytes=150528)
+    assert sentence in said
+    assert bool(said) == bool(sentence)
 
 
 # ---- What is told before Ray starts.
