@@ -61,7 +61,7 @@ class Arguments(collection.Arguments):
 
     # Those that have their names in `ExplainConfig` say there whether they change results.
     sae: str = ""
-    """SAE: a folder, an MSAE .pth file, hf://OWNER/REPOSITORY[/PATH][@REVISION], or `demo`."""
+    """SAE: a folder, an MSAE .pth file, either on s3:// or gs:// too, hf://OWNER/REPOSITORY[/PATH][@REVISION], or `demo`."""
     site: str = ""
     """Where the SAE reads, if its files do not say: embedding, or embedding:l2 if it was trained on embeddings of length 1."""
     any_clip: bool = dataclasses.field(default=False, metadata=keeps_results("it lets a model pass, and changes none"))
