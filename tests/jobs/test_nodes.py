@@ -26,7 +26,10 @@ def cluster() -> Iterator[nodes.Nodes]:
 def test_a_run_on_several_nodes(
     cluster: nodes.Nodes, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A head and two nodes of one CPU; then a node whose GPU two replicas share, and whose two CPUs they take."""
+    """A head and two nodes of one CPU; then a node whose GPU two replicas share, and whose two CPUs they take.
+
+    Two more replicas are asked for, whose nodes never come.
+    """
     marks, said = tmp_path / "marks", tmp_path / "said"
     marks.mkdir()
     lost, _ = cluster.add(1), cluster.add(1)
@@ -35,7 +38,7 @@ def test_a_run_on_several_nodes(
     given = command(shards, tmp_path / "there", "--chunk-size", "4")
     local = [sys.executable, "-m", "jobs.explain", *command(shards, tmp_path / "here", "--chunk-size", "4", "--local")]
     words = [sys.executable, "-m", "tests.helpers.marking", str(marks), *given]
-    words += ["--replicas", "2", "--gpus-per-replica", "0.5", "--wait-minutes", "2"]
+    words += ["--replicas", "4", "--min-replicas", "1", "--gpus-per-replica", "0.5", "--wait-minutes", "2"]
     with said.open("w") as output:
         job = subprocess.Popen(words, env=environment | {"RAY_ADDRESS": cluster.address}, stdout=output)
     try:

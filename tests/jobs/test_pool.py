@@ -128,32 +128,19 @@ def test_chunks_that_are_too_large_for_a_store(nodes: list[Node], chunk_size: in
 
 # ---- What is told before Ray starts.
 
-
-@pytest.mark.parametrize(
-    ("flags", "sentence"),
-    [
-        (["--gpus-per-replica", "1.5"], "--gpus-per-replica 1.5: above 1, Ray gives whole GPUs only"),
-        (["--gpus-per-replica", "-2"], "--gpus-per-replica -2: must be at least 0"),
-        (["--replicas", "2", "--min-replicas", "3"], "--min-replicas 3: is more than --replicas 2"),
-        (["--min-replicas", "-1"], "--min-replicas -1: must be at least 0"),
-        (["--wait-minutes", "-1"], "--wait-minutes -1"),
-        (["--gpus-per-replica", "0", "--replicas", "4", "--min-replicas", "2"], "is for replicas with GPUs"),
-        (["--k", "99"], "--k 99"),
-        (["--clip", "nowhere/model"], "--clip nowhere/model"),
-        (["--images", "nowhere"], "--images nowhere"),
-        (["--method", "magic"], "--method"),
-    ],
-)
-def test_a_mistake_of_explain_starts_no_ray(
-    flags: list[str],
-    sentence: str,
-    shards: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(cluster, "connect", lambda replicas: pytest.fail("Ray was asked for"))
-    assert sentence in mistake(explain.main, command(shards, tmp_path / "run", "--ray", *flags), capsys)
+MISTAKES = {
+    "--gpus-per-replica 1.5": "--gpus-per-replica 1.5: above 1, Ray gives whole GPUs only",
+    "--gpus-per-replica -2": "--gpus-per-replica -2: must be at least 0",
+    "--replicas 2 --min-replicas 3": "--min-replicas 3: is more than --replicas 2",
+    "--min-replicas -1": "--min-replicas -1: must be at least 0",
+    "--wait-minutes -1": "--wait-minutes -1",
+    "--gpus-per-replica 0 --replicas 4 --min-replicas 2": "is for replicas with GPUs",
+    "--k 99": "--k 99",
+    "--clip nowhere/model": "--clip nowhere/model",
+    "--images nowhere": "--images nowhere",
+    "--method magic": "--method",
+}
+"""Flags of explain -> what is said of them."""
 
 
 def test_no_mistake_starts_ray(
@@ -184,6 +171,8 @@ def test_no_mistake_starts_ray(
     ]
     for main, argv, sentence in told:
         assert sentence in mistake(main, argv, capsys), argv
+    for flags, sentence in MISTAKES.items():
+        assert sentence in mistake(explain.main, command(shards, tmp_path / "run", "--ray", *flags.split()), capsys)
     assert not (tmp_path / "run").exists()
 
 
@@ -199,10 +188,12 @@ def test_only_a_cluster_at_an_address_is_waited_for(monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv("RAY_ADDRESS", address or "")
         with pytest.raises(LackError, match="the 0 GPUs"):
             cluster.make_pool(Wishes(4, 1), minutes)
-    monkeypatch.setattr(cluster, "awaited", lambda wishes, minutes, lack: (minutes, str(lack)))
-    minutes, said = cluster.make_pool(Wishes(4, 1), 3.0)
-    assert minutes == 3.0
-    assert said.startswith("4 replicas of 1 GPUs need more")
+    waited = []
+    monkeypatch.setattr(cluster, "awaited", lambda *given: waited.append(given))
+    cluster.make_pool(Wishes(4, 1), 3.0)
+    [(wishes, minutes, lack)] = waited
+    assert (wishes, minutes) == (Wishes(4, 1), 3.0)
+    assert str(lack).startswith("4 replicas of 1 GPUs need more")
 
 
 @pytest.mark.usefixtures("ray_session")
