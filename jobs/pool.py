@@ -6,7 +6,7 @@ A replica runs on one node, and one on a share of a GPU on one GPU. So what coun
             at most one for each CPU of the node, since a replica takes one CPU to feed its GPU
     CPUs    floor(CPUs for replicas / CPUs of a replica), where an eighth of the node's CPUs, at least one, is for tasks
 
-Left out: what other jobs on the cluster hold, and where Ray puts the tasks that read, decode and write (jobs/cluster.py).
+Left out: what other jobs on the cluster hold, and where Ray puts the tasks that read and decode (jobs/cluster.py).
 """
 
 from collections.abc import Sequence
@@ -96,7 +96,7 @@ def crowded(nodes: Sequence[Node], chunk_size: int, image_bytes: int) -> str:
 
 def divided(wishes: Wishes, nodes: Sequence[Node]) -> Pool:
     """As many replicas as the GPUs carry, or one on each node where there are no GPUs, unless told; `LackError` if they do
-    not fit, or no CPU is left to read, decode and write."""
+    not fit, or no CPU is left to read and decode."""
     share = share_of(wishes, nodes)
     pool = on_gpus(wishes, share, nodes) if share else on_cpus(wishes.replicas, nodes)
     cpus = sum(node.cpus for node in nodes)
@@ -148,7 +148,7 @@ def on_cpus(replicas: int, nodes: Sequence[Node]) -> Pool:
     One for each node unless told: the threads of one forward share one copy of the models, and a second copy would take memory.
     On unequal nodes, a replica is as large as makes the replicas hold the most CPUs; smaller nodes then only read and decode.
     """
-    # An eighth of the CPUs, at least one, is left to read, decode and write: a guess, not a measurement.
+    # An eighth of the CPUs, at least one, is left to read and decode: a guess, not a measurement.
     free = [max(0, node.cpus - max(1, node.cpus // 8)) for node in nodes]
     if not replicas:
         sizes = sorted({cpus for cpus in free if cpus} or {1})
