@@ -17,7 +17,8 @@ import tyro
 
 from saecore import storage
 from saecore.spellings import Model, check_same
-from saecore.storage import WriteError, check_address
+from saecore.storage import StorageError, check_address
+from saecore.stores import check_words
 
 from . import signals
 
@@ -37,6 +38,8 @@ def mistakes() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
+        if (failure := behind(error, StorageError)) and failure.is_down:
+            raise failure from failure.__cause__  # a store that is down is nobody's mistake, and may be asked again later
         raise MistakeError(str(error)) from error
 
 
@@ -48,7 +51,7 @@ RESUMES = "the same command resumes from here"
 
 
 def run_job(job: Callable[[], int]) -> int:
-    """A job's exit code: its own; 2 with one sentence for a mistake, 1 for a place that refuses what is written.
+    """A job's exit code: its own; 2 with one sentence for a mistake, 1 for a place that refuses, or a store that is down.
 
     Asked to end by Ctrl-C or SIGTERM it is 130 or 143, with one line that says what the same command does next; 141, without a
     word, where nobody reads on, as after `| head`. A bug is loud.
@@ -70,7 +73,7 @@ def run_job(job: Callable[[], int]) -> int:
                 return asked.exit_code
             if behind(error, BrokenPipeError) and signals.nobody_reads():
                 return signals.unread()
-            if refused := behind(error, WriteError):
+            if refused := behind(error, StorageError):
                 said = str(refused).splitlines()[0]  # Ray Data adds advice about its own retries
                 print(f"error: {said}; {then}", file=sys.stderr)
                 return 1
@@ -193,6 +196,7 @@ def parse(kind: type[A], argv: list[str], name: str) -> A:
 
     --help shows the first lines of the class, the examples in the head of its module, and what the fields say.
     """
+    check_words(argv)
     arguments = tyro.cli(
         kind,
         args=argv,
