@@ -26,6 +26,9 @@ from saecore.stores import without_secrets
 ATTEMPTS = 5
 """How often a store is asked before it counts as down."""
 
+FEWER_ATTEMPTS = {"hf": 2, "gs": 2, "gcs": 2}
+"""The same for stores whose clients ask again and again by themselves, for 20 s each time."""
+
 FIRST_WAIT = 1.0
 """Seconds before the second attempt, at most; each wait is twice the one before, and shortened by chance so that workers do not
 come back together."""
@@ -62,6 +65,8 @@ def passes(error: BaseException) -> bool:
     status = getattr(error, "code", None) or getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(status, int):
         return status >= 500 or status in (408, 429)
+    if type(error).__name__ == "OfflineModeIsEnabled":  # huggingface_hub's, with HF_HUB_OFFLINE=1
+        return False
     if isinstance(error, ConnectionError | TimeoutError | HTTPException | urllib.error.URLError):
         return True
     return _of_client(error) or (isinstance(error, OSError) and _PASSING.search(str(error)) is not None)
@@ -74,7 +79,7 @@ def _of_client(error: BaseException) -> bool:
 def retried(uri: str, ask: Callable[[], T]) -> T:
     """What `ask` returns; `StoreDownError` once it has failed `ATTEMPTS` times by what may pass."""
     store, started = uri.partition("?")[0].split("/", 3)[:3], time.monotonic()
-    attempts = 1 if _down.is_down(tuple(store)) else ATTEMPTS
+    attempts = 1 if _down.is_down(tuple(store)) else FEWER_ATTEMPTS.get(uri.partition("://")[0], ATTEMPTS)
     for attempt in range(1, attempts + 1):
         try:
             return ask()
@@ -95,6 +100,8 @@ def retried(uri: str, ask: Callable[[], T]) -> T:
 
 def said(error: BaseException) -> str:
     """What a store or the system says, in one line without secrets. In pyarrow's sentences that is the part after `Detail:`."""
+    if isinstance(error, urllib.error.URLError) and isinstance(error.reason, OSError):
+        error = error.reason
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return without_secrets(" ".join(text.rsplit("Detail: ", 1)[-1].split()))
 

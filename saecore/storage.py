@@ -106,7 +106,7 @@ def check_writable(uri: str) -> None:
         raise ValueError(f"{uri} cannot be written: {reason(error)}") from error
     else:
         with suppress(OSError):
-            filesystem.delete_file(f"{path}/{name}")
+            Place(uri).remove(f"{path}/{name}")
     finally:
         for folder in missing:
             with suppress(OSError):  # never made, or another process has put something there
@@ -156,7 +156,7 @@ class Place:
 
     def remove(self, path: str | None = None) -> None:
         """Delete a file."""
-        self._filesystem.delete_file(self.path if path is None else path)
+        self._ask(lambda: self._filesystem.delete_file(self.path if path is None else path))
 
 
 def exists(uri: str) -> bool:

@@ -4,7 +4,7 @@ fsspec's own filesystem for http takes a server that fails for a server that has
 One answer is read on as long as what is wanted comes next, so a tar is one request. A server that knows no ranges answers with
 the whole file, of which what comes before the wanted position is read and dropped.
 
-Left out: lists of files, which web servers have in no common form, and credentials, which `saecore.stores` refuses in addresses.
+Left out: lists of files, which web servers have in no common form; and credentials (`saecore.stores` refuses them).
 """
 
 import email.utils
@@ -29,7 +29,9 @@ class Files:
     protocol = "https"
 
     def info(self, url: str) -> dict[str, Any]:
-        """Name, size and time of a file; FileNotFoundError if the server has none."""
+        """Name, size and time of a file; FileNotFoundError if the server has none, ValueError for a wildcard."""
+        if "*" in url:
+            raise ValueError("a web server does not list its files: name each of them")
         with _answer(url, "bytes=0-0") as answer:
             total = re.fullmatch(r"bytes 0-0/(\d+)", answer.headers.get("Content-Range") or "")
             size = total[1] if answer.status == 206 and total else answer.headers.get("Content-Length")
