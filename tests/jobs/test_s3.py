@@ -20,7 +20,7 @@ from jobs import explain, index, name, query, report
 from saecore import patience, stores
 from saecore.images.listing import list_shards
 from saecore.query import results
-from saecore.storage import Place, filesystem_of, read_bytes
+from saecore.storage import Place, filesystem_of
 from tests.conftest import command
 from tests.helpers.faulty import Asked, Faulty, before, each_once
 from tests.helpers.mistakes import mistake
