@@ -49,9 +49,17 @@ _FLAGS = {"force_virtual_addressing", "allow_bucket_creation"}
 # s3://bucket/path?endpoint_override=host:9000&scheme=http has settings; a bare `?` is a wildcard or part of a name.
 ADDRESS = re.compile(r"(?P<root>\w+://[^/?]*)(?P<path>/.*?)?(?P<settings>\?[\w.%-]+=.*)?", re.DOTALL)
 
+CREDENTIALS = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_PROFILE",
+    "GOOGLE_APPLICATION_CREDENTIALS",
+    "HF_TOKEN",
+)
+"""Variables of the environment by which the clients of stores find their credentials."""
+
 _HOW = (
-    "give it by the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS, "
-    "HF_TOKEN) or by the machine's role, and name the address without it"
+    f"give it by the environment ({', '.join(CREDENTIALS)}) or by the machine's role, and name the address without it"
 )
 
 
