@@ -197,8 +197,14 @@ def read_json(uri: str) -> Any:
 
 def read_parquet(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     """A Parquet file, or some columns of it, in memory."""
-    with Place(uri).open() as file:
-        return pq.read_table(file, columns=columns if columns is None else list(columns))
+    place, names = Place(uri), columns if columns is None else list(columns)
+    if place.is_local:
+        return pq.read_table(place.path, filesystem=pyarrow.fs.LocalFileSystem(), columns=names)
+    with place.open() as file:
+        try:
+            return pq.read_table(file, columns=names)
+        except pa.ArrowInvalid as error:  # which does not know what the file is called
+            raise pa.ArrowInvalid(f"{uri}: {error}") from error
 
 
 def parent(uri: str) -> str:
