@@ -41,7 +41,8 @@ class Arguments:
     out: str = dataclasses.field(metadata=keeps_results("a run may be moved"))
     """Folder of the run: a path, or an s3:// or gs:// address. The same command again resumes the run."""
     images: tuple[str, ...] = dataclasses.field(default=(), metadata=_IN_INPUTS)
-    """Tar shards, folders, Parquet files or single images: paths, globs, s3:// or gs:// addresses."""
+    """Tar shards, folders, Parquet files or single images: paths, globs, s3://, gs:// or hf://datasets/ addresses; single files
+    also by https://."""
     clip: str = dataclasses.field(default="", metadata=_IN_CONFIG)
     """CLIP or SigLIP: a Hugging Face id, a folder in transformers format, or `demo`."""
     batch_size: int = dataclasses.field(default=64, metadata=_IN_CONFIG)

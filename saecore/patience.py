@@ -10,7 +10,6 @@ a word (`saecore.stores`); what is said and counted here comes after that.
 A line is a warning of Python's logging, which reaches standard error: run.log, or the log of a worker of Ray.
 """
 
-import io
 import logging
 import random
 import re
@@ -22,6 +21,7 @@ from http.client import HTTPException
 from typing import Any, TypeVar
 
 from saecore.stores import without_secrets
+from saecore.web import Positioned
 
 ATTEMPTS = 5
 """How often a store is asked before it counts as down."""
@@ -142,36 +142,12 @@ class _Lines:
 _down, _lines = _Down(), _Lines()
 
 
-class PatientFile(io.RawIOBase):
+class PatientFile(Positioned):
     """A file of a store to read from any position. A read that fails is asked for again, from the position where it began."""
 
     def __init__(self, file: Any, patiently: Callable[[Callable[[], int]], int]) -> None:
-        super().__init__()
+        super().__init__(patiently(file.size))
         self._file, self._patiently = file, patiently
-        self._position = 0
-        self._size = patiently(file.size)
-
-    def readable(self) -> bool:
-        """As of any file."""
-        return True
-
-    def seekable(self) -> bool:
-        """As of any file."""
-        return True
-
-    def size(self) -> int:
-        """Bytes."""
-        return self._size
-
-    def tell(self) -> int:
-        """As of any file."""
-        return self._position
-
-    def seek(self, position: int, whence: int = io.SEEK_SET, /) -> int:
-        """As of any file."""
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}
-        self._position = max(0, start[whence] + position)
-        return self._position
 
     def readinto(self, buffer: Any, /) -> int:
         """As of any file."""

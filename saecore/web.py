@@ -63,16 +63,13 @@ def _answer(url: str, wanted: str) -> Any:
         raise
 
 
-class WebFile(io.RawIOBase):
-    """One file."""
+class Positioned(io.RawIOBase):
+    """A file of known size that is read from any position; `readinto` is left to be said."""
 
-    def __init__(self, url: str, size: int) -> None:
+    def __init__(self, size: int) -> None:
         super().__init__()
-        self._url, self._size = url, size
+        self._size = size
         self._position = 0
-        self._answer: Any = None
-        self._stands = 0
-        """The position of the next byte of the answer."""
 
     def readable(self) -> bool:
         """As of any file."""
@@ -82,14 +79,30 @@ class WebFile(io.RawIOBase):
         """As of any file."""
         return True
 
+    def size(self) -> int:
+        """Bytes."""
+        return self._size
+
     def tell(self) -> int:
         """As of any file."""
         return self._position
 
     def seek(self, position: int, whence: int = io.SEEK_SET, /) -> int:
         """As of any file."""
-        self._position = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence] + position
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}
+        self._position = max(0, start[whence] + position)
         return self._position
+
+
+class WebFile(Positioned):
+    """One file of a web server."""
+
+    def __init__(self, url: str, size: int) -> None:
+        super().__init__(size)
+        self._url = url
+        self._answer: Any = None
+        self._stands = 0
+        """The position of the next byte of the answer."""
 
     def readinto(self, buffer: Any, /) -> int:
         """As of any file."""

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 ANSWERS = {
     "slow-down": (503, "SlowDown"),
@@ -66,19 +66,30 @@ def each_once(kinds: tuple[str, ...]) -> Callable[[Asked], str | None]:
     return fault
 
 
+S = TypeVar("S", bound=ThreadingHTTPServer)
+
+
 @contextmanager
-def before(store: str) -> Iterator[Faulty]:
-    """A server in front of a store."""
-    server = Faulty(store)
+def running(server: S) -> Iterator[S]:
+    """A server that answers for as long as the block lasts."""
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
         yield server
     finally:
-        server.over.set()
         server.shutdown()
         server.server_close()
         thread.join(10)
+
+
+@contextmanager
+def before(store: str) -> Iterator[Faulty]:
+    """A server in front of a store."""
+    with running(Faulty(store)) as server:
+        try:
+            yield server
+        finally:
+            server.over.set()
 
 
 class _Handler(BaseHTTPRequestHandler):

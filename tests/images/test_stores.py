@@ -11,8 +11,8 @@ from saecore.images.chunks import plan_chunks, read_chunk
 from saecore.images.listing import list_shards
 from saecore.storage import ReadError, check_writable
 from tests.conftest import N_SCENES
-from tests.helpers.faulty import before, each_once
-from tests.helpers.served import Served, serving
+from tests.helpers.faulty import before, each_once, running
+from tests.helpers.served import Served
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def folder(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def served(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     """The folder on a server."""
     monkeypatch.setattr(patience, "FIRST_WAIT", 0.01)
-    with serving(folder) as server:
+    with running(Served(folder)) as server:
         yield server
     patience._down.forget()
 
@@ -76,7 +76,6 @@ def test_a_web_server_that_fails_once_for_each_thing(folder: Path, served: Serve
 
 def test_what_is_gone_and_what_is_down(served: Served) -> None:
     """A file that is gone when it is listed is a mistake. Later, the server may only be out of order: no row is written."""
-    address = f"http://{served.host}/a%20b.tar"
     with pytest.raises(ValueError, match=r"gone\.tar: no such file"):
         list_shards([f"http://{served.host}/gone.tar"])
     with pytest.raises(ValueError, match="a web server does not list its files: name each of them"):
@@ -89,7 +88,6 @@ def test_what_is_gone_and_what_is_down(served: Served) -> None:
             faulty.fault = lambda _, kind=kind: kind  # type: ignore[misc]
             with pytest.raises(ReadError, match=told):
                 list(read_chunk(chunks[1]))
-    assert address.startswith("http://127.0.0.1")
 
 
 def test_a_data_set_of_the_hub(folder: Path, hub: Served) -> None:
