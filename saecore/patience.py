@@ -145,8 +145,8 @@ _down, _lines = _Down(), _Lines()
 class PatientFile(Positioned):
     """A file of a store to read from any position. A read that fails is asked for again, from the position where it began."""
 
-    def __init__(self, file: Any, patiently: Callable[[Callable[[], int]], int]) -> None:
-        super().__init__(patiently(file.size))
+    def __init__(self, file: Any, size: int, patiently: Callable[[Callable[[], int]], int]) -> None:
+        super().__init__(size)
         self._file, self._patiently = file, patiently
 
     def readinto(self, buffer: Any, /) -> int:

@@ -142,7 +142,7 @@ class Place:
     def open(self, path: str | None = None) -> pa.NativeFile | PatientFile:
         """A file to read from any position."""
         file = self._ask(lambda: self._filesystem.open_input_file(self.path if path is None else path))
-        return file if self.is_local else PatientFile(file, self._ask)
+        return file if self.is_local else PatientFile(file, self._ask(file.size), self._ask)
 
     def open_parquet(self, path: str | None = None, footer: pq.FileMetaData | None = None) -> pq.ParquetFile:
         """A Parquet file to read piece by piece; its footer is not read again if it is given."""
