@@ -18,12 +18,15 @@ import tyro
 from saecore import storage
 from saecore.spellings import Model, check_same
 from saecore.storage import StorageError, check_address
-from saecore.stores import check_words
+from saecore.stores import check_holds_no_secret
 
 from . import signals
 
 DEFAULTS = dict.fromkeys(("", "''", "False", "None"), "") | {"True": "(default: on)"}
 """Defaults -> what help says of them, where that is not the value."""
+
+HIDDEN = ("--address", "--env")
+"""Flags whose values are written nowhere and shown without passwords: they may hold some."""
 
 E = TypeVar("E", bound=BaseException)
 
@@ -267,12 +270,27 @@ def help_rules() -> tyro.constructors.ConstructorRegistry:
     return registry
 
 
+def check_words(words: Sequence[str]) -> None:
+    """ValueError for an address that holds a credential, before tyro repeats a word that it does not know."""
+    before = ""
+    for word in words:
+        if word.startswith("--"):
+            before, _, word = word.partition("=")
+        if before not in HIDDEN:
+            try:
+                check_holds_no_secret(word)
+            except ValueError as error:
+                raise ValueError(f"{before}: {error}" if before else str(error)) from error
+
+
 def check_addresses(arguments: Any) -> None:
     """ValueError for an argument that is almost an address, or empty where something has to be named."""
     for field in dataclasses.fields(arguments):
         given = getattr(arguments, field.name)
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         for text in given if isinstance(given, tuple) else (given,):
+            if flag(field.name) in HIDDEN and "://" in str(text):
+                continue
             if isinstance(text, str) and (text or required or isinstance(given, tuple)):
                 try:
                     check_address(text)

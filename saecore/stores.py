@@ -12,7 +12,6 @@ credential is refused, in a sentence that does not repeat it.
 
 import os
 import re
-from collections.abc import Iterable
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -87,13 +86,6 @@ def check_holds_no_secret(uri: str) -> None:
             "an address has a setting that may be a credential, which would be written into the run (endpoint_override, scheme "
             f"and region are settings that are known to be none): {_HOW}"
         )
-
-
-def check_words(words: Iterable[str]) -> None:
-    """The same for every address among the words of a command line, before anything repeats one."""
-    for word in words:
-        if address := re.search(r"(?:^|=)(\w+://.*)", word, re.DOTALL):
-            check_holds_no_secret(address[1])
 
 
 def settings_of(text: str) -> dict[str, str]:

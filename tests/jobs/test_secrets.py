@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import embed, explain, index, measure, name, query, report, run, train
+from jobs import embed, explain, index, measure, name, query, report, run, submit, train
 from saecore.query import results
 from saecore.stores import check_holds_no_secret, without_secrets
 from tests.helpers.mistakes import mistake
@@ -89,6 +89,7 @@ def commands(address: str) -> list[tuple[Callable[[list[str]], int], list[str]]]
         (report.main, ["--run", "run", "--out", address]),
         (query.main, ["top", address, "3"]),
         (query.main, [address]),
+        (submit.main, ["--address", "http://127.0.0.1:9", "--", "index", "--run", address]),
     ]
 
 
