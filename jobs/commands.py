@@ -8,7 +8,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar
@@ -277,25 +277,20 @@ def check_words(words: Sequence[str]) -> None:
         if word.startswith("--"):
             before, _, word = word.partition("=")
         if before not in HIDDEN:
-            try:
+            with given(f"{before}:") if before else nullcontext():
                 check_holds_no_secret(word)
-            except ValueError as error:
-                raise ValueError(f"{before}: {error}" if before else str(error)) from error
 
 
 def check_addresses(arguments: Any) -> None:
     """ValueError for an argument that is almost an address, or empty where something has to be named."""
     for field in dataclasses.fields(arguments):
-        given = getattr(arguments, field.name)
+        value, name = getattr(arguments, field.name), flag(field.name)
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        for text in given if isinstance(given, tuple) else (given,):
-            if flag(field.name) in HIDDEN and "://" in str(text):
-                continue
-            if isinstance(text, str) and (text or required or isinstance(given, tuple)):
-                try:
+        for text in value if isinstance(value, tuple) else (value,):
+            is_place = isinstance(text, str) and (text or required or isinstance(value, tuple))
+            if is_place and not (name in HIDDEN and "://" in text):
+                with given(f"{name}:"):
                     check_address(text)
-                except ValueError as error:
-                    raise ValueError(f"{flag(field.name)}: {error}") from error
 
 
 @contextmanager
