@@ -19,6 +19,7 @@ from saecore.images.chunks import count_images, plan_chunks
 from saecore.images.effort import MAX_PIXELS
 from saecore.images.listing import list_shards
 from saecore.pipeline.config import EmbedConfig, ModelDigests, Part, changes_results, keeps_results, parts_of
+from saecore.pipeline.decoder import IMAGE_SECONDS
 from saecore.runs.run import Run, check_place, listing_hash, open_run, run_at
 from saecore.storage import resolved
 
@@ -59,6 +60,12 @@ class Arguments:
     """The Parquet column that holds the images, if the program cannot guess it."""
     max_pixels: int = dataclasses.field(default=MAX_PIXELS, metadata=changes_results(Part("max-pixels")))
     """An image with more pixels is refused before it is decoded."""
+    image_seconds: float = dataclasses.field(
+        default=IMAGE_SECONDS,
+        metadata=keeps_results("no image that can be decoded comes near it; else its row says so"),
+    )
+    """An image whose decoder takes longer is refused. 0 sets no limit, and decodes in the workers' own processes, which is a
+    little faster."""
     local: bool = dataclasses.field(default=False, metadata=_ONLY_WHERE)
     """Run in this process, without Ray. A small collection does so by itself."""
     ray: bool = dataclasses.field(default=False, metadata=_ONLY_WHERE)
@@ -72,7 +79,7 @@ class Arguments:
             raise ValueError("--local is without Ray: give either --local or --ray")
         if self.local and self.replicas > 1:
             raise ValueError(f"--replicas {self.replicas} needs Ray: omit --local")
-        commands.at_least(self, batch_size=1, chunk_size=1, replicas=0, limit=0, max_pixels=1)
+        commands.at_least(self, batch_size=1, chunk_size=1, replicas=0, limit=0, max_pixels=1, image_seconds=0)
         if self.max_pixels > MAX_PIXELS:
             raise ValueError(
                 f"--max-pixels {self.max_pixels}: at most {MAX_PIXELS}, since Pillow decodes nothing larger"

@@ -177,7 +177,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
         "sae": loaded.sae.describe(),
     }
     run = collection.begin_run(inputs, parts, made_by)
-    decode = Decode(loaded.tower.preprocess, arguments.max_pixels)
+    decode = Decode(loaded.tower.preprocess, arguments.max_pixels, arguments.image_seconds)
     return pipeline.Job(run, decode, functools.partial(Explain, config), tags(config, loaded), pool)
 
 
