@@ -20,10 +20,11 @@ from saecore.images.effort import MAX_PIXELS
 from saecore.images.listing import list_shards
 from saecore.pipeline.config import EmbedConfig, ModelDigests, Part, changes_results, keeps_results, parts_of
 from saecore.pipeline.decoder import IMAGE_SECONDS
+from saecore.runs.record import Record
 from saecore.runs.run import Run, check_place, listing_hash, open_run, run_at
 from saecore.storage import resolved
 
-from . import cluster, commands, origin
+from . import cluster, commands, exits, origin
 
 SMALL_IMAGES, SMALL_BYTES, SMALL_AT_ANY_SIZE = 2000, 250 << 20, 100
 """What one process does in the time that Ray takes to start, 10 s: of the demo's scenes 200 a second on the least of two cores,
@@ -66,6 +67,11 @@ class Arguments:
     )
     """An image whose decoder takes longer is refused. 0 sets no limit, and decodes in the workers' own processes, which is a
     little faster."""
+    max_error_share: float = dataclasses.field(default=1.0, metadata=keeps_results("it changes the exit code"))
+    """Exit with code 3 if a larger part of the images is refused, from 0 to 1. The run is complete nevertheless."""
+    stop_seconds: float = dataclasses.field(default=10.0, metadata=keeps_results("it says when a run is interrupted"))
+    """Seconds that a first Ctrl-C or SIGTERM leaves for the chunks that are worked on, so that they are not lost. 0 ends at
+    once."""
     local: bool = dataclasses.field(default=False, metadata=_ONLY_WHERE)
     """Run in this process, without Ray. A small collection does so by itself."""
     ray: bool = dataclasses.field(default=False, metadata=_ONLY_WHERE)
@@ -79,11 +85,24 @@ class Arguments:
             raise ValueError("--local is without Ray: give either --local or --ray")
         if self.local and self.replicas > 1:
             raise ValueError(f"--replicas {self.replicas} needs Ray: omit --local")
-        commands.at_least(self, batch_size=1, chunk_size=1, replicas=0, limit=0, max_pixels=1, image_seconds=0)
+        commands.at_least(
+            self, batch_size=1, chunk_size=1, replicas=0, limit=0, max_pixels=1, image_seconds=0, stop_seconds=0
+        )
+        if not 0 <= self.max_error_share <= 1:
+            raise ValueError(f"--max-error-share {self.max_error_share:g}: must be from 0 to 1")
         if self.max_pixels > MAX_PIXELS:
             raise ValueError(
                 f"--max-pixels {self.max_pixels}: at most {MAX_PIXELS}, since Pillow decodes nothing larger"
             )
+
+
+def judged(arguments: Arguments, record: Record) -> int:
+    """The exit code of a complete run; says so where more of its images are refused than is allowed."""
+    if record.n_refused <= arguments.max_error_share * record.images:
+        return exits.COMPLETE
+    share = f"{record.n_refused:,} of {record.images:,} images are refused"
+    print(f"{share}, more than --max-error-share {arguments.max_error_share:g} allows: exit code {exits.REFUSED}")
+    return exits.REFUSED
 
 
 # ---- A run from its arguments.

@@ -110,7 +110,7 @@ def embed(argv: list[str]) -> int:
     if record.n_refused:
         print(refused_images(arguments.out, refusals(job.run), is_explained=False))
     print(said)
-    return 0
+    return collection.judged(arguments, record)
 
 
 def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:

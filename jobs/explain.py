@@ -35,7 +35,7 @@ from saecore.runs.refusals import refusals
 from saecore.spellings import Model, telling
 from saecore.storage import writing
 
-from . import collection, commands, console, pipeline
+from . import collection, commands, console, exits, pipeline
 from .hints import after_explain
 from .summaries import outline, refused_images, run_summary
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 DEFAULT_K = 32
 
-POOR_FIT = 1
+POOR_FIT = exits.FAULT
 """Exit code of a run whose SAE does not fit the images. The same command with --allow-poor-fit resumes the run, or keeps it."""
 
 DEMO_SCENES, DEMO_SHARDS = 512, 4
@@ -131,7 +131,7 @@ def explain(argv: list[str]) -> int:
         print(f"kept, but {advice(record.fit, record)}")
         return POOR_FIT
     commands.propose(after_explain(arguments.out, record.clip))
-    return 0
+    return collection.judged(arguments, record)
 
 
 def watch(job: pipeline.Job, arguments: Arguments, fit: Fit) -> None:

@@ -215,6 +215,7 @@ SHARED = [
     "collection",
     "commands",
     "console",
+    "exits",
     "hints",
     "origin",
     "pipeline",

@@ -3,6 +3,11 @@
 import dataclasses
 import functools
 import hashlib
+import importlib
+import json
+import os
+import re
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,13 +15,16 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from PIL import Image
 
-from jobs import commands, explain, pipeline
+from jobs import commands, exits, explain, pipeline, signals
 from saecore.images.chunks import read_chunk
 from saecore.pipeline.decoder import Limited
+from saecore.runs.run import Run
 from tests.conftest import command
 from tests.helpers.decoders import pause_on
-from tests.jobs.test_jobs import DEADLY, rows
+from tests.helpers.mistakes import mistake
+from tests.jobs.test_jobs import DEADLY, ROOT, rows
 
 Flow = Callable[[pipeline.Job, pa.Table], Iterator[dict[str, Any]]]
 
@@ -45,3 +53,120 @@ def test_an_image_that_hangs_its_decoder_becomes_a_row(
     fine = {key[0] for key, row in images.items() if row["error"] is None}
     assert len(fine) == 31
     assert rows(tmp_path / "run", "maps").keys() == {key for key in rows(local_run, "maps") if key[0] in fine}
+
+
+# ---- Signals: what is worked on is finished.
+
+
+def test_the_chunk_that_is_worked_on_is_committed(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """SIGTERM comes before the third chunk is written; with no time to finish, the chunk is lost."""
+    write = Run.write_chunk
+
+    def write_chunk(self: Run, chunk_id: int, *more: Any) -> Any:
+        if chunk_id == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return write(self, chunk_id, *more)
+
+    monkeypatch.setattr(Run, "write_chunk", write_chunk)
+    for seconds, committed in (("10", 3), ("0", 2)):
+        out = tmp_path / seconds
+        assert explain.main(command(shards, out, "--local", "--stop-seconds", seconds)) == exits.TERMINATED
+        assert len(list((out / "commits").iterdir())) == committed
+        said = capfd.readouterr()
+        assert said.err == "stopped: the same command resumes from here\n"
+        assert ("finishing the chunk" in said.out) is (committed == 3)
+
+
+def chunks_done(chunks: int, seconds: float, n: int = 9, at: int = 3, long: float = 0.0) -> int:
+    """Of n chunks, how many are done where Ctrl-C comes in one of them, which then takes so long."""
+    done = 0
+
+    def work() -> None:
+        nonlocal done
+        with signals.finishing(chunks, seconds) as done_one:
+            for chunk in range(n):
+                if chunk == at:
+                    signal.raise_signal(signal.SIGINT)
+                    deadline = time.monotonic() + long
+                    while time.monotonic() < deadline:
+                        pass
+                done += 1
+                done_one()
+
+    with signals.listening() as asked, pytest.raises(signals.Stopped):
+        work()
+    assert asked.exit_code == exits.INTERRUPTED
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+    return done
+
+
+def test_as_many_chunks_are_finished_as_are_worked_on() -> None:
+    assert chunks_done(1, 5.0) == 4
+    assert chunks_done(3, 5.0) == 6
+    assert chunks_done(1, 0.0) == 3
+    assert chunks_done(50, 5.0) == 9, "the work ends first"
+    began = time.monotonic()
+    assert chunks_done(1, 0.3, long=30.0) == 3, "it takes too long"
+    assert time.monotonic() - began < 10
+
+
+def test_a_second_signal_waits_for_no_chunk() -> None:
+    copy = os.fork()
+    if not copy:
+        with signals.listening(), signals.finishing(1, 30.0):
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(copy, 0)[1]) == exits.TERMINATED
+
+
+# ---- Exit codes.
+
+
+@pytest.fixture(scope="module")
+def holed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of ten images, two of them damaged."""
+    folder = tmp_path_factory.mktemp("holed")
+    for number in range(10):
+        Image.new("RGB", (20, 20), (25 * number, 0, 0)).save(folder / f"{number}.png")
+    for number in (3, 7):
+        (folder / f"{number}.png").write_bytes(b"")
+    return folder
+
+
+@pytest.mark.parametrize("job", ["explain", "embed"])
+def test_more_refused_images_than_are_allowed(
+    job: str, holed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run is complete, and says so again; the limit is no other configuration."""
+    out = tmp_path / "run"
+    words = ["--images", str(holed), "--clip", "demo", "--out", str(out), "--local"]
+    words += ["--sae", "demo", "--allow-poor-fit"] if job == "explain" else ["--no-npy"]
+    main = importlib.import_module(f"jobs.{job}").main
+    sentence = "2 of 10 images are refused, more than --max-error-share 0.1 allows: exit code 3\n"
+    for _ in range(2):
+        assert main([*words, "--max-error-share", "0.1"]) == exits.REFUSED
+        assert sentence in capsys.readouterr().out
+        assert json.loads((out / "run.json").read_text())["status"] == "complete"
+    for share in ([], ["--max-error-share", "0.2"]):
+        assert main([*words, *share]) == exits.COMPLETE
+    wrong = mistake(main, [*words, "--max-error-share", "1.5"], capsys)
+    assert wrong == "--max-error-share 1.5: must be from 0 to 1"
+
+
+def test_exit_codes_are_those_of_the_page_and_of_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """`jobs.exits` states them; docs/explain.md lists them, and help too."""
+    page = (ROOT / "docs" / "explain.md").read_text()
+    listed = page[page.index("| exit code |") :].split("\n\n")[0].splitlines()[2:]
+    assert {int(code) for line in listed for code in re.findall(r"\d+", line.split("|")[1])} == set(exits.MEANINGS)
+    with pytest.raises(SystemExit):
+        explain.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for code, meaning in exits.MEANINGS.items():
+        assert f"{code} {meaning}" in said
+    assert exits.INTERRUPTED == 128 + signal.SIGINT
+    assert exits.TERMINATED == 128 + signal.SIGTERM
+    assert exits.UNREAD == 128 + signal.SIGPIPE
