@@ -24,7 +24,7 @@ from saecore.runs.record import Record
 from saecore.runs.run import Run, check_place, listing_hash, open_run, run_at
 from saecore.storage import resolved
 
-from . import cluster, commands, exits, origin
+from . import cluster, commands, events, exits, origin
 
 SMALL_IMAGES, SMALL_BYTES, SMALL_AT_ANY_SIZE = 2000, 250 << 20, 100
 """What one process does in the time that Ray takes to start, 10 s: of the demo's scenes 200 a second on the least of two cores,
@@ -72,6 +72,8 @@ class Arguments:
     stop_seconds: float = dataclasses.field(default=10.0, metadata=keeps_results("it says when a run is interrupted"))
     """Seconds that a first Ctrl-C or SIGTERM leaves for the chunks that are worked on, so that they are not lost. 0 ends at
     once."""
+    log_json: str = dataclasses.field(default="", metadata=keeps_results("it is written besides the run"))
+    """Append a line of JSON for each chunk to this local file; `-` prints it."""
     local: bool = dataclasses.field(default=False, metadata=_ONLY_WHERE)
     """Run in this process, without Ray. A small collection does so by itself."""
     ray: bool = dataclasses.field(default=False, metadata=_ONLY_WHERE)
@@ -88,6 +90,10 @@ class Arguments:
         commands.at_least(
             self, batch_size=1, chunk_size=1, replicas=0, limit=0, max_pixels=1, image_seconds=0, stop_seconds=0
         )
+        if "://" in self.log_json:
+            raise ValueError(
+                f"--log-json {self.log_json}: a store cannot be appended to; name a local file, or - to print"
+            )
         if not 0 <= self.max_error_share <= 1:
             raise ValueError(f"--max-error-share {self.max_error_share:g}: must be from 0 to 1")
         if self.max_pixels > MAX_PIXELS:
@@ -113,6 +119,8 @@ def check_outside(arguments: Arguments) -> None:
     if not arguments.dry_run:
         with commands.given("--out"):
             check_place(resolved(arguments.out))
+        if arguments.log_json and arguments.log_json != events.STDOUT:
+            commands.check_file("--log-json", arguments.log_json)
         if not arguments.local:
             cluster.check_answers()
 

@@ -26,7 +26,7 @@ from saecore.runs.fit import Fit
 from saecore.runs.record import Record, write_record
 from saecore.runs.run import Run, fit_of
 
-from . import cluster, commands, console, signals
+from . import cluster, commands, console, events, signals
 from .collection import Arguments
 
 MAX_BLOCKS = 10_000
@@ -134,9 +134,11 @@ def complete(job: Job, arguments: Arguments, clock: Clock, watch: Callable[[Fit]
         with (
             contextlib.closing(flow(job, pending)) as rows,
             signals.finishing(job.pool.replicas, arguments.stop_seconds) as done_one,
+            events.watching(arguments.out, progress, arguments.log_json, job.pool.on_ray) as watchers,
         ):
             for row in rows:
                 progress.add(row["images"], row["refused"])
+                watchers.tell(row)
                 fit = fit.plus(Fit(*row["fit"]))
                 watch(fit)
                 done_one()

@@ -215,6 +215,7 @@ SHARED = [
     "collection",
     "commands",
     "console",
+    "events",
     "exits",
     "hints",
     "origin",

@@ -11,6 +11,8 @@ computes (`saecore.pipeline.stages`).
 """
 
 import json
+import os
+import socket
 from collections.abc import Callable
 from typing import Protocol
 
@@ -22,7 +24,7 @@ from saecore.images.decode import blank
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.isolation import Witness, pieces, refuse, survive
 from saecore.pipeline.stages import Decode
-from saecore.runs.run import Run
+from saecore.runs.run import Commit, Run
 
 
 class Stage(Protocol):
@@ -75,10 +77,26 @@ def _black(pixels: bytes) -> bytes:
 
 
 def write_chunk(row: pa.Table, run: Run, tags: dict[str, str]) -> pa.Table:
-    """chunk_id, payload, seconds -> images, refused, fit: a small row for the driver. It commits the chunk."""
+    """chunk_id, payload, seconds -> images, refused, fit, event: a small row for the driver. It commits the chunk."""
     chunk_id, payload, seconds = _unpack(row)
-    commit = run.write_chunk(chunk_id, payload, seconds, tags)
-    return pa.table({"images": [commit.images], "refused": [sum(commit.refused.values())], "fit": [list(commit.fit)]})
+    return told(run.write_chunk(chunk_id, payload, seconds, tags), payload["uri"][0].as_py())
+
+
+def told(commit: Commit, shard: str) -> pa.Table:
+    """What the driver is told of a chunk that this process has committed."""
+    event = {
+        "chunk": commit.chunk_id,
+        "shard": shard,
+        "images": commit.images,
+        "refused": commit.refused,
+        "bytes": sum(file["bytes"] for file in commit.files),
+        "seconds": {step: round(value, 4) for step, value in commit.seconds.items()},
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+    }
+    refused = sum(commit.refused.values())
+    columns = {"images": [commit.images], "refused": [refused], "fit": [list(commit.fit)], "event": [json.dumps(event)]}
+    return pa.table(columns)
 
 
 def _pack(chunk_id: int, table: pa.Table, seconds: dict[str, float]) -> pa.Table:

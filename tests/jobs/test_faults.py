@@ -8,8 +8,12 @@ import json
 import os
 import re
 import signal
+import socket
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
+from datetime import datetime
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,9 @@ from PIL import Image
 from jobs import commands, exits, explain, pipeline, signals
 from saecore.images.chunks import read_chunk
 from saecore.pipeline.decoder import Limited
+from saecore.runs.files import read_plan
 from saecore.runs.run import Run
+from saecore.storage import read_json
 from tests.conftest import command
 from tests.helpers.decoders import pause_on
 from tests.helpers.mistakes import mistake
@@ -170,3 +176,85 @@ def test_exit_codes_are_those_of_the_page_and_of_help(capsys: pytest.CaptureFixt
     assert exits.INTERRUPTED == 128 + signal.SIGINT
     assert exits.TERMINATED == 128 + signal.SIGTERM
     assert exits.UNREAD == 128 + signal.SIGPIPE
+
+
+# ---- What machines see.
+
+
+def events_in(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+
+
+def assert_told(events: list[dict[str, Any]], run: Path, total: int) -> None:
+    """A line for each of the run's commits, with what the commit says."""
+    commits = {commit["chunk_id"]: commit for commit in map(read_json, map(str, (run / "commits").glob("*.json")))}
+    plan = {chunk["chunk_id"]: chunk["uri"] for chunk in read_plan(str(run)).to_pylist()}
+    assert sorted(event["chunk"] for event in events) == sorted(commits)
+    for event in events:
+        commit = commits[event["chunk"]]
+        assert event["event"] == "chunk"
+        assert event["run"] == str(run)
+        assert event["shard"] == plan[event["chunk"]]
+        assert (event["images"], event["refused"]) == (commit["images"], commit["refused"])
+        assert event["bytes"] == sum((run / file["path"]).stat().st_size for file in commit["files"])
+        assert event["seconds"].keys() == commit["seconds"].keys()
+        assert event["host"] == socket.gethostname()
+        assert datetime.fromisoformat(event["time"]).tzinfo is not None
+    assert [event["done"] for event in events] == list(accumulate(event["images"] for event in events))
+    assert {event["total"] for event in events} == {total}
+
+
+def test_a_line_of_json_for_each_chunk(holed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a file that a resumed run appends to, or among what is printed."""
+    log = tmp_path / "logs" / "run.jsonl"
+    words = command(holed, tmp_path / "run", "--local", "--chunk-size", "4", "--allow-poor-fit")
+    for _ in range(2):
+        assert explain.main([*words, "--log-json", str(log)]) == 0
+        assert_told(events_in(log.read_text()), tmp_path / "run", 10)
+    assert sum(sum(event["refused"].values()) for event in events_in(log.read_text())) == 2
+    capsys.readouterr()
+    words = command(holed, tmp_path / "printed", "--local", "--chunk-size", "4", "--allow-poor-fit", "--log-json", "-")
+    assert explain.main(words) == 0
+    assert_told(events_in(capsys.readouterr().out), tmp_path / "printed", 10)
+    words = command(holed, tmp_path / "other", "--log-json", "s3://bucket/log")
+    wrong = mistake(explain.main, words, capsys)
+    assert wrong == "--log-json s3://bucket/log: a store cannot be appended to; name a local file, or - to print"
+
+
+def test_metrics_of_a_run_are_at_the_port_that_ray_serves(ray_session: None, holed: Path, tmp_path: Path) -> None:
+    import ray
+
+    log, out = tmp_path / "log.jsonl", tmp_path / "run"
+    words = command(holed, out, "--ray", "--chunk-size", "4", "--allow-poor-fit", "--log-json", str(log))
+    assert explain.main(words) == 0
+    events = events_in(log.read_text())
+    assert_told(events, out, 10)
+    (node,) = (node for node in ray.nodes() if node["Alive"])
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    seconds = {step: sum(event["seconds"][step] for event in events) for step in events[0]["seconds"]}
+    expected = {
+        "relmap_images_total": 10,
+        "relmap_chunks_total": 3,
+        "relmap_done_images": 10,
+        "relmap_planned_images": 10,
+        "relmap_refused_total empty": 2,
+        "relmap_bytes_total": sum(event["bytes"] for event in events),
+        **{f"relmap_seconds_total {step}": pytest.approx(value, abs=1e-3) for step, value in seconds.items()},
+    }
+    deadline = time.monotonic() + 60
+    while (seen := metrics_at(address, str(out))) != expected:
+        assert time.monotonic() < deadline, seen
+        time.sleep(0.5)
+
+
+def metrics_at(address: str, run: str) -> dict[str, float]:
+    """Our metrics of one run, each by its name and its further label."""
+    with urllib.request.urlopen(address, timeout=10) as answer:
+        text = answer.read().decode()
+    seen = {}
+    for name, labels, value in re.findall(r"^ray_(relmap_\w+)\{(.*)\} (\S+)$", text, re.M):
+        label = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+        if label["run"] == run:
+            more = label.get("reason") or label.get("step") or ""
+            seen[f"{name} {more}".strip()] = float(value)
+    return seen
