@@ -34,8 +34,6 @@ import traceback
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from saecore.pipeline.isolation import DEATHS_ALONE, REASON
-
 TIMED_OUT = "timed-out"
 
 IMAGE_SECONDS = 60.0
@@ -72,7 +70,8 @@ class Limited:
 
     def __call__(self, data: bytes) -> Any:
         """As `decode`, in the other process; ImageError for an image that hangs the decoder or ends its process."""
-        from saecore.images.decode import ImageError, blank
+        from saecore.images.decode import ImageError, blank  # not above: the other process needs neither
+        from saecore.pipeline.isolation import DEATHS_ALONE, REASON
 
         for deaths in itertools.count(1):
             try:

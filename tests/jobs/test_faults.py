@@ -233,13 +233,13 @@ def test_metrics_of_a_run_are_at_the_port_that_ray_serves(ray_session: None, hol
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     seconds = {step: sum(event["seconds"][step] for event in events) for step in events[0]["seconds"]}
     expected = {
-        "relmap_images_total": 10,
-        "relmap_chunks_total": 3,
-        "relmap_done_images": 10,
-        "relmap_planned_images": 10,
-        "relmap_refused_total empty": 2,
-        "relmap_bytes_total": sum(event["bytes"] for event in events),
-        **{f"relmap_seconds_total {step}": pytest.approx(value, abs=1e-3) for step, value in seconds.items()},
+        ("ray_relmap_images_total", ""): 10,
+        ("ray_relmap_chunks_total", ""): 3,
+        ("ray_relmap_done_images", ""): 10,
+        ("ray_relmap_planned_images", ""): 10,
+        ("ray_relmap_refused_total", "empty"): 2,
+        ("ray_relmap_bytes_total", ""): sum(event["bytes"] for event in events),
+        **{("ray_relmap_seconds_total", step): pytest.approx(value, abs=1e-3) for step, value in seconds.items()},
     }
     deadline = time.monotonic() + 60
     while (seen := metrics_at(address, str(out))) != expected:
@@ -247,14 +247,13 @@ def test_metrics_of_a_run_are_at_the_port_that_ray_serves(ray_session: None, hol
         time.sleep(0.5)
 
 
-def metrics_at(address: str, run: str) -> dict[str, float]:
+def metrics_at(address: str, run: str) -> dict[tuple[str, str], float]:
     """Our metrics of one run, each by its name and its further label."""
     with urllib.request.urlopen(address, timeout=10) as answer:
         text = answer.read().decode()
     seen = {}
-    for name, labels, value in re.findall(r"^ray_(relmap_\w+)\{(.*)\} (\S+)$", text, re.M):
+    for name, labels, value in re.findall(r"^(ray_relmap_\w+)\{(.*)\} (\S+)$", text, re.M):
         label = dict(re.findall(r'(\w+)="([^"]*)"', labels))
         if label["run"] == run:
-            more = label.get("reason") or label.get("step") or ""
-            seen[f"{name} {more}".strip()] = float(value)
+            seen[name, label.get("reason") or label.get("step") or ""] = float(value)
     return seen
