@@ -18,6 +18,7 @@ PREPROCESS = Preprocess(
 
 
 def _hold() -> None:
+    os.write(2, b"hangs\n")
     ctypes.PyDLL(None).pause()  # PyDLL keeps the interpreter's lock, as most decoders do
 
 

@@ -127,9 +127,11 @@ limited(b"pause with the lock")
 
 def test_no_decoder_outlives_its_worker() -> None:
     """Also if it hangs when its worker is killed."""
-    with subprocess.Popen([sys.executable, "-c", ORPHAN], cwd=ROOT, stdout=subprocess.PIPE, text=True) as worker:
+    words = [sys.executable, "-c", ORPHAN]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as worker:
         assert worker.stdout is not None
-        child = int(worker.stdout.readline())
+        child = int(next(line for line in worker.stdout if line.strip().isdigit()))
+        assert "hangs\n" in worker.stdout
         assert os.path.exists(f"/proc/{child}")
         worker.kill()
     deadline = time.monotonic() + 10
