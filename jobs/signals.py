@@ -26,7 +26,10 @@ AGAIN = "the same command starts again"
 
 
 class Stopped(KeyboardInterrupt):
-    """The process was asked to end. A KeyboardInterrupt, so that code that cleans up after Ctrl-C does so for SIGTERM too."""
+    """The process was asked to end. A KeyboardInterrupt, so that code that cleans up after Ctrl-C does so for SIGTERM too.
+
+    Its argument is the signal's number.
+    """
 
 
 class Asked:
@@ -79,7 +82,7 @@ _asked: Asked | None = None
 def stop_here(*_: object) -> NoReturn:
     """Raise `Stopped`; a handler of signals too."""
     sys.stdout = sys.stderr
-    raise Stopped
+    raise Stopped(_asked.number if _asked else None)
 
 
 @contextmanager
