@@ -53,7 +53,7 @@ def decode_chunk(row: pa.Table, decode: Decode, witness: Witness) -> pa.Table:
 
 
 class Replica:
-    """chunk_id, DECODED, seconds -> images, refused, fit, event: a small row for the driver. It computes a chunk and commits it.
+    """chunk_id, DECODED, seconds -> images, refused, fit, event: a small row for the driver. It computes and commits a chunk.
 
     The stage's models stay on their device. Several threads may call: chunks are computed one after the other, and the next
     chunk is computed while those before it are written.
