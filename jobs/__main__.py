@@ -13,7 +13,7 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 
-from . import signals
+from . import exits, signals
 
 PROGRAM = "relmap" if __package__ == "relmap" else f"python -m {__package__}"
 
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return say(f"relmap {version()}")
         if words[0] not in NAMES:
             print(unknown(words[0]), file=sys.stderr)
-            return 2
+            return exits.MISTAKE
         command = importlib.import_module(f".{words[0]}", __package__)
     code: int = command.main(words[1:])
     return code

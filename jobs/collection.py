@@ -19,10 +19,12 @@ from saecore.images.chunks import count_images, plan_chunks
 from saecore.images.effort import MAX_PIXELS
 from saecore.images.listing import list_shards
 from saecore.pipeline.config import EmbedConfig, ModelDigests, Part, changes_results, keeps_results, parts_of
+from saecore.pipeline.decoder import IMAGE_SECONDS
+from saecore.runs.record import Record
 from saecore.runs.run import Run, check_place, listing_hash, open_run, refuse_other, run_at
 from saecore.storage import resolved
 
-from . import cluster, commands, origin
+from . import cluster, commands, events, exits, origin
 from .pool import Pool, Wishes, crowded
 
 SMALL_IMAGES, SMALL_BYTES, SMALL_AT_ANY_SIZE = 2000, 250 << 20, 100
@@ -65,6 +67,19 @@ class Arguments:
     """The Parquet column that holds the images, if the program cannot guess it."""
     max_pixels: int = dataclasses.field(default=MAX_PIXELS, metadata=changes_results(Part("max-pixels")))
     """An image with more pixels is refused before it is decoded."""
+    image_seconds: float = dataclasses.field(
+        default=IMAGE_SECONDS,
+        metadata=keeps_results("no image that can be decoded comes near it; else its row says so"),
+    )
+    """An image whose decoder takes longer is refused. 0 sets no limit, and decodes in the workers' own processes, which is a
+    little faster."""
+    max_error_share: float = dataclasses.field(default=1.0, metadata=keeps_results("it changes the exit code"))
+    """Exit with code 3 if a larger part of the images is refused, from 0 to 1. The run is complete nevertheless."""
+    stop_seconds: float = dataclasses.field(default=10.0, metadata=keeps_results("it says when a run is interrupted"))
+    """Seconds that a first Ctrl-C or SIGTERM leaves for the chunks that are worked on, so that they are not lost. 0 ends at
+    once."""
+    log_json: str = dataclasses.field(default="", metadata=keeps_results("it is written besides the run"))
+    """Append a line of JSON for each chunk to this local file; `-` prints it."""
     local: bool = dataclasses.field(default=False, metadata=_ONLY_WHERE)
     """Run in this process, without Ray. A small collection does so by itself."""
     ray: bool = dataclasses.field(default=False, metadata=_ONLY_WHERE)
@@ -79,13 +94,28 @@ class Arguments:
         if self.local and self.replicas > 1:
             raise ValueError(f"--replicas {self.replicas} needs Ray: omit --local")
         least = {"batch_size": 1, "chunk_size": 1, "replicas": 0, "min_replicas": 0, "wait_minutes": 0, "limit": 0}
-        commands.at_least(self, **least, max_pixels=1)
+        commands.at_least(self, **least, max_pixels=1, image_seconds=0, stop_seconds=0)
         with commands.given_fields(self):
             wishes(self).check()
+        if "://" in self.log_json:
+            raise ValueError(
+                f"--log-json {self.log_json}: a store cannot be appended to; name a local file, or - to print"
+            )
+        if not 0 <= self.max_error_share <= 1:
+            raise ValueError(f"--max-error-share {self.max_error_share:g}: must be from 0 to 1")
         if self.max_pixels > MAX_PIXELS:
             raise ValueError(
                 f"--max-pixels {self.max_pixels}: at most {MAX_PIXELS}, since Pillow decodes nothing larger"
             )
+
+
+def judged(arguments: Arguments, record: Record) -> int:
+    """The exit code of a complete run; says so where more of its images are refused than is allowed."""
+    if record.n_refused <= arguments.max_error_share * record.images:
+        return exits.COMPLETE
+    share = f"{record.n_refused:,} of {record.images:,} images are refused"
+    print(f"{share}, more than --max-error-share {arguments.max_error_share:g} allows: exit code {exits.REFUSED}")
+    return exits.REFUSED
 
 
 # ---- A run from its arguments.
@@ -96,6 +126,8 @@ def check_outside(arguments: Arguments) -> None:
     if not arguments.dry_run:
         with commands.given("--out"):
             check_place(resolved(arguments.out))
+        if arguments.log_json and arguments.log_json != events.STDOUT:
+            commands.check_file("--log-json", arguments.log_json)
         if not arguments.local:
             cluster.check_answers()
 

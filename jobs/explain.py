@@ -35,7 +35,7 @@ from saecore.runs.refusals import refusals
 from saecore.spellings import Model, telling
 from saecore.storage import writing
 
-from . import collection, commands, console, pipeline
+from . import collection, commands, console, exits, pipeline
 from .hints import after_explain
 from .pool import DEVICES
 from .summaries import outline, refused_images, run_summary
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 DEFAULT_K = 32
 
-POOR_FIT = 1
+POOR_FIT = exits.FAULT
 """Exit code of a run whose SAE does not fit the images. The same command with --allow-poor-fit resumes the run, or keeps it."""
 
 DEMO_SCENES, DEMO_SHARDS = 512, 4
@@ -132,7 +132,7 @@ def explain(argv: list[str]) -> int:
         print(f"kept, but {advice(record.fit, record)}")
         return POOR_FIT
     commands.propose(after_explain(arguments.out, record.clip))
-    return 0
+    return collection.judged(arguments, record)
 
 
 def watch(job: pipeline.Job, arguments: Arguments, fit: Fit) -> None:
@@ -179,7 +179,7 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
         "sae": loaded.sae.describe(),
     }
     run = collection.begin_run(inputs, parts, made_by)
-    decode = Decode(loaded.tower.preprocess, arguments.max_pixels)
+    decode = Decode(loaded.tower.preprocess, arguments.max_pixels, arguments.image_seconds)
     return pipeline.Job(run, decode, functools.partial(Explain, config), tags(config, loaded), pool)
 
 

@@ -26,7 +26,7 @@ from saecore.runs.fit import Fit
 from saecore.runs.record import Record, write_record
 from saecore.runs.run import Run, fit_of
 
-from . import cluster, commands, console
+from . import cluster, commands, console, events, signals
 from .collection import Arguments
 from .pool import Pool
 
@@ -148,11 +148,17 @@ def complete(job: Job, arguments: Arguments, clock: Clock, watch: Callable[[Fit]
     progress = console.Progress(total, total - left)
     try:
         # Closed at once where the loop is left: a replica of a stopped run must not hold its CPUs or GPUs.
-        with contextlib.closing(flow(job, pending)) as rows:
+        with (
+            contextlib.closing(flow(job, pending)) as rows,
+            signals.finishing(job.pool.replicas, arguments.stop_seconds) as done_one,
+            events.watching(arguments.out, progress, arguments.log_json, job.pool.on_ray) as watchers,
+        ):
             for row in rows:
                 progress.add(row["images"], row["refused"])
+                watchers.tell(row)
                 fit = fit.plus(Fit(*row["fit"]))
                 watch(fit)
+                done_one()
         progress.close()
         clock.lap("images")
         job.run.finish(left, clock.seconds["images"])

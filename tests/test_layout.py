@@ -219,6 +219,8 @@ SHARED = [
     "commands",
     "console",
     "dashboard",
+    "events",
+    "exits",
     "hints",
     "order",
     "origin",

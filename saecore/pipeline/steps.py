@@ -11,6 +11,8 @@ computes (`saecore.pipeline.stages`).
 """
 
 import json
+import os
+import socket
 import threading
 from collections.abc import Callable
 from typing import Protocol
@@ -23,7 +25,7 @@ from saecore.images.decode import blank
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.isolation import Witness, pieces, refuse, survive
 from saecore.pipeline.stages import Decode
-from saecore.runs.run import Run
+from saecore.runs.run import Commit, Run
 
 
 class Stage(Protocol):
@@ -51,7 +53,7 @@ def decode_chunk(row: pa.Table, decode: Decode, witness: Witness) -> pa.Table:
 
 
 class Replica:
-    """chunk_id, DECODED, seconds -> images, refused, fit: a small row for the driver. It computes a chunk and commits it.
+    """chunk_id, DECODED, seconds -> images, refused, fit, event: a small row for the driver. It computes and commits a chunk.
 
     The stage's models stay on their device. Several threads may call: chunks are computed one after the other, and the next
     chunk is computed while those before it are written.
@@ -68,8 +70,7 @@ class Replica:
             chunk_id, decoded, seconds = _unpack(row)
             payload, computing = self._compute(chunk_id, decoded)
         commit = self.run.write_chunk(chunk_id, payload, seconds | computing, self.tags)
-        refused = sum(commit.refused.values())
-        return pa.table({"images": [commit.images], "refused": [refused], "fit": [list(commit.fit)]})
+        return told(commit, payload["uri"][0].as_py())
 
     def _compute(self, chunk_id: int, decoded: pa.Table) -> tuple[pa.Table, dict[str, float]]:
         """The stage's payload, and how many seconds it took."""
@@ -87,6 +88,23 @@ class Replica:
 def _black(pixels: bytes) -> bytes:
     """As many pixels, all black."""
     return bytes(len(pixels))
+
+
+def told(commit: Commit, shard: str) -> pa.Table:
+    """What the driver is told of a chunk that this process has committed."""
+    event = {
+        "chunk": commit.chunk_id,
+        "shard": shard,
+        "images": commit.images,
+        "refused": commit.refused,
+        "bytes": sum(file["bytes"] for file in commit.files),
+        "seconds": {step: round(value, 4) for step, value in commit.seconds.items()},
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+    }
+    refused = sum(commit.refused.values())
+    columns = {"images": [commit.images], "refused": [refused], "fit": [list(commit.fit)], "event": [json.dumps(event)]}
+    return pa.table(columns)
 
 
 def _pack(chunk_id: int, table: pa.Table, seconds: dict[str, float]) -> pa.Table:
