@@ -221,6 +221,7 @@ SHARED = [
     "dashboard",
     "events",
     "exits",
+    "head",
     "hints",
     "order",
     "origin",
