@@ -113,13 +113,13 @@ def complete(job: Job, arguments: Arguments, clock: Clock, watch: Callable[[Fit]
     """
     done = job.run.commits()
     pending, fit = job.run.pending(done), fit_of(done)
-    del done  # one for every chunk: not to be held for hours
     if not pending.num_rows:
         print(f"{arguments.out} is complete: nothing to do")
-        if job.run.record().is_complete:
+        if job.run.is_finished(done):
             return False
         job.run.finish(0, 0.0)  # stopped between the last chunk and the end
         return True
+    del done  # one for every chunk: not to be held for hours
     watch(fit)
     total, left = count_images(job.run.plan()), count_images(pending)
     if left < total:

@@ -1,9 +1,7 @@
 """Tell what has changed in a run's inputs since its plan was made.
 
-A run is made of the inputs that its plan lists. A complete run keeps its results if inputs are gone or have changed, and new
-inputs are no part of it. A run that is not complete needs its inputs as they were.
-
-Left out: adding new shards to a run.
+A run is made of the inputs that its plan lists. A chunk that is done keeps its results if its input is gone or has changed. A
+chunk that is not done needs its input as it was. New inputs are no part of a run until it grows (`saecore.images.growth`).
 """
 
 from collections.abc import Iterable, Sequence
@@ -28,6 +26,12 @@ class Changes(NamedTuple):
         """How many of each kind, and the names of the first."""
         kinds = zip(("no longer listed", "new", "changed in size or time"), self, strict=True)
         return ", ".join(f"{len(names):,} {kind} ({shortened(names)})" for kind, names in kinds if names)
+
+    def of(self, chunks: pa.Table) -> "Changes":
+        """The changes to the inputs of some chunks of the plan. Nothing of them is new."""
+        files = {file for uri, state in _planned(chunks).items() for file in (uri, *_files(uri, state))}
+        gone, changed = ([name for name in names if name in files] for names in (self.gone, self.changed))
+        return Changes(gone, [], changed)
 
 
 class _State(NamedTuple):

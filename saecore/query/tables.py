@@ -122,8 +122,9 @@ class Tables:
 
     @functools.cached_property
     def plan(self) -> pa.Table:
-        """plan.parquet: the chunks that the run's input was cut into."""
-        return read_plan(self.uri)
+        """The chunks of the manifest. The plan of a run that grows holds more: their rows do not count before all are there."""
+        plan = read_plan(self.uri)
+        return plan.filter(pc.is_in(plan["chunk_id"], self.manifest["chunk_id"].combine_chunks()))
 
     @functools.cached_property
     def numbering(self) -> Numbering:

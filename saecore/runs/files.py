@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset
 import pyarrow.parquet as pq
 
-from saecore.storage import Place, join_uri, read_parquet
+from saecore.storage import Place, join_uri, read_parquet, write_atomic
 
 TABLES = ("images", "activations", "maps")
 """The tables that a run may have. Which it has follows from the payload that is written."""
@@ -38,6 +38,11 @@ MANIFEST = pa.schema(
 def read_plan(uri: str) -> pa.Table:
     """All chunks of a run (schema.PLAN)."""
     return read_file(uri, "plan.parquet")
+
+
+def write_plan(uri: str, plan: pa.Table) -> None:
+    """Make this the plan of a run."""
+    write_atomic(join_uri(uri, "plan.parquet"), parquet_bytes(plan, 65_536))
 
 
 def read_manifest(uri: str) -> pa.Table:

@@ -12,6 +12,9 @@ names are there in the size it says. Names follow from the chunk id, files appea
 all, and the commit comes last: a worker may die anywhere, or run twice, and readers see each image once. A resumed run works on
 the chunks of the plan that have no valid commit. All of this works on any pyarrow filesystem.
 
+A run may grow (`saecore.images.growth`): its plan then has more chunks than its manifest, which goes on to name the files of the
+run of before until all chunks are done. The fingerprint stays that of the beginning, so the commits of before stay valid.
+
 A run is opened for writing by `open_run` and for reading by `saecore.runs.record.read_complete`.
 
 Left out: a lock. Two jobs with one fingerprint on one folder do the work twice and write the same files.
@@ -24,7 +27,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -34,13 +37,26 @@ import pyarrow.dataset
 
 from saecore import schema
 from saecore.runs import card
-from saecore.runs.files import MANIFEST, ROW_GROUP_ROWS, TABLES, chunk_file, parquet_bytes, read_plan
+from saecore.runs.files import (
+    MANIFEST,
+    ROW_GROUP_ROWS,
+    TABLES,
+    chunk_file,
+    parquet_bytes,
+    read_manifest,
+    read_plan,
+    write_plan,
+)
 from saecore.runs.fit import Fit, judged
 from saecore.runs.record import Record, Unread, from_document, read_record, write_record
+from saecore.schema import growths_of
 from saecore.storage import Place, check_writable, join_uri, names_in, read_json, reason, write_atomic
 
 _RECORD_READERS = 32
 """Threads that read commit records: on an object store each record is a round trip."""
+
+_ADDED_UP = ("images", "refused", "rows", "bytes", "growths")
+"""Fields of the record that change if chunks are added or done again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +172,17 @@ class Run:
         """The content of run.json."""
         return read_record(self.uri)
 
+    def is_finished(self, commits: Sequence[Commit]) -> bool:
+        """Whether the manifest and run.json tell of these commit records, the valid ones of all chunks.
+
+        They tell of fewer where a session that added to a complete run was stopped between the last chunk and the end.
+        """
+        record = self.record()
+        if not (record.is_complete and read_manifest(self.uri).equals(manifest_of(commits))):
+            return False
+        told = completed(record, self.plan(), commits)
+        return all(getattr(told, name) == getattr(record, name) for name in _ADDED_UP)
+
     def finish(self, images: int, seconds: float) -> Record:
         """Check that every planned image was written once, write manifest and card, complete run.json; returns its content.
 
@@ -170,9 +197,7 @@ class Run:
             raise RuntimeError(
                 f"{len(wrong)} of {len(planned)} chunks are not done, the first is {wrong[:1]}; run it again"
             )
-        rows = [{"chunk_id": commit.chunk_id, **file} for commit in commits for file in commit.files]
-        manifest = pa.Table.from_pylist(rows, schema=MANIFEST)
-        write_atomic(join_uri(self.uri, "manifest.parquet"), parquet_bytes(manifest, 65_536))
+        write_atomic(join_uri(self.uri, "manifest.parquet"), parquet_bytes(manifest_of(commits), 65_536))
         record = dataclasses.replace(
             completed(self.record(), plan, commits),
             session_images=images,
@@ -181,6 +206,12 @@ class Run:
         card.write(self.uri, record)
         write_record(self.uri, record)
         return record
+
+
+def manifest_of(commits: Iterable[Commit]) -> pa.Table:
+    """MANIFEST: the files that these commit records name."""
+    rows = [{"chunk_id": commit.chunk_id, **file} for commit in commits for file in commit.files]
+    return pa.Table.from_pylist(rows, schema=MANIFEST)
 
 
 def completed(record: Record, plan: pa.Table, commits: Iterable[Commit]) -> Record:
@@ -209,6 +240,7 @@ def completed(record: Record, plan: pa.Table, commits: Iterable[Commit]) -> Reco
         fit=fit_of(commits),
         lost=lost,
         damaged=damaged,
+        growths=growths_of(plan),
     )
 
 
@@ -242,7 +274,7 @@ def open_run(uri: str, parts: dict[str, Any], made_by: dict[str, Any], make_plan
     """
     run = Run(uri, parts, fingerprint(parts))
     if not holds_run(uri):
-        write_atomic(join_uri(uri, "plan.parquet"), parquet_bytes(make_plan(), 65_536))
+        write_plan(uri, make_plan())
         begun = {"status": "running", "fingerprint": run.fingerprint, "parts": parts}
         write_record(uri, from_document(begun | made_by))
         return run
