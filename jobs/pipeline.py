@@ -22,9 +22,10 @@ from saecore.pipeline.clock import Clock
 from saecore.pipeline.isolation import Suspects
 from saecore.pipeline.stages import Decode
 from saecore.pipeline.steps import Replica, decode_chunk, write_chunk
+from saecore.runs.commits import fit_of
 from saecore.runs.fit import Fit
 from saecore.runs.record import Record, write_record
-from saecore.runs.run import Run, fit_of
+from saecore.runs.run import Run
 
 from . import cluster, commands, console
 from .collection import Arguments

@@ -5,13 +5,15 @@ chunk that is not done needs its input as it was. New inputs are no part of a ru
 """
 
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from saecore.images.chunks import empty_shards
+from saecore.images.chunks import SCANNERS, empty_shards
 from saecore.images.listing import Shard
-from saecore.storage import join_uri
+from saecore.storage import Place, join_uri
 
 
 class Changes(NamedTuple):
@@ -64,6 +66,15 @@ def since(plan: pa.Table, shards: Iterable[Shard], is_limited: bool) -> Changes:
         changes.new.extend([] if is_limited else sorted(new_files - old_files))
     known = set(empty_shards(plan))
     return changes._replace(new=[uri for uri in changes.new if uri not in known])
+
+
+def other_files(chunks: pa.Table) -> list[str]:
+    """The tars and Parquet files of some chunks of a plan that are gone, or have another size than when they were planned."""
+    files = chunks.filter(pc.not_equal(chunks["kind"], "folder"))
+    planned = dict(zip(files["uri"].to_pylist(), files["bytes"].to_pylist(), strict=True))
+    with ThreadPoolExecutor(SCANNERS) as pool:
+        sizes = pool.map(lambda uri: Place(uri).info().size, planned)
+        return [uri for uri, size in zip(planned, sizes, strict=True) if size != planned[uri]]
 
 
 def _planned(plan: pa.Table) -> dict[str, _State]:
