@@ -38,6 +38,9 @@ COMMANDS = {
         "train": "embeddings to an SAE",
         "measure": "how good an SAE is; convert one of another format, calibrate its threshold",
     },
+    "Work on a cluster": {
+        "submit": "take one of these commands to a Ray cluster, and follow it there",
+    },
 }
 """What a person wants to do -> command -> what it does."""
 
