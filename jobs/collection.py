@@ -17,9 +17,9 @@ from saecore import schema
 from saecore.images.changes import Changes, since
 from saecore.images.chunks import count_images, plan_chunks
 from saecore.images.effort import MAX_PIXELS
-from saecore.images.growth import Divided, divide, groups_of, grown, new_chunks
 from saecore.images.listing import list_shards
 from saecore.pipeline.config import EmbedConfig, ModelDigests, Part, changes_results, keeps_results, parts_of
+from saecore.pipeline.growth import Divided, divide, groups_of, grown, new_chunks
 from saecore.runs.files import write_plan
 from saecore.runs.run import Run, check_place, listing_hash, open_run, run_at
 from saecore.schema import growths_of

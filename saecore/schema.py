@@ -70,7 +70,7 @@ PLAN = pa.schema(
 )
 
 GROWTHS = b"growths"
-"""The key of a plan's metadata under which its growths are listed (`saecore.images.growth`), as JSON."""
+"""The key of a plan's metadata under which its growths are listed (`saecore.pipeline.growth`), as JSON."""
 
 _IDENTITY = [
     pa.field("image_id", pa.int64(), nullable=False),

@@ -1,7 +1,7 @@
 """Tell what has changed in a run's inputs since its plan was made.
 
 A run is made of the inputs that its plan lists. A chunk that is done keeps its results if its input is gone or has changed. A
-chunk that is not done needs its input as it was. New inputs are no part of a run until it grows (`saecore.images.growth`).
+chunk that is not done needs its input as it was. New inputs are no part of a run until it grows (`saecore.pipeline.growth`).
 """
 
 from collections.abc import Iterable, Sequence

@@ -13,7 +13,7 @@ names are there in the size it says. Names follow from the chunk id, files appea
 all, and the commit comes last: a worker may die anywhere, or run twice, and readers see each image once. A resumed run works on
 the chunks of the plan that have no valid commit. All of this works on any pyarrow filesystem.
 
-A run may grow (`saecore.images.growth`): its plan then has more chunks than its manifest, which goes on to name the files of
+A run may grow (`saecore.pipeline.growth`): its plan then has more chunks than its manifest, which goes on to name the files of
 the run of before until all chunks are done. The fingerprint stays that of the beginning, so the commits of before stay valid.
 
 Images that were refused may be read again. Their chunks then get files under new names, each with the rows of before for all

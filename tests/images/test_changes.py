@@ -7,8 +7,8 @@ import pytest
 
 from saecore.images.changes import Changes, since
 from saecore.images.chunks import empty_shards, plan_chunks
-from saecore.images.growth import divide, groups_of, grown, new_chunks
 from saecore.images.listing import Shard, list_shards
+from saecore.pipeline.growth import divide, groups_of, grown, new_chunks
 from saecore.schema import growths_of
 from tests.images.test_chunks import PICTURES, make, write_tar
 
