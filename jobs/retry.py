@@ -38,6 +38,7 @@ from saecore.runs.run import Run, run_at
 from saecore.storage import resolved
 
 from . import cluster, collection, commands, console, pipeline
+from .pool import Pool, Wishes
 from .summaries import refused_images, run_summary
 
 
@@ -56,6 +57,8 @@ class Arguments:
     """Actors that hold the models. 0 is as many as the GPUs carry, or one if there is no GPU."""
     gpus_per_replica: float = -1.0
     """GPUs of each replica; a fraction is allowed. -1 is one GPU if there are GPUs, else none."""
+    wait_minutes: float = 10.0
+    """Minutes to wait for nodes that the cluster at RAY_ADDRESS starts on demand. 0 refuses at once what does not fit."""
     local: bool = False
     """Run in this process, without Ray. A few images do so by themselves."""
     ray: bool = False
@@ -64,13 +67,20 @@ class Arguments:
     """Say how many images would be read again, and do nothing."""
 
     @property
+    def wishes(self) -> Wishes:
+        """What is asked of the pool."""
+        return Wishes(self.replicas, self.gpus_per_replica)
+
+    @property
     def reasons(self) -> list[str]:
         """Each once."""
         return list(dict.fromkeys(reason.strip() for reason in self.reason.split(",") if reason.strip()))
 
     def check(self) -> None:
         """See `commands.Checked.check`."""
-        commands.at_least(self, replicas=0)
+        commands.at_least(self, replicas=0, wait_minutes=0)
+        with commands.given_fields(self):
+            self.wishes.check()
         if not self.reasons:
             raise ValueError(f"--reason names none: give some of {', '.join(MAY_PASS)}, for example")
         if self.local and (self.ray or self.replicas > 1):
@@ -173,12 +183,12 @@ def models(out: str, config: EmbedConfig) -> tuple[Any, ModelDigests]:
     return tower.preprocess, held
 
 
-def make_pool(arguments: Arguments, n_images: int) -> cluster.Pool:
+def make_pool(arguments: Arguments, n_images: int) -> Pool:
     """Where the replicas run: as told, or in this process if the images are few."""
     is_told = arguments.ray or arguments.replicas > 1 or cluster.asked_for()
     if arguments.local or (n_images <= collection.SMALL_IMAGES and not is_told):
         return cluster.here(arguments.gpus_per_replica)
-    return cluster.make_pool(arguments.replicas, arguments.gpus_per_replica)
+    return cluster.make_pool(arguments.wishes, arguments.wait_minutes)
 
 
 def check_same(out: str, record: Record, parts: dict[str, Any]) -> None:
