@@ -23,6 +23,7 @@ COMMANDS = {
     "See what is in your images": {
         "run": "the whole way in one: explain, index, name, report",
         "explain": "images to latents and relevance maps; also of a text or a concept of your own",
+        "retry": "read again what a run refused since it was missing or could not be read",
     },
     "Ask, and look": {
         "query": "questions in the terminal: the images of a latent, the latents of an image, SQL",

@@ -22,9 +22,10 @@ from saecore.pipeline.clock import Clock
 from saecore.pipeline.isolation import Suspects
 from saecore.pipeline.stages import Decode
 from saecore.pipeline.steps import Replica, decode_chunk
+from saecore.runs.commits import fit_of
 from saecore.runs.fit import Fit
 from saecore.runs.record import Record, write_record
-from saecore.runs.run import Run, fit_of
+from saecore.runs.run import Run
 
 from . import cluster, commands, console, events, signals
 from .collection import Arguments
@@ -130,13 +131,13 @@ def complete(job: Job, arguments: Arguments, clock: Clock, watch: Callable[[Fit]
     """
     done = job.run.commits()
     pending, fit = job.run.pending(done), fit_of(done)
-    del done  # one for every chunk: not to be held for hours
     if not pending.num_rows:
         print(f"{arguments.out} is complete: nothing to do")
-        if job.run.record().is_complete:
+        if job.run.is_finished(done):
             return False
         job.run.finish(0, 0.0)  # stopped between the last chunk and the end
         return True
+    del done  # one for every chunk: not to be held for hours
     watch(fit)
     total, left = count_images(job.run.plan()), count_images(pending)
     if left < total:

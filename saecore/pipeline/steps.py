@@ -38,12 +38,15 @@ class Stage(Protocol):
 
 
 def decode_chunk(row: pa.Table, decode: Decode, witness: Witness) -> pa.Table:
-    """PLAN row -> chunk_id, DECODED, seconds. Encoded images are read as a stream and dropped once they are decoded."""
+    """PLAN row -> chunk_id, DECODED, seconds. Encoded images are read as a stream and dropped once they are decoded.
+
+    A row may have the column `only`, the indices of some images in the shard: no others are read then.
+    """
     chunk = row.to_pylist()[0]
-    chunk_id, clock = chunk["chunk_id"], Clock()
-    work = witness.begin("decode", chunk_id, chunk["end"] - chunk["start"])
+    chunk_id, only, clock = chunk["chunk_id"], chunk.get("only"), Clock()
+    work = witness.begin("decode", chunk_id, chunk["end"] - chunk["start"] if only is None else len(only))
     decoded, position = [], 0
-    for raw in clock.each("read", "decode", read_chunk(chunk)):
+    for raw in clock.each("read", "decode", read_chunk(chunk, indices=only)):
         for start, end in pieces(witness, "decode", chunk_id, work, position, position + raw.num_rows):
             piece = refuse(raw.slice(start - position, end - start), start, work.refused, "data")
             decoded.append(survive(decode, piece, "data", lambda _: blank()))
