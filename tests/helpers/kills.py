@@ -8,6 +8,7 @@ removed, a folder made or synced. A process of its own, forked for each attempt,
 """
 
 import contextlib
+import io
 import os
 import shutil
 import sys
@@ -57,7 +58,7 @@ def run(folder: str) -> None:
 
 def index(folder: str) -> None:
     """`relmap index`: by_latent, top_images, latents.parquet and the card; what it says is dropped."""
-    with contextlib.redirect_stdout(None):
+    with contextlib.redirect_stdout(io.StringIO()):
         assert index_job.main(["--run", folder, "--threads", "1"]) == 0
 
 
