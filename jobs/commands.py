@@ -18,6 +18,7 @@ import tyro
 from saecore import storage
 from saecore.spellings import Model, check_same
 from saecore.storage import WriteError, check_address
+from saecore.upkeep.lease import TakenError
 
 from . import signals
 
@@ -70,6 +71,9 @@ def run_job(job: Callable[[], int]) -> int:
                 return asked.exit_code
             if behind(error, BrokenPipeError) and signals.nobody_reads():
                 return signals.unread()
+            if taken := behind(error, TakenError):
+                print(f"stopped: {taken}; {then}", file=sys.stderr)
+                return 1
             if refused := behind(error, WriteError):
                 said = str(refused).splitlines()[0]  # Ray Data adds advice about its own retries
                 print(f"error: {said}; {then}", file=sys.stderr)

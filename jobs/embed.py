@@ -15,6 +15,7 @@ in the vocabulary's order.
 Left out: resuming in the middle of a vocabulary.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -38,7 +39,7 @@ from saecore.schema import TEXTS_FILE
 from saecore.storage import Place, exists, join_uri, read_parquet, write_atomic
 from saecore.training import memmaps
 
-from . import cluster, collection, commands, console, pipeline
+from . import cluster, collection, commands, console, locks, pipeline
 from .summaries import outline, refused_images, run_summary
 
 if TYPE_CHECKING:
@@ -90,11 +91,11 @@ def embed(argv: list[str]) -> int:
     clock = Clock()
     with commands.mistakes():
         arguments = commands.parse(Arguments, argv, "embed")
-    with console.quiet() as log:
+    with console.quiet() as log, contextlib.ExitStack() as held:
         if arguments.text:
             return embed_vocabulary(arguments)
         with commands.mistakes():
-            job = prepare(arguments, argv)
+            job = prepare(arguments, argv, held)
         if job is None:
             return 0
         log.run = job.run.uri
@@ -113,8 +114,8 @@ def embed(argv: list[str]) -> int:
     return 0
 
 
-def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
-    """Resolve the arguments to a job, or print what it would be for --dry-run; ValueError for what the user can mend."""
+def prepare(arguments: Arguments, argv: list[str], held: contextlib.ExitStack) -> pipeline.Job | None:
+    """A job from its arguments, with the lock of its folder, or None after --dry-run; ValueError for what the user can mend."""
     from saecore.towers.loading import load_tower
 
     collection.check_outside(arguments)
@@ -131,9 +132,10 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
         print(outline(inputs.plan, "embed", arguments.out, how))
         return None
     made_by = collection.made_by("embed", argv, config, inputs, pool) | {"n_outputs": tower.n_outputs}
+    lock = held.enter_context(locks.held("--out", arguments.out, "embed"))
     run = collection.begin_run(inputs, parts, made_by)
     decode = Decode(tower.preprocess, arguments.max_pixels)
-    return pipeline.Job(run, decode, functools.partial(Embed, config), tags, pool)
+    return pipeline.Job(run, decode, functools.partial(Embed, config), tags, pool, lock)
 
 
 def embed_vocabulary(arguments: Arguments) -> int:

@@ -11,6 +11,7 @@ The same command again resumes the run, or says that it is complete. A small col
 process, since Ray would take longer to start; `--local` and `--ray` choose.
 """
 
+import contextlib
 import dataclasses
 import functools
 import shutil
@@ -35,7 +36,7 @@ from saecore.runs.refusals import refusals
 from saecore.spellings import Model, telling
 from saecore.storage import writing
 
-from . import collection, commands, console, pipeline
+from . import collection, commands, console, locks, pipeline
 from .hints import after_explain
 from .summaries import outline, refused_images, run_summary
 
@@ -110,9 +111,9 @@ def explain(argv: list[str]) -> int:
     clock = Clock()
     with commands.mistakes():
         arguments = commands.parse(Arguments, argv, "explain")
-    with console.quiet() as log:
+    with console.quiet() as log, contextlib.ExitStack() as held:
         with commands.mistakes():
-            job = prepare(arguments, argv)
+            job = prepare(arguments, argv, held)
         if job is None:
             return 0
         log.run = job.run.uri
@@ -154,8 +155,8 @@ def advice(fit: Fit, record: Record) -> str:
 # ---- Before the work.
 
 
-def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
-    """A job from its arguments, or None after --dry-run has said what it would be; ValueError for what the user can mend."""
+def prepare(arguments: Arguments, argv: list[str], held: contextlib.ExitStack) -> pipeline.Job | None:
+    """A job from its arguments, with the lock of its folder, or None after --dry-run; ValueError for what the user can mend."""
     collection.check_outside(arguments)
     images = arguments.images or demo_images(arguments.out)
     loaded = load(arguments)
@@ -176,9 +177,10 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
         "n_latents": loaded.sae.config.n_latents,
         "sae": loaded.sae.describe(),
     }
+    lock = held.enter_context(locks.held("--out", arguments.out, "explain"))
     run = collection.begin_run(inputs, parts, made_by)
     decode = Decode(loaded.tower.preprocess, arguments.max_pixels)
-    return pipeline.Job(run, decode, functools.partial(Explain, config), tags(config, loaded), pool)
+    return pipeline.Job(run, decode, functools.partial(Explain, config), tags(config, loaded), pool, lock)
 
 
 class Loaded(NamedTuple):

@@ -25,6 +25,7 @@ from saecore.pipeline.steps import Replica, decode_chunk, write_chunk
 from saecore.runs.fit import Fit
 from saecore.runs.record import Record, write_record
 from saecore.runs.run import Run, fit_of
+from saecore.upkeep.lock import Lock
 
 from . import cluster, commands, console
 from .collection import Arguments
@@ -49,6 +50,8 @@ class Job(NamedTuple):
     tags: dict[str, str]
     """Go into the metadata of every Parquet file."""
     pool: cluster.Pool
+    lock: Lock
+    """Of the run folder, held while the job writes there."""
 
 
 def on_ray(job: Job, pending: pa.Table) -> Generator[dict[str, Any], None, None]:
@@ -133,11 +136,13 @@ def complete(job: Job, arguments: Arguments, clock: Clock, watch: Callable[[Fit]
         # Closed at once where the loop is left: a replica of a stopped run must not hold its CPUs or GPUs.
         with contextlib.closing(flow(job, pending)) as rows:
             for row in rows:
+                job.lock.check()
                 progress.add(row["images"], row["refused"])
                 fit = fit.plus(Fit(*row["fit"]))
                 watch(fit)
         progress.close()
         clock.lap("images")
+        job.lock.check()
         job.run.finish(left, clock.seconds["images"])
     except AlarmError:
         progress.close()
