@@ -38,6 +38,7 @@ from saecore.runs.run import listing_hash, refuse_other
 from saecore.schema import TEXTS_FILE
 from saecore.storage import Place, exists, join_uri, read_parquet, write_atomic
 from saecore.training import memmaps
+from saecore.upkeep.lock import Lock
 
 from . import cluster, collection, commands, console, locks, pipeline
 from .summaries import outline, refused_images, run_summary
@@ -91,11 +92,11 @@ def embed(argv: list[str]) -> int:
     clock = Clock()
     with commands.mistakes():
         arguments = commands.parse(Arguments, argv, "embed")
-    with console.quiet() as log, contextlib.ExitStack() as held:
+    with console.quiet() as log, contextlib.ExitStack() as locked:
         if arguments.text:
             return embed_vocabulary(arguments)
         with commands.mistakes():
-            job = prepare(arguments, argv, held)
+            job = prepare(arguments, argv, locked)
         if job is None:
             return 0
         log.run = job.run.uri
@@ -114,8 +115,11 @@ def embed(argv: list[str]) -> int:
     return 0
 
 
-def prepare(arguments: Arguments, argv: list[str], held: contextlib.ExitStack) -> pipeline.Job | None:
-    """A job from its arguments, with the lock of its folder, or None after --dry-run; ValueError for what the user can mend."""
+def prepare(arguments: Arguments, argv: list[str], locked: contextlib.ExitStack | None = None) -> pipeline.Job | None:
+    """A job from its arguments, or None after --dry-run; ValueError for what the user can mend.
+
+    The lock of the run folder goes into `locked`; without it the folder is not locked.
+    """
     from saecore.towers.loading import load_tower
 
     collection.check_outside(arguments)
@@ -132,7 +136,7 @@ def prepare(arguments: Arguments, argv: list[str], held: contextlib.ExitStack) -
         print(outline(inputs.plan, "embed", arguments.out, how))
         return None
     made_by = collection.made_by("embed", argv, config, inputs, pool) | {"n_outputs": tower.n_outputs}
-    lock = held.enter_context(locks.held("--out", arguments.out, "embed"))
+    lock = Lock() if locked is None else locked.enter_context(locks.held("--out", arguments.out, "embed"))
     run = collection.begin_run(inputs, parts, made_by)
     decode = Decode(tower.preprocess, arguments.max_pixels)
     return pipeline.Job(run, decode, functools.partial(Embed, config), tags, pool, lock)

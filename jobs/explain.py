@@ -35,6 +35,7 @@ from saecore.runs.record import Record
 from saecore.runs.refusals import refusals
 from saecore.spellings import Model, telling
 from saecore.storage import writing
+from saecore.upkeep.lock import Lock
 
 from . import collection, commands, console, locks, pipeline
 from .hints import after_explain
@@ -111,9 +112,9 @@ def explain(argv: list[str]) -> int:
     clock = Clock()
     with commands.mistakes():
         arguments = commands.parse(Arguments, argv, "explain")
-    with console.quiet() as log, contextlib.ExitStack() as held:
+    with console.quiet() as log, contextlib.ExitStack() as locked:
         with commands.mistakes():
-            job = prepare(arguments, argv, held)
+            job = prepare(arguments, argv, locked)
         if job is None:
             return 0
         log.run = job.run.uri
@@ -155,8 +156,11 @@ def advice(fit: Fit, record: Record) -> str:
 # ---- Before the work.
 
 
-def prepare(arguments: Arguments, argv: list[str], held: contextlib.ExitStack) -> pipeline.Job | None:
-    """A job from its arguments, with the lock of its folder, or None after --dry-run; ValueError for what the user can mend."""
+def prepare(arguments: Arguments, argv: list[str], locked: contextlib.ExitStack | None = None) -> pipeline.Job | None:
+    """A job from its arguments, or None after --dry-run; ValueError for what the user can mend.
+
+    The lock of the run folder goes into `locked`; without it the folder is not locked.
+    """
     collection.check_outside(arguments)
     images = arguments.images or demo_images(arguments.out)
     loaded = load(arguments)
@@ -177,7 +181,7 @@ def prepare(arguments: Arguments, argv: list[str], held: contextlib.ExitStack) -
         "n_latents": loaded.sae.config.n_latents,
         "sae": loaded.sae.describe(),
     }
-    lock = held.enter_context(locks.held("--out", arguments.out, "explain"))
+    lock = Lock() if locked is None else locked.enter_context(locks.held("--out", arguments.out, "explain"))
     run = collection.begin_run(inputs, parts, made_by)
     decode = Decode(loaded.tower.preprocess, arguments.max_pixels)
     return pipeline.Job(run, decode, functools.partial(Explain, config), tags(config, loaded), pool, lock)

@@ -50,8 +50,8 @@ class Job(NamedTuple):
     tags: dict[str, str]
     """Go into the metadata of every Parquet file."""
     pool: cluster.Pool
-    lock: Lock
-    """Of the run folder, held while the job writes there."""
+    lock: Lock = Lock()
+    """Of the run folder, held while the job writes there; by default none."""
 
 
 def on_ray(job: Job, pending: pa.Table) -> Generator[dict[str, Any], None, None]:

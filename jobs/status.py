@@ -75,7 +75,7 @@ def said(found: Status) -> str:
         f"on disk       {', '.join(f'{table} {in_bytes(size)}' for table, size in found.bytes.items()) or 'nothing'}"
     )
     if found.record.kind == "explain":
-        lines.append(f"index         {found.index}; names: {'present' if found.names else 'none'}")
+        lines.append(f"index         {found.indexed}; names: {'present' if found.named else 'none'}")
     if found.state == "stopped":
         lines.append(f"resume        {found.record.command}")
     return "\n".join(lines)

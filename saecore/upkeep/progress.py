@@ -54,9 +54,9 @@ class Status(NamedTuple):
     """Images a second over the last minutes before the newest commit; 0 if there are too few commits."""
     bytes: dict[str, int]
     """By table."""
-    index: str
-    """`none`, `present` or `stale`."""
-    names: bool
+    indexed: str
+    """Whether the run is indexed: `none`, `present` or `stale`."""
+    named: bool
     """Whether latents have names."""
 
     @property
@@ -75,12 +75,14 @@ def status(uri: str, now: float) -> Status:
     commits = _commits(uri, chunk_ids)
     images = lengths[np.searchsorted(chunk_ids, commits[:, 0].astype(np.int64))]
     found = holder_of(uri, now)
+    holder, silent = (None, 0.0) if found is None else found
     is_complete = record.is_complete and len(commits) == len(chunk_ids)
     refused, read = (record.refused, len(commits)) if is_complete else _refused(uri, commits[:, 0].astype(np.int64))
     return Status(
         record,
         "complete" if is_complete else "stopped" if found is None else "running",
-        *((None, 0.0) if found is None else found),
+        holder,
+        silent,
         int(lengths.sum()),
         int(images.sum()),
         len(chunk_ids),

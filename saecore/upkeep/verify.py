@@ -34,7 +34,8 @@ from saecore.upkeep.problem import Problem
 AT_ONCE = 8
 """Files that are read at the same time: on an object store, most of a read is waiting."""
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Checked(NamedTuple):

@@ -67,16 +67,16 @@ def test_a_run_that_is_worked_on(half: Path, capsys: pytest.CaptureFixture[str])
 
 def test_a_complete_run_its_index_and_its_names(tmp_path: Path) -> None:
     uri = planted.write(tmp_path / "run", 2)
-    assert (progress.status(uri, 0.0).state, progress.status(uri, 0.0).index) == ("complete", "none")
+    assert (progress.status(uri, 0.0).state, progress.status(uri, 0.0).indexed) == ("complete", "none")
     assert index.main(["--run", uri]) == 0
-    assert progress.status(uri, 0.0).index == "present"
+    assert progress.status(uri, 0.0).indexed == "present"
     planted.write(uri, 3)
-    assert progress.status(uri, 0.0).index == "stale"
-    assert not progress.status(uri, 0.0).names
+    assert progress.status(uri, 0.0).indexed == "stale"
+    assert not progress.status(uri, 0.0).named
     table = latents.read(uri)
     assert table is not None
     latents.merge(uri, table.select(["latent"]).append_column("name", [["x"] * table.num_rows]))
-    assert progress.status(uri, 0.0).names
+    assert progress.status(uri, 0.0).named
     with lock.alone(uri, "relmap index", print, SHORT):
         found = progress.status(uri, time.time())
         assert found.state == "complete"

@@ -212,7 +212,7 @@ def test_a_run_that_grew_has_a_stale_index(tmp_path: Path) -> None:
 
 def test_the_digest_does_not_depend_on_the_order_and_on_every_value() -> None:
     draw = np.random.default_rng(0)
-    columns = {
+    columns: dict[str, np.ndarray] = {
         "image_id": draw.integers(0, 1 << 40, 1000),
         "latent": draw.integers(0, 50, 1000).astype(np.int32),
         "activation": draw.random(1000).astype(np.float32),
