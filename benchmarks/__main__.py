@@ -1,8 +1,9 @@
-"""How fast, against what, on this machine: ratios within one run, never only seconds. And how true: maps against masks.
+"""How fast, in how much memory, against what, on this machine: ratios within one run, never only seconds. And how true.
 
 python -m benchmarks train        training an SAE, against a straightforward dense loop
 python -m benchmarks maps         maps by every method, against a plain forward and the naive ways
 python -m benchmarks query        questions to a synthetic run with and without its index; sizes, memory
+python -m benchmarks load         memory of a long run on Ray, of a large tar and of a plan of many shards: is it flat
 python -m benchmarks truth        where maps of the demo's scenes lie, against true masks: no speed at all
 """
 
@@ -186,6 +187,56 @@ class Query:
 
 
 @dataclasses.dataclass(frozen=True)
+class Load:
+    """Memory: of the processes of a long run on Ray, of one large tar, of a plan of many shards. 0 omits a part."""
+
+    images: int = 200_000
+    """Tiny images of the run, which the demo's models explain."""
+    shards: int = 400
+    """Shards that hold them."""
+    chunk_size: int = 512
+    """Images per chunk of the run."""
+    tar_gb: float = 5.0
+    """GB of the large tar."""
+    planned: int = 100_000
+    """Shards of the plan."""
+    folder: str = ""
+    """Where to put images and run; nothing is a temporary folder. All is removed at the end either way."""
+    json: bool = False
+    """Print one JSON object instead of tables."""
+
+    def check(self) -> None:
+        """ValueError for what cannot be."""
+        commands.at_least(self, images=0, shards=1, chunk_size=1, tar_gb=0, planned=0)
+        if 0 < self.images < self.shards:
+            raise ValueError(f"--images {self.images}: fewer than --shards {self.shards}")
+        if sys.platform != "linux":
+            raise ValueError("load needs Linux: /proc tells the memory of other processes")
+
+    def tell(self) -> None:
+        """Measure part after part, and print each as it is measured."""
+        from pathlib import Path
+
+        from benchmarks import load
+
+        figures: dict[str, Any] = {}
+        if not self.json:
+            print(machine(), flush=True)
+        for name, measure in (
+            ("run", lambda folder: load.run(folder, self.images, self.shards, self.chunk_size)),
+            ("stream", lambda folder: load.stream(folder, int(self.tar_gb * 1e9))),
+            ("plan", lambda folder: load.plan(folder, self.planned)),
+        ):
+            if {"run": self.images, "stream": self.tar_gb, "plan": self.planned}[name]:
+                with tempfile.TemporaryDirectory(dir=self.folder or None) as folder:
+                    figures[name] = measure(Path(folder))
+                if not self.json:
+                    print("", load.told({name: figures[name]}), sep="\n", flush=True)
+        if self.json:
+            print(json.dumps({"machine": machine(), "config": dataclasses.asdict(self), **figures}))
+
+
+@dataclasses.dataclass(frozen=True)
 class Truth:
     """Maps of the demo's scenes by every method, against the true masks of their objects. Unless --norm is given, every method
     that has a norm has a row for the other one too."""
@@ -241,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def benchmark(argv: list[str]) -> int:
     """Measure and print."""
-    ways = {"train": Train(), "maps": Maps(), "query": Query(), "truth": Truth()}
+    ways = {"train": Train(), "maps": Maps(), "query": Query(), "load": Load(), "truth": Truth()}
     kinds: Any = tyro.extras.subcommand_type_from_defaults(
         ways, {name: inspect.getdoc(way) or "" for name, way in ways.items()}
     )

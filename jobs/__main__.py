@@ -41,6 +41,9 @@ COMMANDS = {
         "train": "embeddings to an SAE",
         "measure": "how good an SAE is; convert one of another format, calibrate its threshold",
     },
+    "Work on a cluster": {
+        "submit": "take one of these commands to a Ray cluster, and follow it there",
+    },
 }
 """What a person wants to do -> command -> what it does."""
 
@@ -60,17 +63,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     with signals.ending_at_once(f"stopped: {signals.AGAIN}"):
         if not words or words[0] in ("-h", "--help", "help"):
-            print(overview())
-            return 0
+            return say(overview())
         if words[0] in ("-V", "--version"):
-            print(f"relmap {version()}")
-            return 0
+            return say(f"relmap {version()}")
         if words[0] not in NAMES:
             print(unknown(words[0]), file=sys.stderr)
             return 2
         command = importlib.import_module(f".{words[0]}", __package__)
     code: int = command.main(words[1:])
     return code
+
+
+def say(text: str) -> int:
+    """Print, and return the exit code: a reader may have gone, as `head` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        return signals.unread()
+    return 0
 
 
 def overview() -> str:

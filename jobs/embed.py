@@ -6,7 +6,7 @@
 Images take the flow of `jobs.pipeline`, with `saecore.pipeline.stages.Embed` in its replicas, to a run that has only the table
 `images`:
 
-    plan -> decode (CPU tasks) -> CLIP (replicas) -> write (CPU tasks) -> progress -> memory map
+    plan -> decode (CPU tasks) -> CLIP, write (replicas) -> progress -> memory map
 
 The memory map of a run, in the form that MSAE's training reads (`saecore.training.memmaps`), has a row for every image that was
 not refused, in the order of image_id. Words are few, so they are embedded in this process, to `texts.parquet` and a memory map

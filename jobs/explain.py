@@ -5,9 +5,9 @@
 
 The flow is `jobs.pipeline`'s, with `saecore.pipeline.stages.Explain` in its replicas:
 
-    plan -> decode (CPU tasks) -> CLIP, SAE, maps (replicas) -> write (CPU tasks) -> progress -> preview
+    plan -> decode (CPU tasks) -> CLIP, SAE, maps, write (replicas) -> progress -> preview
 
-The same command again resumes the run, or says that it is complete. A small collection takes the same three steps in this
+The same command again resumes the run, or says that it is complete. A small collection takes the same steps in this
 process, since Ray would take longer to start; `--local` and `--ray` choose.
 """
 

@@ -2,9 +2,9 @@
 
 One row of Ray Data for each chunk of images; a job brings the stage that its replicas hold:
 
-    plan -> decode_chunk (CPU tasks) -> Replica (actors) -> write_chunk (CPU tasks) -> progress
+    plan -> decode_chunk (CPU tasks) -> Replica (actors), which also writes -> progress
 
-From the top: the flow; the work from the first pending chunk to the last. Left out: what the three steps do
+From the top: the flow; the work from the first pending chunk to the last. Left out: what the steps do
 (`saecore.pipeline.steps`), what a stage computes (`saecore.pipeline.stages`), and how a run begins (`jobs.collection`).
 """
 
@@ -21,7 +21,7 @@ from saecore.images.chunks import count_images
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.isolation import Suspects
 from saecore.pipeline.stages import Decode
-from saecore.pipeline.steps import Replica, decode_chunk, write_chunk
+from saecore.pipeline.steps import Replica, decode_chunk
 from saecore.runs.fit import Fit
 from saecore.runs.record import Record, write_record
 from saecore.runs.run import Run, fit_of
@@ -33,8 +33,13 @@ from .collection import Arguments
 MAX_BLOCKS = 10_000
 """Blocks of the pipeline's input: one per chunk up to here, then several chunks each, since Ray's driver tracks every block."""
 
+CALLS = 4
+"""Chunks inside one replica: one is computed while up to three are written, since an object store answers slowly. If the
+replica or the driver dies, these are computed again."""
+
 DECODE_MEMORY = 512 << 20
-"""Bytes of memory asked for to decode a chunk: 64 MiB encoded, 77 MB of pixels for 512 images at 224, in two copies."""
+"""Bytes of memory asked for to decode a chunk: 64 MiB encoded, 77 MB of pixels for 512 images at 224, in two copies.
+A large image takes more, but only one at a time on each machine (`saecore.images.turns`)."""
 
 
 # ---- The flow.
@@ -55,7 +60,12 @@ class Job(NamedTuple):
 
 
 def on_ray(job: Job, pending: pa.Table) -> Generator[dict[str, Any], None, None]:
-    """The three steps as a Ray Data pipeline; yields the rows of `write_chunk` as they come."""
+    """The steps as a Ray Data pipeline; yields the rows of `Replica` as they come.
+
+    A replica writes what it computed. Writing was a pool of CPU tasks, and these waited until all was decoded: Ray Data 2.60
+    reserves CPUs for the pools in their order, so on two cores nothing was left for the last. Of 128 chunks, all were computed
+    before the first was committed, and a kill of the driver would have lost them. Asking for less than a CPU did not help.
+    """
     import ray.data
 
     context = ray.data.DataContext.get_current()
@@ -77,25 +87,29 @@ def on_ray(job: Job, pending: pa.Table) -> Generator[dict[str, Any], None, None]
         )
         .map_batches(
             Replica,
-            fn_constructor_args=(job.stage, witness),
+            fn_constructor_args=(job.stage, witness, job.run, job.tags),
             batch_size=1,
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=job.pool.replicas),
+            compute=ray.data.ActorPoolStrategy(
+                size=job.pool.replicas,
+                max_concurrent_calls_per_actor=CALLS,
+                max_tasks_in_flight_per_actor=CALLS + 1,
+                enable_true_multi_threading=True,  # `Replica` computes one chunk at a time
+            ),
             num_cpus=job.pool.cpus_per_replica,
             num_gpus=job.pool.gpus_per_replica,
         )
-        .map_batches(write_chunk, fn_args=(job.run, job.tags), batch_size=1, batch_format="pyarrow", num_cpus=1)
     )
     yield from committed.iter_rows()
 
 
 def in_process(job: Job, pending: pa.Table) -> Generator[dict[str, Any], None, None]:
-    """The same three steps one after the other, without Ray."""
+    """The same steps one after the other, without Ray."""
     witness = Suspects()
-    replica = Replica(job.stage, witness)
+    replica = Replica(job.stage, witness, job.run, job.tags)
     for index in range(pending.num_rows):
         decoded = decode_chunk(pending.slice(index, 1), job.decode, witness)
-        yield write_chunk(replica(decoded), job.run, job.tags).to_pylist()[0]
+        yield replica(decoded).to_pylist()[0]
 
 
 # ---- The work, from the first pending chunk to the last.

@@ -20,7 +20,10 @@ AGAIN = "the same command starts again"
 
 
 class Stopped(KeyboardInterrupt):
-    """The process was asked to end. A KeyboardInterrupt, so that code that cleans up after Ctrl-C does so for SIGTERM too."""
+    """The process was asked to end. A KeyboardInterrupt, so that code that cleans up after Ctrl-C does so for SIGTERM too.
+
+    Its argument is the signal's number.
+    """
 
 
 class Asked:
@@ -48,7 +51,7 @@ def listening() -> Iterator[Asked]:
             end_at_once(number, frame)
         asked.number = number
         sys.stdout = sys.stderr
-        raise Stopped
+        raise Stopped(number)
 
     with kept():
         if threading.current_thread() is threading.main_thread():

@@ -14,26 +14,30 @@ Reasons, short and stable; the detail has the rest:
     too-large       more pixels than allowed, as stored or as resized; refused before anything is decoded
     too-complex     more metadata, segments, scans or strips than any picture has: minutes of work (`saecore.images.effort`)
 
-Only MemoryError is raised as it is: it is a fault of the machine, not of the image.
+Only MemoryError is raised as it is: it is a fault of the machine, not of the image. Large images take turns, so that several
+at once do not need more memory than there is (`saecore.images.turns`).
 
 Left out: normalisation (the tower does it on its device), and faster decoders that change pixels.
 """
 
 import io
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from saecore.images import effort
+from saecore.images import effort, turns
 from saecore.images.effort import MAX_PIXELS
 from saecore.images.preprocess import Preprocess
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """The formats that are decoded: no other plug-in of Pillow sees the bytes."""
+
+STRIP_PIXELS = 1 << 20
+"""Pixels that are composed on white, or scaled to 8 bits, at once: a whole image would be held in four copies."""
 
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
@@ -70,8 +74,13 @@ class Decoded(NamedTuple):
     edges only if a processor crops more than it resizes to; the pixels there are zeros, as in transformers."""
 
 
-def open_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Opened:
-    """Decode to RGB; whatever the bytes are, only ImageError and MemoryError are raised."""
+def open_rgb(
+    data: bytes, max_pixels: int = MAX_PIXELS, begin: Callable[[str, int], object] = lambda form, pixels: None
+) -> Opened:
+    """Decode to RGB; whatever the bytes are, only ImageError and MemoryError are raised.
+
+    `begin` is called once the header is read and before a pixel is decoded, with the format and the number of pixels.
+    """
     if not data:
         raise ImageError("empty", "0 bytes")
     with _refusing(data), warnings.catch_warnings():
@@ -85,6 +94,7 @@ def open_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Opened:
         _check_size(image.width, image.height, max_pixels)
         # A JPEG that is followed by further pictures, as many cameras write it, is MPO to Pillow.
         form = "JPEG" if image.format == "MPO" else str(image.format)
+        begin(form, image.width * image.height)
         image.load()
         return Opened(_rgb(_upright(image)), form)
 
@@ -121,8 +131,14 @@ def _refusal(data: bytes, error: Exception) -> ImageError:
 
 
 def decode_image(data: bytes, preprocess: Preprocess, max_pixels: int = MAX_PIXELS) -> Decoded:
-    """Decode, resize and crop; raises as `open_rgb` does."""
-    image, form = open_rgb(data, max_pixels)
+    """Decode, resize and crop; raises as `open_rgb` does. Large images take turns with other processes (`turns`)."""
+    with ExitStack() as held:
+        image, form = open_rgb(data, max_pixels, lambda form, pixels: held.enter_context(turns.turn(form, pixels)))
+        return _seen(data, image, form, preprocess, max_pixels)
+
+
+def _seen(data: bytes, image: Image.Image, form: str, preprocess: Preprocess, max_pixels: int) -> Decoded:
+    """A decoded image as CLIP sees it."""
     width, height = image.size
     resized_width, resized_height = _resized(width, height, preprocess.resize)
     _check_size(resized_width, resized_height, max_pixels)  # 1 x 4,000 pixels become 224 x 896,000
@@ -189,18 +205,44 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65_535:
-            raise ImageError("unsupported", f"{image.mode} pixels from {values.min()} to {values.max()}")
-        # Pillow would saturate; 65,535 is 255 x 257.
-        grey = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
-        if isinstance(clear := image.info.get("transparency"), int):
-            grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
-            return _on_white(grey)
-        return grey.convert("RGB")
+        return _from_16_bits(image)
     if image.mode in ("F", "LAB"):
         raise ImageError("unsupported", f"{image.mode} pixels")
-    return _on_white(image) if image.has_transparency_data else image.convert("RGB")
+    return _in_strips(image, _on_white) if image.has_transparency_data else image.convert("RGB")
+
+
+def _in_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """`convert` of the whole image, strip by strip. It must treat each pixel on its own."""
+    made = Image.new("RGB", image.size)
+    for strip, top in _strips(image):
+        made.paste(convert(strip), (0, top))
+    return made
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[Image.Image, int]]:
+    """Rows of an image, few at a time, and where they begin."""
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        yield image.crop((0, top, image.width, min(top + rows, image.height))), top
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits, or of 32 that hold no more. Pillow would saturate; 65,535 is 255 x 257."""
+    extrema = [(values.min(), values.max()) for values in (np.asarray(strip) for strip, _ in _strips(image))]
+    least, most = min(low for low, _ in extrema), max(high for _, high in extrema)
+    if least < 0 or most > 65_535:
+        raise ImageError("unsupported", f"{image.mode} pixels from {least} to {most}")
+    clear = image.info.get("transparency")
+
+    def scaled(strip: Image.Image) -> Image.Image:
+        values = np.asarray(strip)
+        grey = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+        if not isinstance(clear, int):
+            return grey.convert("RGB")
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+        return _on_white(grey)
+
+    return _in_strips(image, scaled)
 
 
 def _on_white(image: Image.Image) -> Image.Image:

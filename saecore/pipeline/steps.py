@@ -1,6 +1,6 @@
-"""The three steps of one chunk: decode, compute, write. Arrow tables of one row in and out; no Ray.
+"""The steps of one chunk: decode; compute and write. Arrow tables of one row in and out; no Ray.
 
-    PLAN row -> decode_chunk -> (chunk_id, DECODED, seconds) -> Replica -> (chunk_id, payload, seconds) -> write_chunk -> counts
+    PLAN row -> decode_chunk -> (chunk_id, DECODED, seconds) -> Replica -> counts
 
 Between the steps a chunk's table is packed into one value of a row, so that Ray cannot split it. Before a step works on
 images, it tells a `Witness` which ones. So an image that ends its worker is refused, and the others go on
@@ -11,6 +11,7 @@ computes (`saecore.pipeline.stages`).
 """
 
 import json
+import threading
 from collections.abc import Callable
 from typing import Protocol
 
@@ -50,14 +51,28 @@ def decode_chunk(row: pa.Table, decode: Decode, witness: Witness) -> pa.Table:
 
 
 class Replica:
-    """chunk_id, DECODED, seconds -> chunk_id, the stage's payload, seconds. The stage's models stay on their device."""
+    """chunk_id, DECODED, seconds -> images, refused, fit: a small row for the driver. It computes a chunk and commits it.
 
-    def __init__(self, make_stage: Callable[[], Stage], witness: Witness) -> None:
+    The stage's models stay on their device. Several threads may call: chunks are computed one after the other, and the next
+    chunk is computed while those before it are written.
+    """
+
+    def __init__(self, make_stage: Callable[[], Stage], witness: Witness, run: Run, tags: dict[str, str]) -> None:
         self.stage = make_stage()
         self.witness = witness
+        self.run, self.tags = run, tags
+        self._turn = threading.Lock()
 
     def __call__(self, row: pa.Table) -> pa.Table:
-        chunk_id, decoded, seconds = _unpack(row)
+        with self._turn:
+            chunk_id, decoded, seconds = _unpack(row)
+            payload, computing = self._compute(chunk_id, decoded)
+        commit = self.run.write_chunk(chunk_id, payload, seconds | computing, self.tags)
+        refused = sum(commit.refused.values())
+        return pa.table({"images": [commit.images], "refused": [refused], "fit": [list(commit.fit)]})
+
+    def _compute(self, chunk_id: int, decoded: pa.Table) -> tuple[pa.Table, dict[str, float]]:
+        """The stage's payload, and how many seconds it took."""
         step, clock = self.stage.step, Clock()
         work = self.witness.begin(step, chunk_id, decoded.num_rows)
         payloads = []
@@ -66,19 +81,12 @@ class Replica:
             payloads.append(survive(self.stage, piece, "pixels", _black))
         self.witness.done(step, chunk_id)
         clock.lap(step)
-        return _pack(chunk_id, pa.concat_tables(payloads), seconds | clock.seconds)
+        return pa.concat_tables(payloads), clock.seconds
 
 
 def _black(pixels: bytes) -> bytes:
     """As many pixels, all black."""
     return bytes(len(pixels))
-
-
-def write_chunk(row: pa.Table, run: Run, tags: dict[str, str]) -> pa.Table:
-    """chunk_id, payload, seconds -> images, refused, fit: a small row for the driver. It commits the chunk."""
-    chunk_id, payload, seconds = _unpack(row)
-    commit = run.write_chunk(chunk_id, payload, seconds, tags)
-    return pa.table({"images": [commit.images], "refused": [sum(commit.refused.values())], "fit": [list(commit.fit)]})
 
 
 def _pack(chunk_id: int, table: pa.Table, seconds: dict[str, float]) -> pa.Table:

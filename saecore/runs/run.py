@@ -6,6 +6,7 @@
     RUN/commits/           chunk-00000017.json
     RUN/manifest.parquet   every file of a complete run, with rows, bytes and sha256
     RUN/README.md          its dataset card (`saecore.runs.card`)
+    RUN/submissions/       what was sent to a cluster (`jobs.submit`)
 
 A chunk is done if and only if its commit is valid: it can be read, carries this run's fingerprint, and the files it
 names are there in the size it says. Names follow from the chunk id, files appear whole under their final name or not at
@@ -39,6 +40,9 @@ from saecore.runs.files import MANIFEST, ROW_GROUP_ROWS, TABLES, chunk_file, par
 from saecore.runs.fit import Fit, judged
 from saecore.runs.record import Record, Unread, from_document, read_record, write_record
 from saecore.storage import Place, check_writable, join_uri, names_in, read_json, reason, write_atomic
+
+SUBMISSIONS = "submissions"
+"""Folder of what was sent to a cluster. It may be there before anything else is."""
 
 _RECORD_READERS = 32
 """Threads that read commit records: on an object store each record is a round trip."""
@@ -266,7 +270,7 @@ def holds_run(uri: str) -> bool:
     except OSError as error:
         raise ValueError(f"{uri} is no folder that can be read: {reason(error)}") from error
     # A folder that holds only these is the beginning of a run that was interrupted, or refused.
-    started = {"plan.parquet", "run.log"} | {name for name in names if name.startswith(".")}
+    started = {"plan.parquet", "run.log", SUBMISSIONS} | {name for name in names if name.startswith(".")}
     if "run.json" not in names and names - started:
         raise ValueError(f"{uri} holds other files and no run; name a new or empty folder")
     return "run.json" in names

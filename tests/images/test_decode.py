@@ -1,11 +1,6 @@
-import io
 import json
-import os
-import random
 import struct
 import warnings
-import zlib
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +13,7 @@ from PIL import Image
 
 from saecore.images.decode import ImageError, decode_image, open_rgb
 from saecore.images.preprocess import Preprocess, load_preprocess
+from tests.helpers.hostile import encode, photograph, png
 
 SKIMAGE = Path(skimage.__file__).parent / "data"
 SKLEARN = Path(sklearn.datasets.__file__).parent / "images"
@@ -27,25 +23,11 @@ PHOTOGRAPHS = [
     SKLEARN / "china.jpg",
     SKLEARN / "flower.jpg",
 ]
-BROKEN = int(os.environ.get("BROKEN_IMAGES", "4000"))
-"""Files that are broken at random."""
-
 CLIP_CONFIG = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}
 
 
 def preprocess(size: int = 64) -> Preprocess:
     return Preprocess.from_config({"size": size, "crop_size": size})
-
-
-def encode(image: Image.Image, form: str, **options: Any) -> bytes:
-    sink = io.BytesIO()
-    image.save(sink, form, **options)
-    return sink.getvalue()
-
-
-def photograph(width: int = 96, height: int = 80) -> Image.Image:
-    with Image.open(SKIMAGE / "astronaut.png") as image:
-        return image.convert("RGB").resize((width, height))
 
 
 def refusal(data: bytes, **options: Any) -> ImageError:
@@ -186,17 +168,6 @@ def test_pixel_modes(image: Image.Image, form: str, options: dict[str, Any], exp
     assert only_colour(encode(image, form, **options)) == expected
 
 
-def chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-
-def png(width: int, height: int, bits: int, colour: int, row: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG of equal rows, of kinds that Pillow does not write."""
-    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
-    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress((b"\0" + row) * height)), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(name, data) for name, data in parts)
-
-
 def test_16_bit_png_of_every_kind() -> None:
     assert only_colour(png(20, 20, 16, 0, struct.pack(">H", 257 * 9) * 20)) == [9, 9, 9]
     assert only_colour(png(20, 20, 16, 2, struct.pack(">HHH", 257, 514, 65_535) * 20)) == [1, 2, 255]
@@ -284,57 +255,3 @@ def test_whatever_is_raised_on_the_way_is_a_reason_but_for_memory(step: str, mon
         monkeypatch.setattr(owner, step, raising(beyond))
         with pytest.raises(type(beyond)):
             decode_image(data, preprocess())
-
-
-def mended(data: bytes) -> bytes:
-    """A PNG with the checksum of every chunk put right: decoders go by content and not by checksum then."""
-    mended, at = bytearray(data), 8
-    while at + 12 <= len(mended):
-        end = at + 8 + int.from_bytes(mended[at : at + 4], "big")
-        if end + 4 <= len(mended):
-            mended[end : end + 4] = struct.pack(">I", zlib.crc32(mended[at + 4 : end]))
-        at = end + 4
-    return bytes(mended)
-
-
-def test_broken_bytes_end_in_a_reason_and_never_in_another_error() -> None:
-    """Cut files and flipped bits; half of the PNGs with their checksums mended, behind which they were safe."""
-    generator = random.Random(7)
-    image, exif = photograph(48, 40), Image.Exif()
-    exif[0x112] = 6
-    seeds = [
-        encode(image, "JPEG", exif=exif),
-        encode(image, "JPEG", progressive=True),
-        encode(image, "PNG", exif=exif),
-        encode(image.convert("P"), "PNG", transparency=3),
-        png(20, 20, 8, 3, bytes(20), (b"PLTE", bytes(30))),
-        encode(image, "PNG", save_all=True, append_images=[image.rotate(90)]),
-        encode(image.convert("RGBA"), "WEBP", lossless=True, exif=exif),
-        encode(image, "GIF", save_all=True, append_images=[image.rotate(90)]),
-        encode(image, "BMP"),
-        encode(image.convert("P"), "BMP"),
-        encode(image, "TIFF"),
-        encode(image.convert("1"), "TIFF", compression="group4"),
-        encode(image, "TIFF", compression="tiff_lzw"),
-        encode(Image.new("I;16", (45, 40), 500), "PNG"),
-        png(20, 20, 8, 3, bytes(20), (b"PLTE", bytes(30)), (b"tRNS", bytes(5))),
-    ]
-    decoded, reasons = 0, Counter[str]()
-    for _ in range(BROKEN):
-        data = bytearray(generator.choice(seeds))
-        if generator.random() < 0.2:
-            del data[generator.randrange(len(data)) :]
-        reach = len(data) if generator.random() < 0.5 else min(len(data), 100)
-        for _ in range(generator.choice([0, 1, 2, 5, 20]) if reach else 0):
-            data[generator.randrange(reach)] ^= 1 << generator.randrange(8)
-        broken = mended(bytes(data)) if data[:4] == b"\x89PNG" and generator.random() < 0.5 else bytes(data)
-        try:
-            pixels = decode_image(broken, preprocess(16), max_pixels=1_000_000).pixels
-            assert pixels.shape == (16, 16, 3)
-            decoded += 1
-        except ImageError as error:
-            reasons[error.reason if error.detail else "no detail"] += 1
-    assert decoded > BROKEN / 5
-    assert reasons.total() > BROKEN / 5
-    assert reasons.keys() >= {"corrupt", "truncated", "not-an-image", "too-large"}
-    assert reasons["no detail"] == 0

@@ -8,7 +8,8 @@ from PIL import Image
 
 from saecore.images import effort
 from saecore.images.decode import open_rgb
-from tests.images.test_decode import chunk, encode, photograph, refusal
+from tests.helpers.hostile import chunk, encode, photograph
+from tests.images.test_decode import refusal
 
 
 def segment(marker: int, content: bytes) -> bytes:

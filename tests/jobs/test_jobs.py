@@ -37,9 +37,9 @@ from saecore.runs.files import TABLES, open_dataset
 from saecore.runs.record import read_record
 from saecore.sae.checkpoints import from_tensors, load_sae
 from tests.conftest import N_SCENES, command
+from tests.helpers.hostile import png
 from tests.helpers.mistakes import mistake
 from tests.helpers.photographs import photographs
-from tests.images.test_decode import png
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -95,6 +95,16 @@ def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert re.search(f"Examples?: python -m jobs.{name} ", text)
 
 
+def test_a_list_that_nobody_reads_ends_quietly() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    said = subprocess.run(
+        [sys.executable, "-m", "jobs", "--help"], stdout=writer, stderr=subprocess.PIPE, cwd=ROOT, text=True
+    )
+    os.close(writer)
+    assert (said.returncode, said.stderr) == (141, "")
+
+
 def test_help_begins_with_what_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         explain.main(["--help"])
