@@ -53,11 +53,12 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(holder, "_machine", lambda: "another machine")
 
 
+@pytest.mark.slow
 def test_a_second_job_is_refused_and_says_who_holds_the_folder(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    given = command(shards, out, "--local")
+    given = command(shards, out, "--local", "--limit", "8")
     with another(str(out)) as first:
         said = refused(given, capsys)
         assert f"--out {out} is in use: relmap explain on " in said
@@ -77,6 +78,7 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_jobs_that_write_latents_are_refused_and_readers_are_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,6 +93,7 @@ def test_jobs_that_write_latents_are_refused_and_readers_are_not(
     assert lock.holder_of(run, time.time()) is None
 
 
+@pytest.mark.slow
 def test_the_lease_of_another_machine_ends_and_the_wait_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
