@@ -141,33 +141,25 @@ def test_never_two_hold_it_and_a_dead_ones_lease_ends() -> None:
     assert min(outcomes.count(kind) for kind in ("worked", "refused", "killed")) > 100, "each happens often"
 
 
-def test_a_newcomer_waits_until_a_silent_holders_lease_ends() -> None:
-    """A holder dies at 40 s; who asks at 50 s waits, and holds the lease soon after the last sign of life is a lease old."""
-    for seed in range(20):
-        world = World(seed)
-        Process(world, "dead", 0.0, 40.0, 1e9)
-        Process(world, "next", 50.0, 1e9, 1.0)
-        world.run()
-        assert world.outcomes == {"dead": "killed", "next": "worked"}
-        assert world.now < 40 + TIMES.lease + TIMES.renew + 10 * SLOWEST
+def one_after_the_other(seed: int, lives: float, works: float, then: float, pause: float = 0.0) -> World:
+    """A holder from 0 s on, and one that asks at 50 s."""
+    world = World(seed)
+    Process(world, "first", 0.0, lives, works, pause)
+    Process(world, "next", 50.0, 1e9, then)
+    world.run()
+    return world
 
 
-def test_a_holder_that_was_paused_for_longer_than_its_lease_stops_when_it_comes_back() -> None:
-    for seed in range(40):
-        world = World(seed)
-        Process(world, "zombie", 0.0, 1e9, 1e4, pause=200.0)
-        Process(world, "next", 50.0, 1e9, 1e3)
-        world.run()
-        assert world.outcomes == {"zombie": "taken", "next": "worked"}, seed
-
-
-def test_a_holder_that_gives_signs_of_life_is_not_waited_for() -> None:
-    for seed in range(20):
-        world = World(seed)
-        Process(world, "holder", 0.0, 1e9, 500.0)
-        Process(world, "next", 50.0, 1e9, 1.0)
-        world.run()
-        assert world.outcomes == {"holder": "worked", "next": "refused"}
+@pytest.mark.parametrize("seed", range(20))
+def test_a_newcomer_and_a_holder(seed: int) -> None:
+    """That died at 40 s, that works on, that was paused for longer than its lease and comes back."""
+    dead = one_after_the_other(seed, lives=40.0, works=1e9, then=1.0)
+    assert dead.outcomes == {"first": "killed", "next": "worked"}
+    assert dead.now < 40 + TIMES.lease + TIMES.renew + 10 * SLOWEST, "the wait ends soon after the lease"
+    living = one_after_the_other(seed, lives=1e9, works=500.0, then=1.0)
+    assert living.outcomes == {"first": "worked", "next": "refused"}
+    zombie = one_after_the_other(seed, lives=1e9, works=1e4, then=1e3, pause=200.0)
+    assert zombie.outcomes == {"first": "taken", "next": "worked"}
 
 
 # ---- The simulation finds what is wrong: each of these breaks the protocol in one place.
