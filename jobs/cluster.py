@@ -1,16 +1,25 @@
-"""Ray around a job: the cluster that it joins or starts, the pool of replicas, the record of images that end their worker."""
+"""Ray around a job: joining or starting it, asking what its nodes offer, the record of images that end their worker.
 
+From the top: the pool of a job; joining and leaving; the record. Left out: how replicas are laid over nodes (`jobs.pool`).
+"""
+
+import contextlib
 import logging
 import os
 import socket
-from typing import Any, NamedTuple
+import time
+from typing import Any
 
 from saecore.pipeline.isolation import Suspects, Work
 
 from . import signals
+from .pool import LackError, Node, Pool, Wishes, divided, share_of
 
 ANSWER_SECONDS = 5.0
 """Seconds to wait for a connection, and again for a greeting, before a cluster counts as gone. Ray waits for two minutes."""
+
+LOOK_SECONDS = 1.0
+"""Seconds between two looks at which nodes have come."""
 
 CLIENT = "ray://"
 """Prefix of the address of a cluster that is joined from outside."""
@@ -23,21 +32,6 @@ taken = False
 """Whether `connect` has joined or started Ray for this process."""
 
 
-class Pool(NamedTuple):
-    """Where the replicas run."""
-
-    replicas: int
-    device: str
-    """`cpu` or `cuda`."""
-    cpus_per_replica: float
-    gpus_per_replica: float
-    threads: int
-    """CPU threads of one replica's forward; 0 leaves PyTorch's choice."""
-    on_ray: bool
-    why: str = ""
-    """A line that says where the replicas run and how to choose otherwise; empty if the user chose."""
-
-
 def here(gpus_per_replica: float) -> Pool:
     """One replica in this process. ValueError if a GPU is asked for and there is none."""
     import torch
@@ -47,40 +41,58 @@ def here(gpus_per_replica: float) -> Pool:
     return Pool(1, "cuda" if torch.cuda.is_available() and gpus_per_replica else "cpu", 0.0, 0.0, 0, False)
 
 
-def make_pool(replicas: int, gpus_per_replica: float) -> Pool:
-    """Replicas on Ray, which is joined or started. ValueError if they do not fit."""
-    connect(replicas or 1)
+def make_pool(wishes: Wishes, wait_minutes: float) -> Pool:
+    """Replicas on Ray, which is joined or started. ValueError if they do not fit.
+
+    A cluster at an address may start nodes on demand, so what it lacks is asked for and waited for.
+    """
+    connect(wishes.replicas or 1)
+    try:
+        return divided(wishes, nodes())
+    except LackError as lack:
+        if not (asked_for() and wait_minutes):
+            raise
+        return awaited(wishes, wait_minutes, lack)
+
+
+def nodes() -> list[Node]:
+    """What each living node of the cluster offers."""
     import ray
 
-    resources = ray.cluster_resources()
-    return divided(replicas, gpus_per_replica, int(resources.get("CPU", 0)), resources.get("GPU", 0.0))
-
-
-def divided(replicas: int, gpus_per_replica: float, cpus: int, gpus: float) -> Pool:
-    """A cluster of so many CPUs and GPUs as a pool: as many replicas as the GPUs carry, or one on the CPU, unless told.
-
-    ValueError if the GPUs do not suffice, or no CPU is left to read, decode and write. Left out: on which nodes they are.
-    """
-    share = gpus_per_replica if gpus_per_replica >= 0 else (1.0 if gpus else 0.0)
-    if share:
-        # A replica with a share of a GPU cannot have parts of two; rounded, since shares are no exact binary fractions.
-        most = int(gpus) * int(round(1 / share, 6)) if share < 1 else int(gpus / share)
-        wanted = replicas or most
-        if not 1 <= wanted <= most:
-            raise ValueError(
-                f"{max(wanted, 1)} replicas of {share:g} GPUs need more than the {gpus:g} GPUs of this cluster"
-            )
-        cpus_each, threads, device = 1.0, 0, "cuda"
-    else:
-        wanted = replicas or 1
-        # An eighth of the CPUs, at least one, is left to read, decode and write: a guess, not a measurement.
-        cpus_each = float(max(1, (cpus - max(1, cpus // 8)) // wanted))
-        threads, device = max(1, cpus // wanted), "cpu"
-    if wanted * cpus_each + 1 > cpus:
-        raise ValueError(
-            f"{wanted} replicas of {cpus_each:g} CPUs leave none of the cluster's {cpus} CPUs to read images"
+    offers = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [
+        Node(
+            int(offer.get("CPU", 0)),
+            offer.get("GPU", 0.0),
+            int(offer.get("memory", 0)),
+            int(offer.get("object_store_memory", 0)),
         )
-    return Pool(wanted, device, cpus_each, share, threads, True)
+        for offer in offers
+    ]
+
+
+def awaited(wishes: Wishes, minutes: float, lack: LackError) -> Pool:
+    """The pool once the nodes for it have come; `LackError` if they have not within so many minutes.
+
+    A placement group says to the cluster's autoscaler what is needed. It ends with this process, however that ends, where a
+    standing request (`ray.autoscaler.sdk.request_resources`) would keep nodes running for nobody.
+    """
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    print(f"waiting for nodes, {minutes:g} minutes at most (--wait-minutes): {lack}", flush=True)
+    share = share_of(wishes, nodes())
+    bundle = {"CPU": 1.0} | ({"GPU": share} if share else {})
+    began, request = time.monotonic(), placement_group([bundle] * (wishes.least or wishes.replicas or 1))
+    try:
+        while time.monotonic() - began < 60 * minutes:
+            time.sleep(LOOK_SECONDS)
+            with contextlib.suppress(LackError):
+                pool = divided(wishes, nodes())
+                print(f"nodes came after {time.monotonic() - began:.0f} s", flush=True)
+                return pool
+    finally:
+        remove_placement_group(request)
+    raise LackError(f"{lack}; no nodes for them came in {minutes:g} minutes")
 
 
 def connect(replicas: int) -> None:

@@ -19,10 +19,11 @@ from saecore.images.chunks import count_images, plan_chunks
 from saecore.images.effort import MAX_PIXELS
 from saecore.images.listing import list_shards
 from saecore.pipeline.config import EmbedConfig, ModelDigests, Part, changes_results, keeps_results, parts_of
-from saecore.runs.run import Run, check_place, listing_hash, open_run, run_at
+from saecore.runs.run import Run, check_place, listing_hash, open_run, refuse_other, run_at
 from saecore.storage import resolved
 
 from . import cluster, commands, origin
+from .pool import Pool, Wishes, crowded
 
 SMALL_IMAGES, SMALL_BYTES, SMALL_AT_ANY_SIZE = 2000, 250 << 20, 100
 """What one process does in the time that Ray takes to start, 10 s: of the demo's scenes 200 a second on the least of two cores,
@@ -40,7 +41,8 @@ class Arguments:
     out: str = dataclasses.field(metadata=keeps_results("a run may be moved"))
     """Folder of the run: a path, or an s3:// or gs:// address. The same command again resumes the run."""
     images: tuple[str, ...] = dataclasses.field(default=(), metadata=_IN_INPUTS)
-    """Tar shards, folders, Parquet files or single images: paths, globs, s3:// or gs:// addresses."""
+    """Tar shards, folders, Parquet files or single images: paths, globs, s3://, gs:// or hf://datasets/ addresses; single files
+    also by https://."""
     clip: str = dataclasses.field(default="", metadata=_IN_CONFIG)
     """CLIP or SigLIP: a Hugging Face id, a folder in transformers format, or `demo`."""
     batch_size: int = dataclasses.field(default=64, metadata=_IN_CONFIG)
@@ -48,9 +50,13 @@ class Arguments:
     chunk_size: int = dataclasses.field(default=512, metadata=changes_results(Part("chunk-size")))
     """Images per chunk, the unit of work, of retry and of commitment."""
     replicas: int = dataclasses.field(default=0, metadata=_ONLY_WHERE)
-    """Actors that hold the models. 0 is as many as the GPUs carry, or one if there is no GPU."""
+    """Actors that hold the models. 0 is as many as the GPUs carry, or one for each node if there is no GPU."""
     gpus_per_replica: float = dataclasses.field(default=-1.0, metadata=_ONLY_WHERE)
     """GPUs of each replica; a fraction is allowed. -1 is one GPU if there are GPUs, else none."""
+    min_replicas: int = dataclasses.field(default=0, metadata=_ONLY_WHERE)
+    """Begin with so many replicas, and with more up to --replicas as the cluster starts nodes. 0 begins with all."""
+    wait_minutes: float = dataclasses.field(default=10.0, metadata=keeps_results("it is a time before the work"))
+    """Minutes to wait for nodes that the cluster at RAY_ADDRESS starts on demand. 0 refuses at once what does not fit."""
     limit: int = dataclasses.field(default=0, metadata=changes_results(Part("limit")))
     """Take only the first images of the plan, so many. 0 takes all."""
     image_column: str = dataclasses.field(
@@ -72,7 +78,10 @@ class Arguments:
             raise ValueError("--local is without Ray: give either --local or --ray")
         if self.local and self.replicas > 1:
             raise ValueError(f"--replicas {self.replicas} needs Ray: omit --local")
-        commands.at_least(self, batch_size=1, chunk_size=1, replicas=0, limit=0, max_pixels=1)
+        least = {"batch_size": 1, "chunk_size": 1, "replicas": 0, "min_replicas": 0, "wait_minutes": 0, "limit": 0}
+        commands.at_least(self, **least, max_pixels=1)
+        with commands.given_fields(self):
+            wishes(self).check()
         if self.max_pixels > MAX_PIXELS:
             raise ValueError(
                 f"--max-pixels {self.max_pixels}: at most {MAX_PIXELS}, since Pillow decodes nothing larger"
@@ -121,20 +130,47 @@ class Inputs:
         return sum(shard.bytes for shard in self.shards)
 
 
-def make_pool(arguments: Arguments, inputs: Inputs) -> cluster.Pool:
-    """Where the replicas run: as told, or in this process if the images are few. Results do not depend on it."""
+def wishes(arguments: Arguments) -> Wishes:
+    """What is asked of the pool."""
+    return Wishes(arguments.replicas, arguments.gpus_per_replica, arguments.min_replicas)
+
+
+def check_run(inputs: Inputs, parts: Sequence[dict[str, Any]]) -> None:
+    """ValueError for what needs no replica to be known, before Ray starts: inputs of which no plan can be made, or an --out
+    that holds a run made otherwise.
+
+    `parts` are those of a run on each device that the replicas may get.
+    """
+    run = run_at(resolved(inputs.arguments.out))
+    if run is None:
+        inputs.plan  # noqa: B018
+    elif all({**run.parts, "inputs": each["inputs"]} != each for each in parts):
+        with commands.given("--out"):
+            refuse_other(resolved(inputs.arguments.out), {**run.parts, "inputs": parts[0]["inputs"]}, parts[0])
+
+
+def make_pool(arguments: Arguments, inputs: Inputs, image_bytes: int) -> Pool:
+    """Where the replicas run: as told, or in this process if the images are few. Results do not depend on it.
+
+    `image_bytes` are those of the pixels of an image.
+    """
     import torch
 
     is_told = arguments.ray or arguments.replicas > 1 or arguments.gpus_per_replica not in (-1, 0, 1)
     if arguments.dry_run or arguments.local:
         return cluster.here(arguments.gpus_per_replica if arguments.local else min(arguments.gpus_per_replica, 0))
+
+    def on_ray(why: str = "") -> Pool:
+        pool = cluster.make_pool(wishes(arguments), arguments.wait_minutes)
+        remark = crowded(cluster.nodes(), arguments.chunk_size, image_bytes)
+        return pool._replace(why="\n".join(line for line in (why, remark) if line))
+
     if is_told or cluster.asked_for() or torch.cuda.device_count() > 1:
-        return cluster.make_pool(arguments.replicas, arguments.gpus_per_replica)
+        return on_ray()
     if n_images := few(inputs):
         why = f"in this process: {n_images:,} images take less time than the start of Ray (--ray takes it nevertheless)"
         return cluster.here(arguments.gpus_per_replica)._replace(why=why)
-    why = "on Ray: the images take more time than its start (--local stays in this process)"
-    return cluster.make_pool(arguments.replicas, arguments.gpus_per_replica)._replace(why=why)
+    return on_ray("on Ray: the images take more time than its start (--local stays in this process)")
 
 
 def few(inputs: Inputs) -> int:
@@ -155,7 +191,7 @@ def fingerprint_parts(inputs: Inputs, config: EmbedConfig, models: ModelDigests)
     return {"schema": schema.VERSION, **own, "inputs": shards, **parts_of(config, models)}
 
 
-def made_by(name: str, argv: Sequence[str], config: Any, inputs: Inputs, pool: cluster.Pool) -> dict[str, Any]:
+def made_by(name: str, argv: Sequence[str], config: Any, inputs: Inputs, pool: Pool) -> dict[str, Any]:
     """What run.json says of a run's making, whatever it makes."""
     return {
         "command": commands.called(name, *argv),

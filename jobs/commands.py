@@ -8,7 +8,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar
@@ -17,13 +17,16 @@ import tyro
 
 from saecore import storage
 from saecore.spellings import Model, check_same
-from saecore.storage import WriteError, check_address
-from saecore.upkeep.lease import TakenError
+from saecore.storage import StorageError, check_address
+from saecore.stores import check_holds_no_secret
 
 from . import signals
 
 DEFAULTS = dict.fromkeys(("", "''", "False", "None"), "") | {"True": "(default: on)"}
 """Defaults -> what help says of them, where that is not the value."""
+
+HIDDEN = ("--address", "--env")
+"""Flags whose values are written nowhere and shown without passwords: they may hold some."""
 
 E = TypeVar("E", bound=BaseException)
 
@@ -38,6 +41,8 @@ def mistakes() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
+        if (failure := behind(error, StorageError)) and failure.is_down:
+            raise failure from failure.__cause__  # a store that is down is nobody's mistake, and may be asked again later
         raise MistakeError(str(error)) from error
 
 
@@ -49,7 +54,7 @@ RESUMES = "the same command resumes from here"
 
 
 def run_job(job: Callable[[], int]) -> int:
-    """A job's exit code: its own; 2 with one sentence for a mistake, 1 for a place that refuses what is written.
+    """A job's exit code: its own; 2 with one sentence for a mistake, 1 for a place that refuses, or a store that is down.
 
     Asked to end by Ctrl-C or SIGTERM it is 130 or 143, with one line that says what the same command does next; 141, without a
     word, where nobody reads on, as after `| head`. A bug is loud.
@@ -71,10 +76,7 @@ def run_job(job: Callable[[], int]) -> int:
                 return asked.exit_code
             if behind(error, BrokenPipeError) and signals.nobody_reads():
                 return signals.unread()
-            if taken := behind(error, TakenError):
-                print(f"stopped: {taken}; {then}", file=sys.stderr)
-                return 1
-            if refused := behind(error, WriteError):
+            if refused := behind(error, StorageError):
                 said = str(refused).splitlines()[0]  # Ray Data adds advice about its own retries
                 print(f"error: {said}; {then}", file=sys.stderr)
                 return 1
@@ -197,6 +199,7 @@ def parse(kind: type[A], argv: list[str], name: str) -> A:
 
     --help shows the first lines of the class, the examples in the head of its module, and what the fields say.
     """
+    check_words(argv)
     arguments = tyro.cli(
         kind,
         args=argv,
@@ -267,17 +270,27 @@ def help_rules() -> tyro.constructors.ConstructorRegistry:
     return registry
 
 
+def check_words(words: Sequence[str]) -> None:
+    """ValueError for an address that holds a credential, before tyro repeats a word that it does not know."""
+    before = ""
+    for word in words:
+        if word.startswith("--"):
+            before, _, word = word.partition("=")
+        if before not in HIDDEN:
+            with given(f"{before}:") if before else nullcontext():
+                check_holds_no_secret(word)
+
+
 def check_addresses(arguments: Any) -> None:
     """ValueError for an argument that is almost an address, or empty where something has to be named."""
     for field in dataclasses.fields(arguments):
-        given = getattr(arguments, field.name)
+        value, name = getattr(arguments, field.name), flag(field.name)
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        for text in given if isinstance(given, tuple) else (given,):
-            if isinstance(text, str) and (text or required or isinstance(given, tuple)):
-                try:
+        for text in value if isinstance(value, tuple) else (value,):
+            is_place = isinstance(text, str) and (text or required or isinstance(value, tuple))
+            if is_place and not (name in HIDDEN and "://" in text):
+                with given(f"{name}:"):
                     check_address(text)
-                except ValueError as error:
-                    raise ValueError(f"{flag(field.name)}: {error}") from error
 
 
 @contextmanager

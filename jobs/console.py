@@ -12,6 +12,9 @@ from typing import IO, TypeVar
 
 from rich.console import Console
 
+from saecore.storage import is_file, join_uri, read_bytes, write_atomic
+from saecore.stores import without_secrets
+
 from . import cluster
 from .commands import behind
 
@@ -36,12 +39,17 @@ class Log:
     """The folder of a run, once it is known to hold one; nothing is kept elsewhere."""
 
     def keep(self, said: IO[bytes]) -> None:
-        """Append to RUN/run.log, if the run is a local folder, without the lines of `NOISE`."""
+        """Append to RUN/run.log, without the lines of `NOISE` and without secrets."""
         lines = [line for line in said.read().splitlines(keepends=True) if not any(noise in line for noise in NOISE)]
-        if lines and self.run and "://" not in self.run and Path(self.run).is_dir():
-            # If the disk is full or read-only, writing the run has reported that already.
-            with contextlib.suppress(OSError), (Path(self.run) / "run.log").open("ab") as log:
-                log.writelines(lines)
+        text = without_secrets(b"".join(lines).decode(errors="backslashreplace")).encode()
+        # If the place is full, read-only or down, writing the run has reported that already.
+        with contextlib.suppress(OSError):
+            if text and "://" in self.run:
+                file = join_uri(self.run, "run.log")
+                write_atomic(file, (read_bytes(file) if is_file(file) else b"") + text)  # stores append nothing
+            elif text and self.run and Path(self.run).is_dir():
+                with (Path(self.run) / "run.log").open("ab") as log:
+                    log.write(text)
 
 
 NOISE = (
@@ -57,8 +65,8 @@ NOISE = (
 def quiet() -> Iterator[Log]:
     """Send everything on standard error, also from Ray's C++ parts, to the log of a run. Tracebacks still reach the terminal.
 
-    Standard output belongs to the job. Where there is no run, or the run is on an object store, the words are dropped. If the
-    job is asked to end, Ray is ended inside this block, since it says much then.
+    Standard output belongs to the job. Where there is no run, the words are dropped. If the job is asked to end, Ray is ended
+    inside this block, since it says much then.
     """
     hush()
     sys.stderr.flush()

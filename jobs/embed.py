@@ -41,6 +41,7 @@ from saecore.training import memmaps
 from saecore.upkeep.lock import Lock
 
 from . import cluster, collection, commands, console, locks, pipeline
+from .pool import DEVICES
 from .summaries import outline, refused_images, run_summary
 
 if TYPE_CHECKING:
@@ -127,9 +128,17 @@ def prepare(arguments: Arguments, argv: list[str], locked: contextlib.ExitStack 
     with commands.given("--clip"):
         tower = load_tower(clip)
     inputs = collection.Inputs(arguments, arguments.images)
-    pool = collection.make_pool(arguments, inputs)
-    config = EmbedConfig(clip=clip, batch_size=arguments.batch_size, device=pool.device, threads=pool.threads)
-    parts = {"kind": "embed"} | collection.fingerprint_parts(inputs, config, ModelDigests(tower.sha256()[:16]))
+    config = EmbedConfig(clip=clip, batch_size=arguments.batch_size)
+    digests = ModelDigests(tower.sha256()[:16])
+
+    def parts_on(device: str) -> dict[str, Any]:
+        on = dataclasses.replace(config, device=device)
+        return {"kind": "embed"} | collection.fingerprint_parts(inputs, on, digests)
+
+    if not arguments.dry_run:
+        collection.check_run(inputs, list(map(parts_on, DEVICES)))
+    pool = collection.make_pool(arguments, inputs, tower.preprocess.bytes)
+    config, parts = dataclasses.replace(config, device=pool.device, threads=pool.threads), parts_on(pool.device)
     tags = {"clip": clip, "clip_sha256": parts["clip"]}
     if arguments.dry_run:
         how = [f"with CLIP {clip}, {tower.n_outputs} numbers per image"]

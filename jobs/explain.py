@@ -39,6 +39,7 @@ from saecore.upkeep.lock import Lock
 
 from . import collection, commands, console, locks, pipeline
 from .hints import after_explain
+from .pool import DEVICES
 from .summaries import outline, refused_images, run_summary
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Arguments(collection.Arguments):
 
     # Those that have their names in `ExplainConfig` say there whether they change results.
     sae: str = ""
-    """SAE: a folder, an MSAE .pth file, hf://OWNER/REPOSITORY[/PATH][@REVISION], or `demo`."""
+    """SAE: a folder, an MSAE .pth file, either on s3:// or gs:// too, hf://OWNER/REPOSITORY[/PATH][@REVISION], or `demo`."""
     site: str = ""
     """Where the SAE reads, if its files do not say: embedding, or embedding:l2 if it was trained on embeddings of length 1."""
     any_clip: bool = dataclasses.field(default=False, metadata=keeps_results("it lets a model pass, and changes none"))
@@ -166,9 +167,10 @@ def prepare(arguments: Arguments, argv: list[str], locked: contextlib.ExitStack 
     loaded = load(arguments)
     config = configure(arguments, loaded)
     inputs = collection.Inputs(arguments, images)
-    pool = collection.make_pool(
-        arguments, inputs
-    )  # it may start Ray, so all that can be wrong with the models is known
+    if not arguments.dry_run:
+        on_devices = (dataclasses.replace(config, device=device) for device in DEVICES)
+        collection.check_run(inputs, [collection.fingerprint_parts(inputs, on, loaded.digests) for on in on_devices])
+    pool = collection.make_pool(arguments, inputs, loaded.tower.preprocess.bytes)  # it may start Ray: the last check
     config = dataclasses.replace(config, device=pool.device, threads=pool.threads)
     if loaded.remark:
         print(loaded.remark)

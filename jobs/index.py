@@ -155,14 +155,12 @@ def on_ray(build: Build, groups: list[np.ndarray], arguments: Arguments) -> list
 def connect(arguments: Arguments) -> None:
     """Join or start Ray; ValueError if none of its nodes can take a segment: its task would wait for ever."""
     cluster.connect(replicas=1)
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if max(node.get("memory", 0) for node in nodes) < needed(arguments):
+    nodes = cluster.nodes()
+    if max(node.memory for node in nodes) < needed(arguments):
         raise ValueError(
             f"--memory {arguments.memory:g}: no node of this cluster has {needed(arguments) / 1e9:g} GB for Ray"
         )
-    if max(node.get("CPU", 0) for node in nodes) < arguments.threads:
+    if max(node.cpus for node in nodes) < arguments.threads:
         raise ValueError(f"--threads {arguments.threads}: no node of this cluster has that many CPUs")
 
 

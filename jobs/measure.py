@@ -42,7 +42,7 @@ class Arguments:
     """Measure how good an SAE is on embeddings."""
 
     sae: str
-    """demo, a folder, another project's checkpoint, or hf://OWNER/REPOSITORY."""
+    """demo, a folder, another project's checkpoint, hf://OWNER/REPOSITORY, or our own folder on s3:// or gs://."""
     embeddings: str
     """A run of jobs.embed (or of jobs.explain --keep-embeddings), NAME_rows_width.npy, or Parquet with a column of lists."""
     site: str = ""

@@ -40,7 +40,6 @@ def placed(order: Order, is_shared: bool) -> list[str]:
         given = getattr(order.arguments, field, ())
         for place in (given,) if isinstance(given, str) else given:
             with commands.given(commands.flag(field)):
-                refuse_password(place)
                 if place not in NO_PLACES and (field not in MODELS or os.path.exists(place)):
                     check_place(place, field, is_shared)
                     words = moved(words, order.arguments, field, place)
@@ -63,15 +62,6 @@ def moved(words: list[str], arguments: Any, field: str, place: str) -> list[str]
             word = f"{flag}={resolved(place)}"
         found.append(word)
     return found
-
-
-def refuse_password(place: str) -> None:
-    """ValueError for an address that holds one."""
-    if re.match(r"\w+://[^/?]*:[^/?]*@", place):
-        raise ValueError(
-            "holds a password, and Ray shows a job's command to all who see its dashboard; give it by "
-            "--env AWS_SECRET_ACCESS_KEY"
-        )
 
 
 def check_run(out: str) -> None:

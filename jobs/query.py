@@ -56,6 +56,7 @@ def query(argv: list[str]) -> int:
 
 def parse(argv: list[str]) -> Question:
     """The question; SystemExit 2 for one that does not exist. --help of a question has an example, the list of all has none."""
+    commands.check_words(argv)
     kinds = []
     for name, kind in QUESTIONS.items():
         head, _, rest = inspect.cleandoc(kind.__doc__ or "").partition("\n\n")

@@ -180,18 +180,17 @@ def in_process(plan: Any, made_by: dict[str, Any]) -> dict[str, Any]:
 
 def on_ray(plan: Any, made_by: dict[str, Any], workers: int) -> dict[str, Any]:
     """Train on Ray Train, data parallel. If a worker is lost, the training starts again from the last checkpoint."""
-    cluster.connect(workers)
-    import ray
+    with commands.mistakes():
+        has_gpus = connect(workers)
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     from saecore.training.loop import completed
 
-    gpus = ray.cluster_resources().get("GPU", 0) >= workers
     trainer = TorchTrainer(
         train_on_worker,
         train_loop_config={"plan": plan, "made_by": made_by},
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=has_gpus),
         run_config=RunConfig(
             name="train",
             storage_path=join_uri(plan.out, "ray"),
@@ -209,6 +208,17 @@ def on_ray(plan: Any, made_by: dict[str, Any], workers: int) -> dict[str, Any]:
     record = completed(plan)
     assert record is not None
     return record
+
+
+def connect(workers: int) -> bool:
+    """Join or start Ray; returns whether each worker gets a GPU. ValueError for workers that would wait for CPUs for ever."""
+    cluster.connect(workers)
+    nodes = cluster.nodes()
+    if sum(int(node.gpus) for node in nodes) >= workers:
+        return True
+    if (cpus := sum(node.cpus for node in nodes)) < workers:
+        raise ValueError(f"--workers {workers}: each takes a CPU, and this cluster has {cpus}")
+    return False
 
 
 def train_on_worker(config: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ from saecore import numbering, schema
 from saecore.images import parquet, tar
 from saecore.images.items import Item, Scan, read_item
 from saecore.images.listing import Shard
-from saecore.storage import Place
+from saecore.storage import Place, ReadError
 
 SCANNERS = 16
 """Threads that scan shards for the plan: on an object store each waits for a round trip per member."""
@@ -180,9 +180,8 @@ def _read_file(chunk: Mapping[str, Any], wanted: Sequence[int], whole: bool) -> 
     place = Place(chunk["uri"])
     try:
         file = place.open()
-    except FileNotFoundError:
-        if _folder_is_gone(place, place.path):
-            raise
+    except FileNotFoundError as error:
+        _check_folder(place, place.path, error)
         return
     with file:
         if chunk["kind"] == "parquet":
@@ -201,17 +200,18 @@ def _read_folder(chunk: Mapping[str, Any], wanted: Sequence[int]) -> Iterator[tu
             with place.open(path) as file:
                 item = read_item(name, file.size(), file.read)
         except FileNotFoundError as error:
-            if _folder_is_gone(place, path):
-                raise
+            _check_folder(place, path, error)
             item = Item(name, None, "missing-file", str(error))
         except PermissionError as error:  # of a local file; object stores report theirs as OSError, for all alike
             item = Item(name, None, "unreadable", str(error))
         yield index, item
 
 
-def _folder_is_gone(place: Place, path: str) -> bool:
-    """Whether the folder of a missing file is missing too.
+def _check_folder(place: Place, path: str, error: FileNotFoundError) -> None:
+    """`ReadError` if the folder of a missing file is missing too.
 
     One file that vanished is data; a whole folder is a disk that is not mounted, or a bucket out of reach.
     """
-    return place.info(posixpath.dirname(path)).type == pyarrow.fs.FileType.NotFound
+    folder = posixpath.dirname(path)
+    if place.info(folder).type == pyarrow.fs.FileType.NotFound:
+        raise ReadError(f"{path} cannot be read: neither the file nor its folder {folder} is there") from error

@@ -1,7 +1,7 @@
 """List the shards under paths, globs and addresses: what there is to explain.
 
 A shard is a tar (`.tar`, `.tar.gz`, `.tgz`; webdataset or any other), a Parquet file with a column of encoded images, or a
-group of files of a folder tree, on any pyarrow filesystem: local, s3://, gs://.
+group of files of a folder tree, local or on any store that `saecore.stores` knows: s3://, gs://, hf://datasets/, https://.
 
 The ending of a name (`EXTENSIONS`, in any case) tells whether a file is an image. Other files are passed over, and so are
 hidden ones, macOS's `._x` and `__MACOSX`. Links are followed, but a folder is listed once, by its own name rather than a
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import pyarrow.fs
 
 from saecore.numbering import MOST_SHARDS
-from saecore.storage import Place, join_uri, split_settings
+from saecore.storage import Place, StorageError, join_uri, split_settings
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 KINDS = {".tar": "tar", ".tar.gz": "tar.gz", ".tgz": "tar.gz", ".parquet": "parquet"}
@@ -159,6 +159,8 @@ def _about(path: str) -> Iterator[None]:
     """What goes wrong inside is a ValueError that names the path that was asked for."""
     try:
         yield
+    except StorageError as error:  # it names the place itself
+        raise ValueError(str(error)) from error
     except (OSError, ValueError) as error:  # ValueError: an unknown kind of address, a name that is not UTF-8
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 

@@ -65,6 +65,12 @@ class Preprocess:
         assert not isinstance(self.resize, int)
         return self.resize
 
+    @property
+    def bytes(self) -> int:
+        """Of the pixels that come out: one for each of three channels."""
+        height, width = self.size
+        return 3 * height * width
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Preprocess":
         """From the content of preprocessor_config.json or processor_config.json, in old and new spelling."""

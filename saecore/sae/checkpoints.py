@@ -3,6 +3,7 @@
     demo                                        the embedded SAE
     FOLDER                                      our config.json and sae.safetensors (`SAE.save` writes them), or another format
     FILE.pth, FILE.pt                           an MSAE checkpoint, or a single file of another format
+    s3://..., gs://...                          our own folder, or a single file, on an object store
     hf://OWNER/REPOSITORY[/PATH][@REVISION]     a folder or a file on the Hugging Face Hub, cached by huggingface_hub
 
 Other formats, and how they are converted, are in `saecore.sae.formats` and `saecore.sae.embedding_formats`. The files that
@@ -16,11 +17,13 @@ Left out: safetensors files without a folder, which do not say what their tensor
 
 import dataclasses
 import re
+import tempfile
 from pathlib import Path, PurePosixPath
 
 import torch
 from torch import Tensor
 
+from saecore import storage
 from saecore.hub import DEMO_SAE, embedded, snapshot
 from saecore.sae import embedding_formats, formats, sites
 from saecore.sae.config import SAEConfig, from_fields
@@ -65,6 +68,8 @@ def _load(address: str) -> SAE:
     remote = address.startswith("hf://")
     if (address.partition("@")[0] if remote else address).endswith(".safetensors"):
         raise ValueError("a safetensors file does not say what its tensors are; give its folder")
+    if "://" in address and not remote:
+        return _read_store(address)
     path = _download(address) if remote else Path(address)
     if path.is_dir():
         return _read_folder(path)
@@ -73,6 +78,22 @@ def _load(address: str) -> SAE:
     if path.suffix not in _SINGLE:
         raise ValueError(f"expected a folder with {CONFIG_FILE}, or a .pth or .pt file")
     return _read_file(path)
+
+
+def _read_store(address: str) -> SAE:
+    """Our own folder, or a single file, on an object store. It is copied for as long as it is read: readers take paths."""
+    name = PurePosixPath(storage.split_settings(address)[0]).name
+    is_single = name.endswith(_SINGLE)
+    base = storage.parent(address) if is_single else address
+    needed = (name,) if is_single else (CONFIG_FILE, WEIGHTS_FILE)
+    if missing := [file for file in needed if not storage.is_file(storage.join_uri(base, file))]:
+        raise ValueError(f"no {missing[0]} there; of a folder in another format than ours, make a copy on a disk first")
+    with tempfile.TemporaryDirectory() as copied:
+        folder = Path(copied)
+        for file in (*needed, f"{name}.json"):  # what an MSAE file's name does not say stands in a file besides it
+            if file in needed or storage.is_file(storage.join_uri(base, file)):
+                (folder / file).write_bytes(storage.read_bytes(storage.join_uri(base, file)))
+        return _read_file(folder / name) if is_single else load_folder(folder)
 
 
 def _read_folder(folder: Path) -> SAE:

@@ -33,7 +33,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
-from saecore.storage import Place, join_uri, write_atomic
+from saecore.storage import Place, StorageError, join_uri, write_atomic
 from saecore.upkeep.holder import Holder
 
 PREFIX, ENDING = ".lease-", ".json"
@@ -73,7 +73,7 @@ class HeldError(ValueError):
     """Another process writes into the run folder; says who."""
 
 
-class TakenError(Exception):
+class TakenError(StorageError):
     """Another process holds the lease of this one, which gave no sign of life for too long; says who."""
 
 
@@ -145,10 +145,12 @@ class Lease:
         for other in seen.values():
             if other.claim.held and self.claim.id in other.claim.over:
                 raise TakenError(
-                    f"taken for dead, since it gave no sign of life: {other.claim.holder.words()}, went on"
+                    f"this job was taken for dead, since it gave no sign of life: {other.claim.holder.words()}, went on"
                 )
         if must_be_there and self.claim.id not in seen:
-            raise TakenError("taken for dead, since it gave no sign of life: another process has held the folder since")
+            raise TakenError(
+                "this job was taken for dead, since it gave no sign of life: another process has held the folder since"
+            )
 
     def release(self) -> None:
         """End the lease."""

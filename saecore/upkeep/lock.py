@@ -46,7 +46,9 @@ def alone(uri: str, command: str, say: Callable[[str], None], times: Times = TIM
     with _no_empty_folder_stays(uri):
         try:
             lease = acquire(Folder(uri), this_process(command), times, uri, say)
-        except WriteError:  # whoever writes there is told by the write itself
+        except WriteError as error:
+            if error.is_down:
+                raise  # it may be written soon, and then by another job too
             yield Lock()
             return
         lock, ended = Lock(), threading.Event()

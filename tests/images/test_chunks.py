@@ -20,6 +20,7 @@ import pytest
 from saecore import schema, storage
 from saecore.images.chunks import plan_chunks, read_chunk
 from saecore.images.listing import list_shards
+from saecore.storage import ReadError
 
 Members = Sequence[tuple[str, bytes]]
 GENERATOR = np.random.default_rng(5)
@@ -516,7 +517,7 @@ def test_files_that_vanish_or_change_after_the_plan(tmp_path: Path) -> None:
     for file in folder.iterdir():
         file.unlink()
     folder.rmdir()  # as a disk that is not mounted: nothing is written about images
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ReadError, match="nor its folder"):
         read(plan)
 
 

@@ -7,11 +7,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from jobs import cluster, collection, embed, explain, index, train
+from jobs.pool import Pool
 from saecore.images.listing import list_shards
 from tests.conftest import N_SCENES, command
 from tests.helpers.mistakes import mistake
@@ -120,59 +120,14 @@ def test_a_living_cluster_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster.check_answers()
 
 
-# ---- How a cluster is divided.
-
-
-@pytest.mark.parametrize(
-    ("told", "cluster_has", "pool"),
-    [
-        # (replicas, GPUs per replica), (CPUs, GPUs), (replicas, device, CPUs each, GPUs each, threads)
-        ((0, -1), (16, 4), (4, "cuda", 1, 1, 0)),
-        ((2, -1), (16, 4), (2, "cuda", 1, 1, 0)),
-        ((0, 0.5), (16, 2), (4, "cuda", 1, 0.5, 0)),
-        ((0, 0.3), (16, 1), (3, "cuda", 1, 0.3, 0)),
-        ((0, 2), (16, 5), (2, "cuda", 1, 2, 0)),
-        ((0, 0.1), (16, 1), (10, "cuda", 1, 0.1, 0)),
-        ((0, 0.6), (16, 2), (2, "cuda", 1, 0.6, 0)),  # not 3: no GPU has room for a second
-        ((4, 0.4), (16, 2), (4, "cuda", 1, 0.4, 0)),
-        ((0, 0), (16, 4), (1, "cpu", 14, 0, 16)),
-        ((0, -1), (16, 0), (1, "cpu", 14, 0, 16)),
-        ((3, -1), (16, 0), (3, "cpu", 4, 0, 5)),
-        ((0, -1), (2, 0), (1, "cpu", 1, 0, 2)),
-    ],
-)
-def test_a_cluster_is_divided(told: tuple[int, float], cluster_has: tuple[int, float], pool: tuple[Any, ...]) -> None:
-    divided = cluster.divided(*told, *cluster_has)
-    assert divided[:5] == pool
-    assert divided.on_ray
-    # Ray could place it: the replicas, and a CPU task beside them.
-    assert divided.replicas * divided.gpus_per_replica <= cluster_has[1] + 1e-9
-    assert divided.replicas * divided.cpus_per_replica + 1 <= cluster_has[0]
-
-
-@pytest.mark.parametrize(
-    ("told", "cluster_has", "sentence"),
-    [
-        ((0, 1), (16, 0), "1 replicas of 1 GPUs need more than the 0 GPUs"),
-        ((3, -1), (16, 2), "3 replicas of 1 GPUs need more than the 2 GPUs"),
-        ((3, 0.6), (16, 2), "3 replicas of 0.6 GPUs need more than the 2 GPUs"),
-        ((0, 2), (16, 1), "1 replicas of 2 GPUs need more than the 1 GPUs"),
-        ((0, -1), (4, 4), "4 replicas of 1 CPUs leave none of the cluster's 4 CPUs"),
-        ((2, -1), (2, 0), "2 replicas of 1 CPUs leave none of the cluster's 2 CPUs"),
-    ],
-)
-def test_what_a_cluster_does_not_carry(told: tuple[int, float], cluster_has: tuple[int, float], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        cluster.divided(*told, *cluster_has)
-
-
 # ---- In this process, or on Ray.
 
 
-def chosen(monkeypatch: pytest.MonkeyPatch, shards: Path, *flags: str) -> cluster.Pool:
+def chosen(monkeypatch: pytest.MonkeyPatch, shards: Path, *flags: str) -> Pool:
     """The pool of a command, with a Ray that takes no time to start."""
-    on_ray = cluster.Pool(2, "cpu", 1.0, 0.0, 1, on_ray=True)
-    monkeypatch.setattr(cluster, "make_pool", lambda replicas, gpus_per_replica: on_ray)
+    on_ray = Pool(2, "cpu", 1.0, 0.0, 1, on_ray=True)
+    monkeypatch.setattr(cluster, "make_pool", lambda wishes, wait_minutes: on_ray)
+    monkeypatch.setattr(cluster, "nodes", list)
     arguments = collection.Arguments(
         out=str(shards / "no run"),
         images=(str(shards),),
@@ -181,7 +136,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch, shards: Path, *flags: str) -> cluste
         replicas=2 if "--replicas" in flags else 0,
         limit=20 if "--limit" in flags else 0,
     )
-    return collection.make_pool(arguments, collection.Inputs(arguments, arguments.images))
+    return collection.make_pool(arguments, collection.Inputs(arguments, arguments.images), 150528)
 
 
 def test_few_images_stay_in_this_process_unless_told_otherwise(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

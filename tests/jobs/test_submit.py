@@ -317,7 +317,7 @@ def test_places_are_looked_at_from_here(store: Path, tmp_path: Path, monkeypatch
             placed(["explain", "--images", "s3://bucket/shards", images, *models, "--out", "s3://bucket/run"])
     with pytest.raises(ValueError, match=r"^--out s3://bucket/shards holds other files and no run"):
         placed(["explain", "--images", "s3://bucket/shards", *models, "--out", "s3://bucket/shards"])
-    with pytest.raises(ValueError, match=r"^--images holds a password") as refused:
+    with pytest.raises(ValueError, match=r"^--images: an address holds a credential") as refused:
         placed(["explain", "--images", "s3://key:word@bucket/shards", *models, "--out", "s3://bucket/run"])
     assert "word@" not in str(refused.value)
 

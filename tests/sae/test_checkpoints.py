@@ -200,6 +200,18 @@ def test_addresses_that_lead_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert "\n" not in str(caught.value)
 
 
+def test_an_sae_on_an_object_store(store: Path) -> None:
+    """Our own folder as `SAE.save` writes it, and a single file with its specification: the same SAE as from a disk."""
+    sae = random_sae()
+    sae.save(store / "runs" / "sae")
+    assert load_sae("s3://bucket/runs/sae").sha256() == sae.sha256()
+    write_msae(store / NAME)
+    assert load_sae(f"s3://bucket/{NAME}").sha256() == load_sae(str(store / NAME)).sha256()
+    for missing in ("s3://bucket/runs", "s3://bucket/nothing", "s3://bucket/nothing.pth"):
+        with pytest.raises(ValueError, match=rf"^{missing}: no (config.json|nothing.pth) there; "):
+            load_sae(missing)
+
+
 def test_a_hub_address_is_looked_up_with_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """huggingface_hub's own cache layout is not ours to test: only that we ask it for the right thing."""
     random_sae().save(tmp_path / "b16")
