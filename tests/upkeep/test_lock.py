@@ -125,6 +125,18 @@ def test_a_holder_that_was_taken_for_dead_stops(tmp_path: Path) -> None:
     assert claims(tmp_path) == [".lease-other.json"], "its own claim is gone"
 
 
+@pytest.mark.slow
+def test_a_job_whose_lease_was_taken_ends_in_one_sentence(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = command(shards, tmp_path / "run", "--local", "--limit", "16")
+    with monkeypatch.context() as patch:
+        patch.setattr(lock.Lock, "taken", TakenError("this job was taken for dead"))
+        assert explain.main(given) == 1
+    assert capsys.readouterr().err == "error: this job was taken for dead; the same command resumes from here\n"
+    assert explain.main(given) == 0
+
+
 def test_a_store_that_is_down_ends_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
