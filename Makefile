@@ -5,7 +5,7 @@ BIN := .venv/bin
 PROCESSES ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
 
-.PHONY: demo test quick check check-oldest check-cluster format bench clean
+.PHONY: demo test quick check check-oldest check-cluster format bench chaos clean
 
 demo: .venv/.installed
 	$(BIN)/relmap run --demo --out runs/demo
@@ -41,6 +41,10 @@ format: .venv/.test
 
 bench: .venv/.installed
 	$(BIN)/python -m benchmarks maps
+
+# Faults at random moments of a run: an hour on 2 cores. With `ARGUMENTS='--json FILE'` the same command goes on where it was stopped.
+chaos: .venv/.test
+	$(BIN)/python -m benchmarks chaos $(ARGUMENTS)
 
 # The package is installed in place (-e), so that an edit needs no second installation.
 .venv/.installed: pyproject.toml constraints.txt

@@ -5,6 +5,7 @@ python -m benchmarks maps         maps by every method, against a plain forward 
 python -m benchmarks query        questions to a synthetic run with and without its index; sizes, memory
 python -m benchmarks load         memory of a long run on Ray, of a large tar and of a plan of many shards: is it flat
 python -m benchmarks truth        where maps of the demo's scenes lie, against true masks: no speed at all
+python -m benchmarks chaos        faults at random moments of a run, and what becomes of its rows: no speed at all
 """
 
 import dataclasses
@@ -14,10 +15,12 @@ import platform
 import sys
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from benchmarks.disturb import Chaos
 from jobs import commands, console, origin
 from saecore.methods import DEFAULT_OPTIONS, METHODS, Options, parse_methods
 
@@ -215,7 +218,6 @@ class Load:
 
     def tell(self) -> None:
         """Measure part after part, and print each as it is measured."""
-        from pathlib import Path
 
         from benchmarks import load
 
@@ -292,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def benchmark(argv: list[str]) -> int:
     """Measure and print."""
-    ways = {"train": Train(), "maps": Maps(), "query": Query(), "load": Load(), "truth": Truth()}
+    ways = {"train": Train(), "maps": Maps(), "query": Query(), "load": Load(), "truth": Truth(), "chaos": Chaos()}
     kinds: Any = tyro.extras.subcommand_type_from_defaults(
         ways, {name: inspect.getdoc(way) or "" for name, way in ways.items()}
     )
@@ -306,8 +308,7 @@ def benchmark(argv: list[str]) -> int:
             registry=commands.help_rules(),
         )
         chosen.check()
-    chosen.tell()
-    return 0
+    return chosen.tell() or 0
 
 
 def machine() -> str:

@@ -13,7 +13,7 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 
-from . import signals
+from . import exits, signals
 
 PROGRAM = "relmap" if __package__ == "relmap" else f"python -m {__package__}"
 
@@ -23,6 +23,7 @@ COMMANDS = {
     "See what is in your images": {
         "run": "the whole way in one: explain, index, name, report",
         "explain": "images to latents and relevance maps; also of a text or a concept of your own",
+        "retry": "read again what a run refused since it was missing or could not be read",
     },
     "Ask, and look": {
         "query": "questions in the terminal: the images of a latent, the latents of an image, SQL",
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return say(f"relmap {version()}")
         if words[0] not in NAMES:
             print(unknown(words[0]), file=sys.stderr)
-            return 2
+            return exits.MISTAKE
         command = importlib.import_module(f".{words[0]}", __package__)
     code: int = command.main(words[1:])
     return code

@@ -12,7 +12,7 @@ from typing import Any
 
 from saecore.pipeline.isolation import Suspects, Work
 
-from . import signals
+from . import head, signals
 from .pool import LackError, Node, Pool, Wishes, divided, share_of
 
 ANSWER_SECONDS = 5.0
@@ -123,6 +123,7 @@ def connect(replicas: int) -> None:
             # A replica holds a CPU for its whole life: on a machine of one core the tasks would wait for ever.
             cpus = max(os.cpu_count() or 1, replicas + 1)
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+            head.watch()
     taken = True
 
 

@@ -14,15 +14,20 @@ from typing import Any
 import pyarrow as pa
 
 from saecore import schema
-from saecore.images.changes import since
+from saecore.images.changes import Changes, since
 from saecore.images.chunks import count_images, plan_chunks
 from saecore.images.effort import MAX_PIXELS
 from saecore.images.listing import list_shards
 from saecore.pipeline.config import EmbedConfig, ModelDigests, Part, changes_results, keeps_results, parts_of
+from saecore.pipeline.decoder import IMAGE_SECONDS
+from saecore.pipeline.growth import Divided, divide, groups_of, grown, new_chunks
+from saecore.runs.files import write_plan
+from saecore.runs.record import Record
 from saecore.runs.run import Run, check_place, listing_hash, open_run, refuse_other, run_at
-from saecore.storage import resolved
+from saecore.schema import growths_of
+from saecore.storage import check_writable, resolved
 
-from . import cluster, commands, origin
+from . import cluster, commands, events, exits, origin
 from .pool import Pool, Wishes, crowded
 
 SMALL_IMAGES, SMALL_BYTES, SMALL_AT_ANY_SIZE = 2000, 250 << 20, 100
@@ -65,10 +70,25 @@ class Arguments:
     """The Parquet column that holds the images, if the program cannot guess it."""
     max_pixels: int = dataclasses.field(default=MAX_PIXELS, metadata=changes_results(Part("max-pixels")))
     """An image with more pixels is refused before it is decoded."""
+    image_seconds: float = dataclasses.field(
+        default=IMAGE_SECONDS,
+        metadata=keeps_results("no image that can be decoded comes near it; else its row says so"),
+    )
+    """An image whose decoder takes longer is refused. 0 sets no limit, and decodes in the workers' own processes, which is a
+    little faster."""
+    max_error_share: float = dataclasses.field(default=1.0, metadata=keeps_results("it changes the exit code"))
+    """Exit with code 3 if a larger part of the images is refused, from 0 to 1. The run is complete nevertheless."""
+    stop_seconds: float = dataclasses.field(default=10.0, metadata=keeps_results("it says when a run is interrupted"))
+    """Seconds that a first Ctrl-C or SIGTERM leaves for the chunks that are worked on, so that they are not lost. 0 ends at
+    once."""
+    log_json: str = dataclasses.field(default="", metadata=keeps_results("it is written besides the run"))
+    """Append a line of JSON for each chunk to this local file; `-` prints it."""
     local: bool = dataclasses.field(default=False, metadata=_ONLY_WHERE)
     """Run in this process, without Ray. A small collection does so by itself."""
     ray: bool = dataclasses.field(default=False, metadata=_ONLY_WHERE)
     """Run on Ray. A large collection does so by itself."""
+    grow: bool = dataclasses.field(default=False, metadata=keeps_results("the plan tells how it grew"))
+    """Take new images into the run that --out holds. Its rows and their numbers stay as they are."""
     dry_run: bool = dataclasses.field(default=False, metadata=keeps_results("it writes nothing"))
     """Say what the command would do, and do nothing."""
 
@@ -78,14 +98,31 @@ class Arguments:
             raise ValueError("--local is without Ray: give either --local or --ray")
         if self.local and self.replicas > 1:
             raise ValueError(f"--replicas {self.replicas} needs Ray: omit --local")
+        if self.grow and self.limit:
+            raise ValueError("--grow takes in all images that are new, and --limit holds a run to its first: omit one")
         least = {"batch_size": 1, "chunk_size": 1, "replicas": 0, "min_replicas": 0, "wait_minutes": 0, "limit": 0}
-        commands.at_least(self, **least, max_pixels=1)
+        commands.at_least(self, **least, max_pixels=1, image_seconds=0, stop_seconds=0)
         with commands.given_fields(self):
             wishes(self).check()
+        if "://" in self.log_json:
+            raise ValueError(
+                f"--log-json {self.log_json}: a store cannot be appended to; name a local file, or - to print"
+            )
+        if not 0 <= self.max_error_share <= 1:
+            raise ValueError(f"--max-error-share {self.max_error_share:g}: must be from 0 to 1")
         if self.max_pixels > MAX_PIXELS:
             raise ValueError(
                 f"--max-pixels {self.max_pixels}: at most {MAX_PIXELS}, since Pillow decodes nothing larger"
             )
+
+
+def judged(arguments: Arguments, record: Record) -> int:
+    """The exit code of a complete run; says so where more of its images are refused than is allowed."""
+    if record.n_refused <= arguments.max_error_share * record.images:
+        return exits.COMPLETE
+    share = f"{record.n_refused:,} of {record.images:,} images are refused"
+    print(f"{share}, more than --max-error-share {arguments.max_error_share:g} allows: exit code {exits.REFUSED}")
+    return exits.REFUSED
 
 
 # ---- A run from its arguments.
@@ -96,6 +133,10 @@ def check_outside(arguments: Arguments) -> None:
     if not arguments.dry_run:
         with commands.given("--out"):
             check_place(resolved(arguments.out))
+        if arguments.log_json and arguments.log_json != events.STDOUT:
+            commands.check_file("--log-json", arguments.log_json)
+            if arguments.grow:
+                check_writable(resolved(arguments.out))
         if not arguments.local:
             cluster.check_answers()
 
@@ -111,23 +152,41 @@ class Inputs:
     def __init__(self, arguments: Arguments, images: Sequence[str]) -> None:
         self.arguments, self.images = arguments, list(images)
         with commands.given("--out"):
-            run = run_at(resolved(arguments.out))
+            self.run = run_at(resolved(arguments.out))
+        """The run at --out, None if there is none yet."""
         # Of a run that was made of the same inputs, `begin_run` judges what is missing now.
-        is_known = run is not None and run.record().inputs == self.images
+        self.is_known = self.run is not None and self.images in inputs_of(self.run)
         with commands.given("--images"):
-            self.shards = list_shards(images, say=print, may_lack=is_known)
+            self.shards = list_shards(images, say=print, may_lack=self.is_known)
+
+    @property
+    def grown(self) -> Run | None:
+        """The run that is to grow, if there is one."""
+        return self.run if self.arguments.grow else None
 
     @functools.cached_property
     def plan(self) -> pa.Table:
-        """The chunks of a new run."""
+        """The chunks of a new run; of a run that grows, those that come after its own."""
         given = self.arguments
         with commands.given_fields(given):
+            if self.grown is not None:
+                return new_chunks(self.grown.plan(), self.divided.new, given.chunk_size, given.image_column or None)
             return plan_chunks(self.shards, given.chunk_size, given.limit or None, given.image_column or None)
+
+    @functools.cached_property
+    def divided(self) -> Divided:
+        """The shards as the plan of the run groups them, and those that it does not know: all, if there is no run."""
+        if self.run is None or self.arguments.limit:  # a limited plan has only a part of its last shard
+            return Divided([], self.shards)
+        plan = self.run.plan()
+        groups = groups_of(plan)
+        shards = list_shards(self.images, may_lack=self.is_known, groups=groups) if groups else self.shards
+        return divide(plan, shards, groups)
 
     @property
     def bytes(self) -> int:
-        """Of all shards."""
-        return sum(shard.bytes for shard in self.shards)
+        """Of all shards whose images are in `plan`."""
+        return sum(shard.bytes for shard in (self.shards if self.grown is None else self.divided.new))
 
 
 def wishes(arguments: Arguments) -> Wishes:
@@ -141,10 +200,10 @@ def check_run(inputs: Inputs, parts: Sequence[dict[str, Any]]) -> None:
 
     `parts` are those of a run on each device that the replicas may get.
     """
-    run = run_at(resolved(inputs.arguments.out))
-    if run is None:
+    run = inputs.run
+    if run is None or inputs.grown is not None:
         inputs.plan  # noqa: B018
-    elif all({**run.parts, "inputs": each["inputs"]} != each for each in parts):
+    if run is not None and all({**run.parts, "inputs": each["inputs"]} != each for each in parts):
         with commands.given("--out"):
             refuse_other(resolved(inputs.arguments.out), {**run.parts, "inputs": parts[0]["inputs"]}, parts[0])
 
@@ -199,33 +258,63 @@ def made_by(name: str, argv: Sequence[str], config: Any, inputs: Inputs, pool: P
         "replicas": pool.replicas,
         "versions": origin.versions(),
         "git_commit": origin.git_commit(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "started": now(),
     }
 
 
-def begin_run(inputs: Inputs, parts: dict[str, Any], made_by: dict[str, Any]) -> Run:
-    """The run at --out, new or taken up; of a complete one it is said what has changed in its inputs since.
+def now() -> str:
+    """This moment, in ISO 8601."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
-    ValueError if it was made otherwise, if inputs are new, or if they have changed before it was complete.
+
+def inputs_of(run: Run) -> list[list[str]]:
+    """The images that commands named for a run: that which began it, and those by which it grew."""
+    return [run.record().inputs, *(growth["inputs"] for growth in growths_of(run.plan()))]
+
+
+def begin_run(inputs: Inputs, parts: dict[str, Any], made_by: dict[str, Any]) -> Run:
+    """The run at --out, new, taken up, or grown; it is said what has changed in its inputs since.
+
+    ValueError if it was made otherwise, if inputs are new and it is not to grow, or if inputs of chunks that are not done have
+    changed.
     """
-    arguments, out = inputs.arguments, resolved(inputs.arguments.out)
-    run = run_at(out)
-    if run is None:
-        return open_run(out, parts, made_by, lambda: inputs.plan)
-    if {**run.parts, "inputs": parts["inputs"]} != parts or run.parts == parts:
+    arguments, run = inputs.arguments, inputs.run
+    if run is None or {**run.parts, "inputs": parts["inputs"]} != parts:
         with commands.given("--out"):
-            return open_run(out, parts, made_by, lambda: inputs.plan)
-    changes = since(run.plan(), inputs.shards, is_limited=arguments.limit > 0)
-    what = str(changes) or f"inputs beyond --limit {arguments.limit} are others"
-    if run.pending().num_rows:
+            return open_run(resolved(arguments.out), parts, made_by, lambda: inputs.plan)
+    plan = run.plan()
+    if run.parts == parts and not growths_of(plan):
+        return run
+    changes = changes_of(inputs, plan)
+    pending = run.pending()
+    if harm := str(changes.of(pending)):
         raise ValueError(
-            f"--out {arguments.out} is not complete, and its inputs have changed since it began: {what}; the same command "
+            f"--out {arguments.out} is not complete, and its inputs have changed since it began: {harm}; the same command "
             "resumes once they are as they were, or name another folder for a new run"
         )
-    if changes.new:
+    if changes.new and not arguments.grow:
         raise ValueError(
-            f"--out {arguments.out} is complete, and its inputs have changed since: {what}; what is new needs a folder of its "
-            "own for now: name another --out, and only the new inputs in --images"
+            f"--out {arguments.out} is {'not ' * bool(pending.num_rows)}complete, and there are inputs that it does not have: "
+            f"{changes}; --grow takes them in, and another --out begins a run of its own"
         )
-    print(f"inputs have changed since the run was made: {what}")
+    if what := str(changes._replace(new=[])):
+        print(f"inputs have changed since the run was made: {what}")
+    if changes.new:
+        grow(run, plan, inputs)
     return run
+
+
+def changes_of(inputs: Inputs, plan: pa.Table) -> Changes:
+    """What has changed in the inputs since they were planned."""
+    if inputs.arguments.limit:
+        return since(plan, inputs.shards, is_limited=True)
+    known, new = inputs.divided
+    return since(plan, known, is_limited=False)._replace(new=since(plan, [*known, *new], is_limited=False).new)
+
+
+def grow(run: Run, plan: pa.Table, inputs: Inputs) -> None:
+    """Put the chunks that are new after those of the plan of a run. The plan is one file: from then on the run has grown."""
+    chunks = inputs.plan
+    about = {"time": now(), "inputs": inputs.images}
+    write_plan(run.uri, grown(plan, chunks, about))
+    print(f"grows by {count_images(chunks):,} images in {chunks.num_rows:,} chunks")

@@ -20,7 +20,7 @@ from saecore.spellings import Model, check_same
 from saecore.storage import StorageError, check_address
 from saecore.stores import check_holds_no_secret
 
-from . import signals
+from . import exits, signals
 
 DEFAULTS = dict.fromkeys(("", "''", "False", "None"), "") | {"True": "(default: on)"}
 """Defaults -> what help says of them, where that is not the value."""
@@ -54,7 +54,7 @@ RESUMES = "the same command resumes from here"
 
 
 def run_job(job: Callable[[], int]) -> int:
-    """A job's exit code: its own; 2 with one sentence for a mistake, 1 for a place that refuses, or a store that is down.
+    """A job's exit code (`jobs.exits`): its own; 2 with one sentence for a mistake, 1 for a place that refuses, or is down.
 
     Asked to end by Ctrl-C or SIGTERM it is 130 or 143, with one line that says what the same command does next; 141, without a
     word, where nobody reads on, as after `| head`. A bug is loud.
@@ -66,7 +66,7 @@ def run_job(job: Callable[[], int]) -> int:
             return code
         except MistakeError as mistake:
             print(f"error: {mistake}", file=sys.stderr)
-            return 2
+            return exits.MISTAKE
         except (Exception, KeyboardInterrupt) as error:
             then = str(error) if isinstance(error, UnfinishedError) else signals.AGAIN
             if asked.number is not None or behind(error, KeyboardInterrupt):
@@ -79,7 +79,7 @@ def run_job(job: Callable[[], int]) -> int:
             if refused := behind(error, StorageError):
                 said = str(refused).splitlines()[0]  # Ray Data adds advice about its own retries
                 print(f"error: {said}; {then}", file=sys.stderr)
-                return 1
+                return exits.FAULT
             if isinstance(error, UnfinishedError):
                 print(f"failed: {then}", file=sys.stderr)
             raise
@@ -204,7 +204,7 @@ def parse(kind: type[A], argv: list[str], name: str) -> A:
         kind,
         args=argv,
         prog=program(name),
-        description="\n\n".join([as_called(inspect.getdoc(kind)) or "", *examples(kind)]),
+        description="\n\n".join([as_called(inspect.getdoc(kind)) or "", *examples(kind), exits.in_words()]),
         config=(tyro.conf.HelptextFromCommentsOff,),
         registry=help_rules(),
     )

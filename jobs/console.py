@@ -15,8 +15,7 @@ from rich.console import Console
 from saecore.storage import is_file, join_uri, read_bytes, write_atomic
 from saecore.stores import without_secrets
 
-from . import cluster
-from .commands import behind
+from . import cluster, head
 
 S = TypeVar("S", bound=Sized)
 
@@ -65,23 +64,24 @@ NOISE = (
 def quiet() -> Iterator[Log]:
     """Send everything on standard error, also from Ray's C++ parts, to the log of a run. Tracebacks still reach the terminal.
 
-    Standard output belongs to the job. Where there is no run, the words are dropped. If the job is asked to end, Ray is ended
-    inside this block, since it says much then.
+    Standard output belongs to the job. Where there is no run, the words are dropped. If the job ends by an exception, Ray is
+    ended inside this block, since it says much then.
     """
     hush()
     sys.stderr.flush()
     terminal, log = os.dup(2), Log()
+    head.terminal = terminal
     with tempfile.TemporaryFile() as said:
         os.dup2(said.fileno(), 2)
         try:
             yield log
-        except BaseException as error:
-            if behind(error, KeyboardInterrupt):
-                cluster.leave()
+        except BaseException:
+            cluster.leave()
             raise
         finally:
             sys.stderr.flush()
             os.dup2(terminal, 2)
+            head.terminal = 2
             os.close(terminal)
             said.seek(0)
             log.keep(said)

@@ -18,6 +18,8 @@ import time
 from typing import Any
 from urllib.parse import urlsplit
 
+from . import exits
+
 ANSWER_SECONDS = 10.0
 """Seconds to wait for a dashboard to answer. Ray's client would wait for as long as the system does, which is minutes."""
 
@@ -249,13 +251,13 @@ def follow(client: Any, job: str, patience: float = LOST_SECONDS, first_pause: f
 def exit_code(details: Any) -> int:
     """The exit code of a job that has ended: the command's own; 143 if the job was stopped, 1 if the command never ran."""
     if details.status.value == "SUCCEEDED":
-        return 0
+        return exits.COMPLETE
     if details.status.value == "STOPPED":
         print("the job was stopped", file=sys.stderr)
-        return 143
+        return exits.TERMINATED
     if details.driver_exit_code is None:
         print(f"failed: {' '.join((details.message or 'Ray does not say why').split())}", file=sys.stderr)
-        return 1
+        return exits.FAULT
     code = int(details.driver_exit_code)
     return code if code >= 0 else 128 - code
 

@@ -113,7 +113,7 @@ def embed(argv: list[str]) -> int:
     if record.n_refused:
         print(refused_images(arguments.out, refusals(job.run), is_explained=False))
     print(said)
-    return 0
+    return collection.judged(arguments, record)
 
 
 def prepare(arguments: Arguments, argv: list[str], locked: contextlib.ExitStack | None = None) -> pipeline.Job | None:
@@ -147,7 +147,7 @@ def prepare(arguments: Arguments, argv: list[str], locked: contextlib.ExitStack 
     made_by = collection.made_by("embed", argv, config, inputs, pool) | {"n_outputs": tower.n_outputs}
     lock = Lock() if locked is None else locked.enter_context(locks.held("--out", arguments.out, "embed"))
     run = collection.begin_run(inputs, parts, made_by)
-    decode = Decode(tower.preprocess, arguments.max_pixels)
+    decode = Decode(tower.preprocess, arguments.max_pixels, arguments.image_seconds)
     return pipeline.Job(run, decode, functools.partial(Embed, config), tags, pool, lock)
 
 

@@ -37,7 +37,7 @@ from saecore.spellings import Model, telling
 from saecore.storage import writing
 from saecore.upkeep.lock import Lock
 
-from . import collection, commands, console, locks, pipeline
+from . import collection, commands, console, exits, locks, pipeline
 from .hints import after_explain
 from .pool import DEVICES
 from .summaries import outline, refused_images, run_summary
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 DEFAULT_K = 32
 
-POOR_FIT = 1
+POOR_FIT = exits.FAULT
 """Exit code of a run whose SAE does not fit the images. The same command with --allow-poor-fit resumes the run, or keeps it."""
 
 DEMO_SCENES, DEMO_SHARDS = 512, 4
@@ -134,7 +134,7 @@ def explain(argv: list[str]) -> int:
         print(f"kept, but {advice(record.fit, record)}")
         return POOR_FIT
     commands.propose(after_explain(arguments.out, record.clip))
-    return 0
+    return collection.judged(arguments, record)
 
 
 def watch(job: pipeline.Job, arguments: Arguments, fit: Fit) -> None:
@@ -185,7 +185,7 @@ def prepare(arguments: Arguments, argv: list[str], locked: contextlib.ExitStack 
     }
     lock = Lock() if locked is None else locked.enter_context(locks.held("--out", arguments.out, "explain"))
     run = collection.begin_run(inputs, parts, made_by)
-    decode = Decode(loaded.tower.preprocess, arguments.max_pixels)
+    decode = Decode(loaded.tower.preprocess, arguments.max_pixels, arguments.image_seconds)
     return pipeline.Job(run, decode, functools.partial(Explain, config), tags(config, loaded), pool, lock)
 
 

@@ -40,7 +40,7 @@ def placed(order: Order, is_shared: bool) -> list[str]:
         given = getattr(order.arguments, field, ())
         for place in (given,) if isinstance(given, str) else given:
             with commands.given(commands.flag(field)):
-                if place not in NO_PLACES and (field not in MODELS or os.path.exists(place)):
+                if place not in NO_PLACES and (field not in MODELS or "://" in place or os.path.exists(place)):
                     check_place(place, field, is_shared)
                     words = moved(words, order.arguments, field, place)
     if order.name in ("explain", "embed", "run") and not getattr(order.arguments, "text", ""):

@@ -22,12 +22,13 @@ from saecore.pipeline.clock import Clock
 from saecore.pipeline.isolation import Suspects
 from saecore.pipeline.stages import Decode
 from saecore.pipeline.steps import Replica, decode_chunk
+from saecore.runs.commits import fit_of
 from saecore.runs.fit import Fit
 from saecore.runs.record import Record, write_record
-from saecore.runs.run import Run, fit_of
+from saecore.runs.run import Run
 from saecore.upkeep.lock import Lock
 
-from . import cluster, commands, console
+from . import cluster, commands, console, events, signals
 from .collection import Arguments
 from .pool import Pool
 
@@ -133,13 +134,13 @@ def complete(job: Job, arguments: Arguments, clock: Clock, watch: Callable[[Fit]
     """
     done = job.run.commits()
     pending, fit = job.run.pending(done), fit_of(done)
-    del done  # one for every chunk: not to be held for hours
     if not pending.num_rows:
         print(f"{arguments.out} is complete: nothing to do")
-        if job.run.record().is_complete:
+        if job.run.is_finished(done):
             return False
         job.run.finish(0, 0.0)  # stopped between the last chunk and the end
         return True
+    del done  # one for every chunk: not to be held for hours
     watch(fit)
     total, left = count_images(job.run.plan()), count_images(pending)
     if left < total:
@@ -151,12 +152,18 @@ def complete(job: Job, arguments: Arguments, clock: Clock, watch: Callable[[Fit]
     progress = console.Progress(total, total - left)
     try:
         # Closed at once where the loop is left: a replica of a stopped run must not hold its CPUs or GPUs.
-        with contextlib.closing(flow(job, pending)) as rows:
+        with (
+            contextlib.closing(flow(job, pending)) as rows,
+            signals.finishing(job.pool.replicas, arguments.stop_seconds) as done_one,
+            events.watching(arguments.out, progress, arguments.log_json, job.pool.on_ray) as watchers,
+        ):
             for row in rows:
                 job.lock.check()
                 progress.add(row["images"], row["refused"])
+                watchers.tell(row)
                 fit = fit.plus(Fit(*row["fit"]))
                 watch(fit)
+                done_one()
         progress.close()
         clock.lap("images")
         job.lock.check()

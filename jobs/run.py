@@ -18,7 +18,7 @@ from typing import NamedTuple
 from saecore.naming.vocabulary import read_vocabulary
 from saecore.pipeline.config import keeps_results
 
-from . import cluster, commands, explain, index, name, report
+from . import cluster, commands, exits, explain, index, name, report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +80,13 @@ def run(argv: list[str]) -> int:
         if not code:
             print(f"then would {', '.join(step.name for step in steps[1:])}")
         return code
+    end = exits.COMPLETE
     for place, step in enumerate(steps, 1):
         print(f"{'' if place == 1 else chr(10)}{place} of {len(steps)}  {step.name}: {step.what}", flush=True)
-        if code := take(step):
+        code = take(step)
+        if code == exits.REFUSED:  # the run is complete, and the other steps have their work
+            end = code
+        elif code:
             if code < 128:  # else a signal, or a reader that has gone: the step has said so
                 print(
                     f"ended at step {place} of {len(steps)}, {step.name}; the same command goes on there",
@@ -94,7 +98,7 @@ def run(argv: list[str]) -> int:
         print(f"no names      latents get some from a file with one word a line, by --vocabulary or {adds}")
     ask = commands.line("query", *(("find", arguments.out, "WORD") if arguments.names else ("latents", arguments.out)))
     print(f"next          {ask}")
-    return 0
+    return end
 
 
 def check_vocabulary(address: str) -> None:

@@ -2,16 +2,22 @@
 
 A handler raises `Stopped` where the process stands; `commands.run_job` turns it into one line and an exit code. On the way Ray
 and DuckDB may turn `Stopped` into exceptions of their own: `Asked` remembers that a signal, and no failure, was the cause.
+
+Chunks that are worked on are worth finishing: within `finishing` the first signal leaves some seconds for that.
 """
 
+import contextlib
 import os
 import select
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
+
+from . import exits
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -31,6 +37,8 @@ class Asked:
 
     number: int | None = None
     """None so far."""
+    finish: Callable[[], None] | None = None
+    """What the first signal does in place of raising `Stopped`, while there is work to finish."""
 
     @property
     def exit_code(self) -> int:
@@ -50,17 +58,69 @@ def listening() -> Iterator[Asked]:
         if asked.number is not None:
             end_at_once(number, frame)
         asked.number = number
-        sys.stdout = sys.stderr
-        raise Stopped(number)
+        if asked.finish is None:
+            stop_here()
+        asked.finish()
 
+    global _asked
     with kept():
         if threading.current_thread() is threading.main_thread():
             for each in SIGNALS:
                 signal.signal(each, stop)
+        before, _asked = _asked, asked
         try:
             yield asked
         finally:
+            _asked = before
             sys.stdout = stdout
+
+
+_asked: Asked | None = None
+"""Of the innermost `listening`."""
+
+
+def stop_here(*_: object) -> NoReturn:
+    """Raise `Stopped`; a handler of signals too."""
+    sys.stdout = sys.stderr
+    raise Stopped(_asked.number if _asked else None)
+
+
+@contextmanager
+def finishing(chunks: int, seconds: float) -> Iterator[Callable[[], None]]:
+    """Within the block the first signal does not raise `Stopped` at once: after as many more chunks, or seconds, if earlier.
+
+    Call what is yielded each time that a chunk is done. Where the work ends first, `Stopped` is raised at its end.
+    """
+    asked, left = _asked, chunks
+    if asked is None or not seconds or threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+
+    def finish() -> None:
+        # Not by print: what is being printed at this moment must not be entered again.
+        some = "the chunk that is" if chunks == 1 else f"{chunks} chunks that are"
+        line = f"\nfinishing {some} worked on, for at most {seconds:g} s; a second Ctrl-C ends at once\n"
+        with contextlib.suppress(OSError):
+            os.write(1, line.encode())
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    def done() -> None:
+        nonlocal left
+        if asked.number is not None:
+            left -= 1
+            if not left:
+                stop_here()
+
+    before = signal.signal(signal.SIGALRM, stop_here)
+    asked.finish = finish
+    try:
+        yield done
+        if asked.number is not None:
+            stop_here()
+    finally:
+        asked.finish = None
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @contextmanager
@@ -107,7 +167,7 @@ def nobody_reads() -> bool:
 def unread() -> int:
     """The exit code that shells use for a program whose output nobody reads. What is still in a buffer is dropped."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    return 128 + signal.SIGPIPE
+    return exits.UNREAD
 
 
 def end_at_once(number: int, frame: FrameType | None) -> None:

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 from saecore.runs.run import SUBMISSIONS
 from saecore.storage import WriteError, join_uri, reason, resolved, write_atomic
 
-from . import __main__, commands, dashboard, origin
+from . import __main__, commands, dashboard, exits, origin
 from .order import Order, placed
 
 CHECKOUT = Path(__file__).parent.parent
@@ -230,7 +230,7 @@ def followed(client: Any, again: Again) -> int:
         code = dashboard.follow(client, again.job)
     except dashboard.LostError as error:
         print(f"failed: {again.job} can no longer be followed: {error}\n{again.text()}", file=sys.stderr)
-        return 1
+        return exits.FAULT
     except KeyboardInterrupt as asked:
         if not wants_stop(asked):
             raise commands.UnfinishedError(f"{again.job} goes on without this command\n{again.text()}") from asked

@@ -51,7 +51,7 @@ def refused_images(uri: str, refused: Sequence[Refusal], is_explained: bool = Tr
 
 
 def _missing(record: Record) -> Iterator[str]:
-    """Sentences about the inputs that could not be read: see `saecore.runs.run.unread`."""
+    """Sentences about the inputs that could not be read: see `saecore.runs.commits.unread`."""
     if lost := record.lost:
         images = _count(lost.images or 0, "image")
         yield f"{images} of {_named_shards(lost)} could not be read: damaged or gone after the run was planned"

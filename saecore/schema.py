@@ -42,6 +42,9 @@ Glossary. One word, one meaning, in code, columns, logs and pages:
 Only plain Arrow types appear here, no extension types: DuckDB, pandas, Polars and pyarrow read every table as it is.
 """
 
+import json
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 
@@ -67,6 +70,9 @@ PLAN = pa.schema(
         pa.field("damage", pa.string()),  # why the shard ends here; its last index then stands for what was lost
     ]
 )
+
+GROWTHS = b"growths"
+"""The key of a plan's metadata under which its growths are listed (`saecore.pipeline.growth`), as JSON."""
 
 _IDENTITY = [
     pa.field("image_id", pa.int64(), nullable=False),
@@ -210,6 +216,12 @@ NAMES = pa.schema(
         pa.field("data_margin", pa.float32()),
     ]
 )
+
+
+def growths_of(plan: pa.Table) -> list[dict[str, Any]]:
+    """How a plan grew, an object for each time; empty for a plan that is as it was first written."""
+    growths: list[dict[str, Any]] = json.loads((plan.schema.metadata or {}).get(GROWTHS, b"[]"))
+    return growths
 
 
 def explained_schema(n_patches: int) -> pa.Schema:

@@ -21,9 +21,9 @@ import pytest
 
 from saecore import schema
 from saecore.query import by_latent
+from saecore.runs.commits import Commit
 from saecore.runs.files import MANIFEST
 from saecore.runs.record import Record
-from saecore.runs.run import Commit
 from tests.helpers import names
 
 ROOT = Path(__file__).parent.parent

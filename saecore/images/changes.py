@@ -1,19 +1,19 @@
 """Tell what has changed in a run's inputs since its plan was made.
 
-A run is made of the inputs that its plan lists. A complete run keeps its results if inputs are gone or have changed, and new
-inputs are no part of it. A run that is not complete needs its inputs as they were.
-
-Left out: adding new shards to a run.
+A run is made of the inputs that its plan lists. A chunk that is done keeps its results if its input is gone or has changed. A
+chunk that is not done needs its input as it was. New inputs are no part of a run until it grows (`saecore.pipeline.growth`).
 """
 
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from saecore.images.chunks import empty_shards
+from saecore.images.chunks import SCANNERS, empty_shards
 from saecore.images.listing import Shard
-from saecore.storage import join_uri
+from saecore.storage import Place, join_uri
 
 
 class Changes(NamedTuple):
@@ -28,6 +28,12 @@ class Changes(NamedTuple):
         """How many of each kind, and the names of the first."""
         kinds = zip(("no longer listed", "new", "changed in size or time"), self, strict=True)
         return ", ".join(f"{len(names):,} {kind} ({shortened(names)})" for kind, names in kinds if names)
+
+    def of(self, chunks: pa.Table) -> "Changes":
+        """The changes to the inputs of some chunks of the plan. Nothing of them is new."""
+        files = {file for uri, state in _planned(chunks).items() for file in (uri, *_files(uri, state))}
+        gone, changed = ([name for name in names if name in files] for names in (self.gone, self.changed))
+        return Changes(gone, [], changed)
 
 
 class _State(NamedTuple):
@@ -60,6 +66,15 @@ def since(plan: pa.Table, shards: Iterable[Shard], is_limited: bool) -> Changes:
         changes.new.extend([] if is_limited else sorted(new_files - old_files))
     known = set(empty_shards(plan))
     return changes._replace(new=[uri for uri in changes.new if uri not in known])
+
+
+def other_files(chunks: pa.Table) -> list[str]:
+    """The tars and Parquet files of some chunks of a plan that are gone, or have another size than when they were planned."""
+    files = chunks.filter(pc.not_equal(chunks["kind"], "folder"))
+    planned = dict(zip(files["uri"].to_pylist(), files["bytes"].to_pylist(), strict=True))
+    with ThreadPoolExecutor(SCANNERS) as pool:
+        sizes = pool.map(lambda uri: Place(uri).info().size, planned)
+        return [uri for uri, size in zip(planned, sizes, strict=True) if size != planned[uri]]
 
 
 def _planned(plan: pa.Table) -> dict[str, _State]:

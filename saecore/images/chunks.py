@@ -80,7 +80,7 @@ def plan_chunks(
             if remaining == 0:
                 break
     tables.append(pa.Table.from_pylist(rows, schema=schema.PLAN))
-    return pa.concat_tables(tables).combine_chunks().replace_schema_metadata({_EMPTY: json.dumps(empty)})
+    return with_empty_shards(pa.concat_tables(tables).combine_chunks(), empty)
 
 
 def count_images(plan: pa.Table) -> int:
@@ -91,6 +91,11 @@ def count_images(plan: pa.Table) -> int:
 def empty_shards(plan: pa.Table) -> list[str]:
     """The shards without images, which therefore have no chunk; empty for a plan of versions that did not list them."""
     return json.loads((plan.schema.metadata or {}).get(_EMPTY, b"[]"))
+
+
+def with_empty_shards(plan: pa.Table, shards: Sequence[str]) -> pa.Table:
+    """A plan whose metadata lists these shards, in place of other metadata."""
+    return plan.replace_schema_metadata({_EMPTY: json.dumps(shards)})
 
 
 def _rows_of(scanned: Scan) -> int:

@@ -13,7 +13,7 @@ import functools
 import itertools
 import os
 import posixpath
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -67,12 +67,14 @@ def list_shards(
     files_per_shard: int = FILES_PER_SHARD,
     say: Callable[[str], object] = lambda _: None,
     may_lack: bool = False,
+    groups: Mapping[str, int] | None = None,
 ) -> list[Shard]:
     """The shards under files, folders, globs and addresses, each once, in an order that depends only on their names.
 
     A folder gives the tar and Parquet files of its tree and, in groups, its image files. A shard's place in the list is
     its id. `say` is called with a sentence for a person about links that were not followed. ValueError for a path under which
-    there is nothing, unless paths `may_lack` what was there before.
+    there is nothing, unless paths `may_lack` what was there before. Image files of a folder tree stay in the `groups` that are
+    given for their addresses; all other files make groups of their own.
     """
     shards: dict[str, Shard] = {}
     loose: dict[str, _Loose] = {}
@@ -97,9 +99,9 @@ def list_shards(
             first = ", ".join(sorted(links)[:3]) + (", .." if len(links) > 3 else "")
             say(f"passed over {what} ({len(links):,}): {first}")
     assert len(shards) + len(loose) < MOST_SHARDS, "more shards than numbers"
-    by_base: dict[str, list[_Loose]] = {}
+    together: dict[tuple[str, int | None], list[_Loose]] = {}
     for uri in sorted(loose):
-        by_base.setdefault(loose[uri].base, []).append(loose[uri])
+        together.setdefault((loose[uri].base, (groups or {}).get(uri)), []).append(loose[uri])
     grouped = [
         Shard(
             uri=base,
@@ -108,7 +110,7 @@ def list_shards(
             mtime_ns=max(file.info.mtime_ns or 0 for file in group),
             members=[file.name for file in group],
         )
-        for base, files in by_base.items()
+        for (base, _), files in together.items()
         for group in (files[start : start + files_per_shard] for start in range(0, len(files), files_per_shard))
     ]
     return sorted([*shards.values(), *grouped], key=lambda shard: (shard.uri, shard.members or []))

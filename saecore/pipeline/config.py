@@ -135,3 +135,20 @@ class ExplainConfig(EmbedConfig):
     """What the methods leave open."""
     embeddings: bool = dataclasses.field(default=False, metadata=changes_results(Part("embeddings")))
     """Whether the CLIP embedding is written too."""
+
+
+def restored(kind: str, held: Mapping[str, Any]) -> EmbedConfig:
+    """The configuration that a run's record holds, for a run of that kind; TypeError if it lacks what the stage needs.
+
+    Keys that are no fields, such as those of older versions, are passed over.
+    """
+    form = ExplainConfig if kind == "explain" else EmbedConfig
+    known = {field.name: held[field.name] for field in dataclasses.fields(form) if field.name in held}
+    if "methods" in known:
+        known["methods"] = tuple(known["methods"])
+    if "targets" in known:
+        kept, *words = known["targets"]
+        known["targets"] = TargetRequest(kept, *map(tuple, words))
+    if "options" in known:
+        known["options"] = Options(**known["options"])
+    return form(**known)

@@ -10,8 +10,9 @@ worker twice while it stands alone is refused. A worker can also die of somethin
 changes nothing, and later deaths only make ranges smaller.
 
 An exception does not end its process, and it may be a bug that no image caused (`survive`). So the exception is raised on if
-memory ran out, if the stage raises for a blank image too, or if it raises for every image or for many. Left out: work that
-hangs.
+memory ran out, if the stage raises for a blank image too, or if it raises for every image or for many.
+
+Left out: an image that hangs its decoder, or ends it, where decoders have a process of their own (`saecore.pipeline.decoder`).
 """
 
 import dataclasses

@@ -7,6 +7,7 @@ A refused image passes through with its reason. No stage keeps anything from one
 any order, in any size, and twice. Decode does not load PyTorch, for which workers that decode would wait seconds.
 """
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from saecore.images.decode import ImageError, decode_image
 from saecore.images.effort import MAX_PIXELS
 from saecore.images.preprocess import Preprocess
 from saecore.pipeline.config import EmbedConfig, ExplainConfig
+from saecore.pipeline.decoder import Limited
 from saecore.pipeline.models import load_models, load_word_targets
 
 if TYPE_CHECKING:
@@ -27,9 +29,11 @@ if TYPE_CHECKING:
 class Decode:
     """RAW -> DECODED: from encoded bytes to the uint8 pixels that the tower takes."""
 
-    def __init__(self, preprocess: Preprocess, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(self, preprocess: Preprocess, max_pixels: int = MAX_PIXELS, seconds: float = 0.0) -> None:
         self.preprocess = preprocess
-        self.max_pixels = max_pixels
+        decode = functools.partial(decode_image, preprocess=preprocess, max_pixels=max_pixels)
+        # Without a limit it is done in this process.
+        self.decode = Limited(decode, seconds) if seconds else decode
 
     def __call__(self, raw: pa.Table) -> pa.Table:
         rows = [self._row(row) for row in raw.to_pylist()]
@@ -40,7 +44,7 @@ class Decode:
         if row["error"] is not None:
             return row
         try:
-            decoded = decode_image(data, self.preprocess, self.max_pixels)
+            decoded = self.decode(data)
         except ImageError as error:
             return {**row, "error": error.reason, "error_detail": error.detail}
         left, top, right, bottom = decoded.crop

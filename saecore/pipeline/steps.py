@@ -11,6 +11,8 @@ computes (`saecore.pipeline.stages`).
 """
 
 import json
+import os
+import socket
 import threading
 from collections.abc import Callable
 from typing import Protocol
@@ -23,7 +25,7 @@ from saecore.images.decode import blank
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.isolation import Witness, pieces, refuse, survive
 from saecore.pipeline.stages import Decode
-from saecore.runs.run import Run
+from saecore.runs.run import Commit, Run
 
 
 class Stage(Protocol):
@@ -36,12 +38,15 @@ class Stage(Protocol):
 
 
 def decode_chunk(row: pa.Table, decode: Decode, witness: Witness) -> pa.Table:
-    """PLAN row -> chunk_id, DECODED, seconds. Encoded images are read as a stream and dropped once they are decoded."""
+    """PLAN row -> chunk_id, DECODED, seconds. Encoded images are read as a stream and dropped once they are decoded.
+
+    A row may have the column `only`, the indices of some images in the shard: no others are read then.
+    """
     chunk = row.to_pylist()[0]
-    chunk_id, clock = chunk["chunk_id"], Clock()
-    work = witness.begin("decode", chunk_id, chunk["end"] - chunk["start"])
+    chunk_id, only, clock = chunk["chunk_id"], chunk.get("only"), Clock()
+    work = witness.begin("decode", chunk_id, chunk["end"] - chunk["start"] if only is None else len(only))
     decoded, position = [], 0
-    for raw in clock.each("read", "decode", read_chunk(chunk)):
+    for raw in clock.each("read", "decode", read_chunk(chunk, indices=only)):
         for start, end in pieces(witness, "decode", chunk_id, work, position, position + raw.num_rows):
             piece = refuse(raw.slice(start - position, end - start), start, work.refused, "data")
             decoded.append(survive(decode, piece, "data", lambda _: blank()))
@@ -51,7 +56,7 @@ def decode_chunk(row: pa.Table, decode: Decode, witness: Witness) -> pa.Table:
 
 
 class Replica:
-    """chunk_id, DECODED, seconds -> images, refused, fit: a small row for the driver. It computes a chunk and commits it.
+    """chunk_id, DECODED, seconds -> images, refused, fit, event: a small row for the driver. It computes and commits a chunk.
 
     The stage's models stay on their device. Several threads may call: chunks are computed one after the other, and the next
     chunk is computed while those before it are written.
@@ -68,8 +73,7 @@ class Replica:
             chunk_id, decoded, seconds = _unpack(row)
             payload, computing = self._compute(chunk_id, decoded)
         commit = self.run.write_chunk(chunk_id, payload, seconds | computing, self.tags)
-        refused = sum(commit.refused.values())
-        return pa.table({"images": [commit.images], "refused": [refused], "fit": [list(commit.fit)]})
+        return told(commit, payload["uri"][0].as_py())
 
     def _compute(self, chunk_id: int, decoded: pa.Table) -> tuple[pa.Table, dict[str, float]]:
         """The stage's payload, and how many seconds it took."""
@@ -87,6 +91,23 @@ class Replica:
 def _black(pixels: bytes) -> bytes:
     """As many pixels, all black."""
     return bytes(len(pixels))
+
+
+def told(commit: Commit, shard: str) -> pa.Table:
+    """What the driver is told of a chunk that this process has committed."""
+    event = {
+        "chunk": commit.chunk_id,
+        "shard": shard,
+        "images": commit.images,
+        "refused": commit.refused,
+        "bytes": sum(file["bytes"] for file in commit.files),
+        "seconds": {step: round(value, 4) for step, value in commit.seconds.items()},
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+    }
+    refused = sum(commit.refused.values())
+    columns = {"images": [commit.images], "refused": [refused], "fit": [list(commit.fit)], "event": [json.dumps(event)]}
+    return pa.table(columns)
 
 
 def _pack(chunk_id: int, table: pa.Table, seconds: dict[str, float]) -> pa.Table:

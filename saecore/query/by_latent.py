@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset
 import pyarrow.parquet as pq
 
-from saecore.runs.files import of_chunks
+from saecore.runs.files import done_again, of_chunks
 from saecore.storage import Place, is_file, join_uri, read_json, write_atomic
 
 VERSION = 1
@@ -120,6 +120,22 @@ def digest(manifest: pa.Table, chunk_ids: np.ndarray) -> str:
     files = of_chunks(manifest, chunk_ids).sort_by("path")
     lines = pc.binary_join_element_wise(files["path"], files["sha256"], " ")
     return hashlib.sha256("\n".join(lines.to_pylist()).encode()).hexdigest()
+
+
+def held_by(index: Index, manifest: pa.Table) -> Index:
+    """An index without the segments of chunks that were done again after them."""
+    again = done_again(manifest)
+    kept = [
+        segment
+        for segment in index.segments
+        if not len(np.intersect1d(ids(segment), again)) or digest(manifest, ids(segment)) == segment.digest
+    ]
+    return dataclasses.replace(index, segments=kept)
+
+
+def ids(segment: Segment) -> np.ndarray:
+    """The chunks of a segment."""
+    return np.concatenate([np.arange(first, last + 1) for first, last in segment.chunks])
 
 
 def ranges(chunk_ids: np.ndarray) -> list[tuple[int, int]]:

@@ -62,18 +62,14 @@ def update_of(manifest: pa.Table, before: Index | None, top: int, n_groups: int)
     """Index what is not indexed yet, in `n_groups` segments; if that would make too many segments, index everything again."""
     kept = []
     if before is not None and before.top == top:
-        kept = [s for s in before.segments if by_latent.digest(manifest, _ids(s)) == s.digest]
+        kept = [s for s in before.segments if by_latent.digest(manifest, by_latent.ids(s)) == s.digest]
     chunk_ids = np.unique(manifest["chunk_id"].to_numpy())
-    covered = np.concatenate([_ids(segment) for segment in kept]) if kept else np.zeros(0, np.int64)
+    covered = np.concatenate([by_latent.ids(segment) for segment in kept]) if kept else np.zeros(0, np.int64)
     pending = np.setdiff1d(chunk_ids, covered)
     if len(pending) and len(kept) + min(n_groups, len(pending)) > max(MOST_SEGMENTS, n_groups):
         kept, pending = [], chunk_ids
     groups = np.array_split(pending, min(n_groups, len(pending))) if len(pending) else []
     return Update(kept, groups)
-
-
-def _ids(segment: Segment) -> np.ndarray:
-    return np.concatenate([np.arange(first, last + 1) for first, last in segment.chunks])
 
 
 def build_segment(

@@ -47,8 +47,10 @@ class Tables:
     def __init__(self, uri: str, record: Record) -> None:
         self.uri = uri
         self.n_latents = record.n_latents
-        self.manifest = read_manifest(uri).drop_columns(["bytes", "sha256"])
-        self.index = by_latent.read_index(uri, record.fingerprint)
+        manifest = read_manifest(uri)
+        self.manifest = manifest.drop_columns(["bytes", "sha256"])
+        index = by_latent.read_index(uri, record.fingerprint)
+        self.index = None if index is None else by_latent.held_by(index, manifest)
         """None if the run has no index."""
         self.reader = None if self.index is None else Reader(uri, self.index)
         covered = np.zeros(0, np.int64) if self.index is None else self.index.chunk_ids()
@@ -122,8 +124,9 @@ class Tables:
 
     @functools.cached_property
     def plan(self) -> pa.Table:
-        """plan.parquet: the chunks that the run's input was cut into."""
-        return read_plan(self.uri)
+        """The chunks of the manifest. The plan of a run that grows holds more: their rows do not count before all are there."""
+        plan = read_plan(self.uri)
+        return plan.filter(pc.is_in(plan["chunk_id"], self.manifest["chunk_id"].combine_chunks()))
 
     @functools.cached_property
     def numbering(self) -> Numbering:

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset
 import pyarrow.parquet as pq
 
-from saecore.storage import Place, join_uri, read_parquet
+from saecore.storage import Place, join_uri, read_parquet, write_atomic
 
 TABLES = ("images", "activations", "maps")
 """The tables that a run may have. Which it has follows from the payload that is written."""
@@ -38,6 +38,11 @@ MANIFEST = pa.schema(
 def read_plan(uri: str) -> pa.Table:
     """All chunks of a run (schema.PLAN)."""
     return read_file(uri, "plan.parquet")
+
+
+def write_plan(uri: str, plan: pa.Table) -> None:
+    """Make this the plan of a run."""
+    write_atomic(join_uri(uri, "plan.parquet"), parquet_bytes(plan, 65_536))
 
 
 def read_manifest(uri: str) -> pa.Table:
@@ -66,9 +71,22 @@ def scan_table(uri: str, table: str, columns: list[str]) -> Iterator[pa.RecordBa
             yield from file.iter_batches(ROW_GROUP_ROWS[table], columns=columns)
 
 
-def chunk_file(table: str, chunk_id: int) -> str:
-    """Where the run keeps a chunk's rows of a table, below its own folder."""
-    return f"{table}/chunk-{chunk_id:08d}.parquet"
+def chunk_file(table: str, chunk_id: int, again: int = 0) -> str:
+    """Where the run keeps a chunk's rows of a table, below its own folder; each time it is done `again`, under another name."""
+    return f"{table}/chunk-{chunk_id:08d}{f'-{again}' if again else ''}.parquet"
+
+
+def done_again(manifest: pa.Table) -> np.ndarray:
+    """The ids of the chunks that were done again, by the names of their files."""
+    rows = manifest.filter(pc.match_substring_regex(manifest["path"], r"/chunk-\d+-\d+\.parquet$"))
+    return np.unique(rows["chunk_id"].to_numpy())
+
+
+def replaced(before: pa.Table, rows: pa.Table, image_ids: pa.ChunkedArray) -> pa.Table:
+    """A table of a chunk in which `rows` stand for all that it had of some images; in the order of image_id."""
+    kept = before.filter(pc.invert(pc.is_in(before["image_id"], image_ids.combine_chunks())))
+    whole = pa.concat_tables([kept, rows.cast(before.schema)])
+    return whole.take(pc.sort_indices(whole["image_id"]))  # stable: an image's rows stay in their order
 
 
 def parquet_bytes(table: pa.Table, row_group_rows: int) -> pa.Buffer:

@@ -79,6 +79,8 @@ class Record:
     """What could not be read after the plan was made."""
     damaged: Unread | None = None
     """What was damaged when the plan was made."""
+    growths: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """How the plan grew, as `saecore.pipeline.growth.grown` tells it; those that the tables hold."""
 
     more: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Keys of the file that are none of these."""

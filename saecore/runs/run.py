@@ -13,6 +13,12 @@ names are there in the size it says. Names follow from the chunk id, files appea
 all, and the commit comes last: a worker may die anywhere, or run twice, and readers see each image once. A resumed run works on
 the chunks of the plan that have no valid commit. All of this works on any pyarrow filesystem.
 
+A run may grow (`saecore.pipeline.growth`): its plan then has more chunks than its manifest, which goes on to name the files of
+the run of before until all chunks are done. The fingerprint stays that of the beginning, so the commits of before stay valid.
+
+Images that were refused may be read again. Their chunks then get files under new names, each with the rows of before for all
+other images, and new commit records. The manifest names the files of before until all is done, and these are removed then.
+
 A run is opened for writing by `open_run` and for reading by `saecore.runs.record.read_complete`.
 
 Left out: the lock that lets one job at a time write (`saecore.upkeep.lock`). What is written here does not depend on it: two
@@ -20,13 +26,11 @@ jobs with one fingerprint on one folder would do the work twice and write the sa
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
-import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -36,9 +40,20 @@ import pyarrow.dataset
 
 from saecore import schema
 from saecore.runs import card
-from saecore.runs.files import MANIFEST, ROW_GROUP_ROWS, TABLES, chunk_file, parquet_bytes, read_plan
-from saecore.runs.fit import Fit, judged
-from saecore.runs.record import Record, Unread, from_document, read_record, write_record
+from saecore.runs.commits import ADDED_UP, Commit, commit_file, completed, manifest_of, worst_error
+from saecore.runs.files import (
+    ROW_GROUP_ROWS,
+    TABLES,
+    chunk_file,
+    parquet_bytes,
+    read_file,
+    read_manifest,
+    read_plan,
+    replaced,
+    write_plan,
+)
+from saecore.runs.fit import judged
+from saecore.runs.record import Record, from_document, read_record, write_record
 from saecore.storage import Place, check_writable, join_uri, names_in, read_json, reason, write_atomic
 
 SUBMISSIONS = "submissions"
@@ -46,26 +61,6 @@ SUBMISSIONS = "submissions"
 
 _RECORD_READERS = 32
 """Threads that read commit records: on an object store each record is a round trip."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Commit:
-    """The record that makes a chunk done."""
-
-    chunk_id: int
-    fingerprint: str
-    images: int
-    """All images of the chunk, refused images too."""
-    refused: dict[str, int]
-    """Refused images by reason."""
-    completeness: float | None
-    """Worst completeness error of the chunk's maps; None if the chunk has none."""
-    seconds: dict[str, float]
-    """Seconds by step."""
-    files: list[dict[str, Any]]
-    """The MANIFEST rows of the chunk, without chunk_id."""
-    fit: tuple[int, int] = (0, 0)
-    """`saecore.runs.fit.Fit` of the chunk's images. Old records, from before it was counted, lack it."""
 
 
 def fingerprint(parts: Mapping[str, Any]) -> str:
@@ -89,6 +84,8 @@ class Run:
     parts: dict[str, Any]
     """What the fingerprint is made of."""
     fingerprint: str
+    again: int = 0
+    """Above 0, what is written are images of chunks that are done; their files then have this number in their names."""
 
     def plan(self) -> pa.Table:
         """All chunks."""
@@ -124,31 +121,37 @@ class Run:
         nested = [name for name in TABLES if name in payload.column_names]
         tables = {"images": payload.select(schema.IMAGES.names).cast(schema.IMAGES)}
         tables |= {name: schema.unnest(payload, name) for name in nested}
+        tables = {name: table.replace_schema_metadata(metadata) for name, table in tables.items()}
+        worst = worst_error(payload)
+        if self.again:
+            before = Commit(**read_json(join_uri(self.uri, commit_file(chunk_id))))
+            tables = {
+                name: replaced(read_file(self.uri, before.file(name)), table, payload["image_id"])
+                for name, table in tables.items()
+            }
+            worst = None if worst is None or before.completeness is None else max(worst, before.completeness)
+            seconds = dict(Counter(seconds) + Counter(before.seconds))
         files = []
         for name, table in tables.items():
-            data = parquet_bytes(table.replace_schema_metadata(metadata), ROW_GROUP_ROWS[name])
-            path = chunk_file(name, chunk_id)
+            data = parquet_bytes(table, ROW_GROUP_ROWS[name])
+            path = chunk_file(name, chunk_id, self.again)
             write_atomic(join_uri(self.uri, path), data)
             digest = hashlib.sha256(data).hexdigest()
             files.append({"table": name, "path": path, "rows": table.num_rows, "bytes": len(data), "sha256": digest})
-        reasons = [error for error in payload["error"].to_pylist() if error is not None]
-        worst = None
-        if "completeness" in payload.column_names:
-            completeness = payload["completeness"].drop_null().to_pylist()
-            # NaN: the method's maps are no decomposition, and nothing has to add up.
-            worst = None if any(map(math.isnan, completeness)) else max(completeness, default=0.0)
+        images = tables["images"]
+        seconds = {**seconds, "write": seconds.get("write", 0.0) + time.perf_counter() - started}
         commit = Commit(
             chunk_id=chunk_id,
             fingerprint=self.fingerprint,
-            images=payload.num_rows,
-            refused=dict(Counter(reasons)),
+            images=images.num_rows,
+            refused=dict(Counter(images["error"].drop_null().to_pylist())),
             completeness=worst,
-            seconds={**seconds, "write": time.perf_counter() - started},
+            seconds=seconds,
             files=files,
-            fit=judged(payload["fvu"].to_pylist()),
+            fit=judged(images["fvu"].to_pylist()),
+            again=self.again,
         )
-        record = json.dumps(dataclasses.asdict(commit)).encode()
-        write_atomic(join_uri(self.uri, f"commits/chunk-{chunk_id:08d}.json"), record)
+        write_atomic(join_uri(self.uri, commit_file(chunk_id)), json.dumps(dataclasses.asdict(commit)).encode())
         return commit
 
     def pending(self, commits: Iterable[Commit] | None = None) -> pa.Table:
@@ -160,6 +163,19 @@ class Run:
     def record(self) -> Record:
         """The content of run.json."""
         return read_record(self.uri)
+
+    def is_finished(self, commits: Sequence[Commit]) -> bool:
+        """Whether the manifest and run.json tell of these commit records, the valid ones of all chunks.
+
+        They tell of fewer where a session that added to a complete run was stopped between the last chunk and the end.
+        """
+        record = self.record()
+        if not (record.is_complete and read_manifest(self.uri).equals(manifest_of(commits))):
+            return False
+        if any(True for _ in self._unnamed(commits)):
+            return False
+        told = completed(record, self.plan(), commits)
+        return all(getattr(told, name) == getattr(record, name) for name in ADDED_UP)
 
     def finish(self, images: int, seconds: float) -> Record:
         """Check that every planned image was written once, write manifest and card, complete run.json; returns its content.
@@ -175,9 +191,7 @@ class Run:
             raise RuntimeError(
                 f"{len(wrong)} of {len(planned)} chunks are not done, the first is {wrong[:1]}; run it again"
             )
-        rows = [{"chunk_id": commit.chunk_id, **file} for commit in commits for file in commit.files]
-        manifest = pa.Table.from_pylist(rows, schema=MANIFEST)
-        write_atomic(join_uri(self.uri, "manifest.parquet"), parquet_bytes(manifest, 65_536))
+        write_atomic(join_uri(self.uri, "manifest.parquet"), parquet_bytes(manifest_of(commits), 65_536))
         record = dataclasses.replace(
             completed(self.record(), plan, commits),
             session_images=images,
@@ -185,58 +199,19 @@ class Run:
         )
         card.write(self.uri, record)
         write_record(self.uri, record)
+        for file in self._unnamed(commits):
+            Place(self.uri).remove(file)
         return record
 
-
-def completed(record: Record, plan: pa.Table, commits: Iterable[Commit]) -> Record:
-    """The record of a run that is complete: with what its commit records add up to."""
-    refused, seconds, rows, size = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
-    commits = list(commits)
-    images, errors = 0, list[float]()
-    for commit in commits:
-        images += commit.images
-        errors += [] if commit.completeness is None else [commit.completeness]
-        refused.update(commit.refused)
-        seconds.update(commit.seconds)
-        for file in commit.files:
-            rows[file["table"]] += file["rows"]
-            size[file["table"]] += file["bytes"]
-    lost, damaged = unread(plan, commits)
-    return dataclasses.replace(
-        record,
-        status="complete",
-        images=images,
-        refused=dict(refused),
-        rows=dict(rows),
-        bytes=dict(size),
-        step_seconds={step: round(value, 3) for step, value in seconds.items()},
-        worst_completeness_error=max(errors, default=None),
-        fit=fit_of(commits),
-        lost=lost,
-        damaged=damaged,
-    )
-
-
-def unread(plan: pa.Table, commits: Iterable[Commit]) -> tuple[Unread | None, Unread | None]:
-    """What of the inputs could not be read: what was lost after the plan was made, and what was damaged when it was made."""
-    chunks = {row["chunk_id"]: row for row in plan.select(["chunk_id", "uri", "damage"]).to_pylist()}
-    damaged = [row["uri"] for row in chunks.values() if row["damage"] is not None]
-    lost = Counter[str]()
-    for commit in commits:
-        chunk = chunks[commit.chunk_id]
-        # Of a shard that was damaged when it was planned, one row stands for whatever follows the damage.
-        gone = commit.refused.get("damaged-shard", 0) - (chunk["damage"] is not None)
-        gone += commit.refused.get("missing-file", 0)
-        lost.update({chunk["uri"]: gone} if gone > 0 else {})
-    return (
-        Unread(len(lost), list(lost)[:3], lost.total()) if lost else None,
-        Unread(len(damaged), damaged[:3]) if damaged else None,
-    )
-
-
-def fit_of(commits: Iterable[Commit]) -> Fit:
-    """The fit of the SAE to the images of these chunks together."""
-    return functools.reduce(Fit.plus, (Fit(*commit.fit) for commit in commits), Fit())
+    def _unnamed(self, commits: Iterable[Commit]) -> Iterator[str]:
+        """Files of before, of chunks that were done again, by their paths in the filesystem."""
+        if not any(commit.again for commit in commits):
+            return
+        named = {file["path"] for commit in commits for file in commit.files}
+        for table in TABLES:
+            for info in Place(join_uri(self.uri, table)).entries():
+                if info.base_name.startswith("chunk-") and f"{table}/{info.base_name}" not in named:
+                    yield info.path
 
 
 def open_run(uri: str, parts: dict[str, Any], made_by: dict[str, Any], make_plan: Callable[[], pa.Table]) -> Run:
@@ -247,7 +222,7 @@ def open_run(uri: str, parts: dict[str, Any], made_by: dict[str, Any], make_plan
     """
     run = Run(uri, parts, fingerprint(parts))
     if not holds_run(uri):
-        write_atomic(join_uri(uri, "plan.parquet"), parquet_bytes(make_plan(), 65_536))
+        write_plan(uri, make_plan())
         begun = {"status": "running", "fingerprint": run.fingerprint, "parts": parts}
         write_record(uri, from_document(begun | made_by))
         return run

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import re
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,15 +25,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from saecore import numbering
+from saecore.runs.commits import Commit, commit_file
 from saecore.runs.files import MANIFEST, TABLES, read_plan
 from saecore.runs.record import Record, read_record, write_record
-from saecore.runs.run import Commit
 from saecore.storage import Place, join_uri, read_bytes, read_parquet, reason
 from saecore.upkeep import indexed, tables
 from saecore.upkeep.problem import Problem
 
 AT_ONCE = 8
 """Files that are read at the same time: on an object store, most of a read is waiting."""
+
+_CHUNK = re.compile(r"chunk-(\d{8})(?:-\d+)?\.(?:parquet|json)")
+"""Names of a chunk's files; a number after that of the chunk counts how often images of it were read again."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -71,6 +75,8 @@ class Verification:
         self.rows: Counter[str] = Counter()
         self.fires: np.ndarray = np.zeros(record.n_latents, np.int64)
         """For how many images each latent fires."""
+        self.named: set[str] = set()
+        """Files of the commits."""
         self.digests: dict[int, int] = {}
         """Of the activations of each chunk, see `saecore.upkeep.tables.digest`."""
 
@@ -137,10 +143,8 @@ class Verification:
         if all(table is not None for table in held.values()):
             ids = numbering.id_of(row["shard_id"], row["start"]) + np.arange(row["end"] - row["start"])
             content = tables.check(held, ids, commit.refused, self.record)
-            problems += [
-                Problem(f"{name}/chunk-{chunk_id:08d}.parquet", wrong, "chunk", chunk_id)
-                for name, wrong in content.wrong
-            ]
+            where = {file["table"]: file["path"] for file in commit.files}
+            problems += [Problem(where[name], wrong, "chunk", chunk_id) for name, wrong in content.wrong]
         return Checked(problems, commit, content)
 
     def _commit(self, path: str, chunk_id: int) -> tuple[Commit | None, Problem | None]:
@@ -180,9 +184,11 @@ class Verification:
         if (commit := checked.commit) is None:
             return
         self.done += 1
+        self.named.add(commit_file(commit.chunk_id))
         self.images += commit.images
         self.files += len(commit.files)
         for file in commit.files:
+            self.named.add(file["path"])
             self.bytes += file["bytes"]
             self.rows[file["table"]] += file["rows"]
         totals.update(commit.refused)
@@ -201,20 +207,14 @@ class Verification:
     def _strays(self, plan: pa.Table) -> Iterator[Problem]:
         """Visible files that readers of a folder would take for the run's."""
         planned = set(plan["chunk_id"].to_pylist())
-        kinds = dict.fromkeys({*TABLES} & {*self.rows} if self.record.is_complete else TABLES, ".parquet")
         for folder in (*TABLES, "commits"):
-            ending = ".json" if folder == "commits" else kinds.get(folder)
             for info in Place(join_uri(self.uri, folder)).entries():
-                name = info.base_name
-                number = name.removeprefix("chunk-").removesuffix(ending or "")
-                known = (
-                    ending
-                    and number.isdigit()
-                    and int(number) in planned
-                    and name == f"chunk-{int(number):08d}{ending}"
-                )
-                if not known and not name.startswith("."):
-                    yield Problem(f"{folder}/{name}", "is no file of this run", "move")
+                path = f"{folder}/{info.base_name}"
+                chunk = _CHUNK.fullmatch(info.base_name)
+                # A file whose commit does not count is that of a chunk that is being done, or is to be done again.
+                is_chunks = chunk is not None and int(chunk[1]) in planned and int(chunk[1]) not in self.digests
+                if path not in self.named and not is_chunks and not info.base_name.startswith("."):
+                    yield Problem(path, "is no file of this run", "move")
 
 
 def reopen(uri: str, chunk_ids: Iterable[int]) -> None:

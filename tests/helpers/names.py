@@ -44,7 +44,17 @@ DATA = frozenset((
 """Endings of files that are no source: `run.json` is no attribute of a module `run`."""
 
 OTHERS = frozenset(
-    ("load_dataset", "encode_image", "sparse_autoencoder", "full_latents", "sae.output", "sae.push_to_hub")
+    (
+        "load_dataset",
+        "encode_image",
+        "sparse_autoencoder",
+        "full_latents",
+        "sae.output",
+        "sae.push_to_hub",
+        "ExecutionTimeoutError",
+        "RAY_JOB_STOP_WAIT_TIME_S",
+        "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S",
+    )
 )
 """Other people's functions, packages and keys that the code never spells as a whole word, and what a variable `sae` has."""
 

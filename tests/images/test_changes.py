@@ -8,6 +8,8 @@ import pytest
 from saecore.images.changes import Changes, since
 from saecore.images.chunks import empty_shards, plan_chunks
 from saecore.images.listing import Shard, list_shards
+from saecore.pipeline.growth import divide, groups_of, grown, new_chunks
+from saecore.schema import growths_of
 from tests.images.test_chunks import PICTURES, make, write_tar
 
 
@@ -70,3 +72,27 @@ def test_a_limited_plan_does_not_know_what_is_new(folder: Path) -> None:
     assert since(plan, inputs(folder), is_limited=True) == Changes([], [], [])
     (folder / "p" / "0.jpg").unlink()
     assert since(plan, inputs(folder), is_limited=True).gone == [f"{folder}/p/0.jpg"]
+
+
+def test_a_plan_grows_after_its_last_number_and_keeps_its_rows(folder: Path) -> None:
+    """New names between the old ones, one old name gone: groups of the plan stay, and the new ones make groups of their own."""
+    plan = plan_chunks(inputs(folder), chunk_size=3)
+    make(folder, "aa.tar", *(f"p/{index}5.jpg" for index in range(5)))
+    write_tar(folder / "bare.tar", [("note.txt", b"no image")])
+    (folder / "p" / "3.jpg").unlink()
+    groups = groups_of(plan)
+    known, new = divide(plan, list_shards([str(folder)], files_per_shard=4, groups=groups), groups)
+    assert sorted(len(shard.members or []) for shard in known) == [0, 0, 0, 2, 3, 4]
+    assert [shard.members for shard in new if shard.members] == [[f"p/{n}5.jpg" for n in range(4)], ["p/45.jpg"]]
+    chunks = new_chunks(plan, new, chunk_size=3)
+    whole = grown(plan, chunks, {"time": "now"})
+    assert whole.slice(0, plan.num_rows).equals(plan.replace_schema_metadata(whole.schema.metadata))
+    after = whole.slice(plan.num_rows).to_pylist()
+    assert [row["chunk_id"] for row in after] == list(range(plan.num_rows, whole.num_rows))
+    assert {row["shard_id"] for row in after} == {max(plan["shard_id"].to_pylist()) + number for number in (1, 2, 3)}
+    assert empty_shards(whole) == [f"{folder}/empty.tar", f"{folder}/bare.tar"]
+    told = {"shards": 3, "chunks": len(after), "images": sum(row["end"] - row["start"] for row in after)}
+    assert growths_of(whole) == [{"time": "now", **told, "first_chunk": plan.num_rows}]
+    listed = list_shards([str(folder)], files_per_shard=4, groups=groups_of(whole))
+    assert divide(whole, listed, groups_of(whole)).new == []
+    assert since(whole, listed, is_limited=False) == Changes([f"{folder}/p/3.jpg"], [], [])

@@ -13,8 +13,9 @@ import pytest
 from jobs import embed, explain
 from saecore import schema
 from saecore.demo import drawing, scenes
+from saecore.runs.commits import Commit
 from saecore.runs.files import open_dataset
-from saecore.runs.run import Commit, Run
+from saecore.runs.run import Run
 from saecore.towers.loading import load_text_tower
 from saecore.towers.text import embed_texts
 from saecore.training import memmaps

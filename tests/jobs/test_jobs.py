@@ -576,11 +576,8 @@ def test_a_complete_run_says_what_has_changed_in_its_inputs(tmp_path: Path, caps
     writing.write_shards(tmp_path / "more", 8, 1)
     new = next((tmp_path / "more").iterdir()).rename(folder / "new.tar")
     said = again(2)
-    assert (
-        f"error: --out {out} is complete, and its inputs have changed since: 1 no longer listed ({second}), 1 new ({new})"
-        in said
-    )
-    assert "what is new needs a folder of its own for now: name another --out" in said
+    assert f"error: --out {out} is complete, and there are inputs that it does not have: " in said
+    assert f"1 no longer listed ({second}), 1 new ({new}); --grow takes them in, and another --out begins" in said
     assert said.count("\n") == 1
     for path in folder.iterdir():
         path.unlink()
@@ -594,7 +591,7 @@ def test_a_complete_run_says_what_has_changed_in_its_inputs(tmp_path: Path, caps
     assert "no such file" in mistake(explain.main, command(tmp_path / "nowhere", out, "--local"), capsys)
 
 
-def test_a_run_that_is_not_complete_needs_its_inputs_as_they_were(
+def test_chunks_that_are_not_done_need_their_inputs_as_they_were(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, out = tmp_path / "scenes", tmp_path / "run"
@@ -602,18 +599,25 @@ def test_a_run_that_is_not_complete_needs_its_inputs_as_they_were(
     first, second = sorted(folder.iterdir())
     arguments = command(folder, out, "--local")
     assert explain.main(arguments) == 0
-    (out / "commits" / "chunk-00000001.json").unlink()
+    (out / "commits" / "chunk-00000003.json").unlink()
     whole, written = second.read_bytes(), second.stat().st_mtime_ns
     second.write_bytes(whole[:-4096])
     (folder / "new.tar").write_bytes(first.read_bytes())
-    said = mistake(explain.main, arguments, capsys)
-    assert said.startswith(f"--out {out} is not complete, and its inputs have changed since it began: 1 new (")
-    assert f"1 changed in size or time ({second}); the same command resumes once they are as they were" in said
+    for more in ([], ["--grow"]):
+        said = mistake(explain.main, [*arguments, *more], capsys)
+        assert said.startswith(
+            f"--out {out} is not complete, and its inputs have changed since it began: 1 changed in "
+        )
+        assert f"size or time ({second}); the same command resumes once they are as they were" in said
     assert "holds a run made otherwise" in mistake(explain.main, [*arguments, "--k", "4"], capsys)
-    (folder / "new.tar").unlink()
     second.write_bytes(whole)
     os.utime(second, ns=(written, written))
+    said = mistake(explain.main, arguments, capsys)
+    assert said.startswith(f"--out {out} is not complete, and there are inputs that it does not have: 1 new (")
+    (folder / "new.tar").unlink()
+    first.unlink()  # its chunks are done
     assert explain.main(arguments) == 0
+    assert f"inputs have changed since the run was made: 1 no longer listed ({first})" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("more", [["--local"], ["--ray"]], ids=["local", "ray"])

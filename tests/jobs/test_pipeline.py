@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from jobs import pipeline
-from jobs.cluster import Pool
+from jobs.pool import Pool
 from saecore import schema
 from saecore.images.chunks import plan_chunks
 from saecore.images.listing import list_shards

@@ -73,6 +73,7 @@ def test_stopped_in_the_middle(where: str, number: int, group: bool, code: int, 
     given = command(many, out, "--batch-size", "1")
     assert stopped(["jobs.explain", *given, where], commits(out), tmp_path, number, group) == (code, RESUMES)
     assert json.loads((out / "run.json").read_text())["status"] == "running"
+    assert "finishing the chunk that is worked on, for at most 10 s" in (tmp_path / "stdout").read_text()
     assert explain.main([*given, "--local"]) == 0
     assert json.loads((out / "run.json").read_text())["images"] == 192
 

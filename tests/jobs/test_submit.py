@@ -49,7 +49,7 @@ class Head(NamedTuple):
         """`relmap submit` in a process of its own."""
         line = [sys.executable, "-m", "jobs.submit", "--address", self.address, *words]
         env = self.env | more
-        return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+        return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
 def free_ports(number: int) -> list[int]:
@@ -315,6 +315,9 @@ def test_places_are_looked_at_from_here(store: Path, tmp_path: Path, monkeypatch
     for images in ("s3://bucket/shard", "s3://bucket/shard/*.tar", "s3://bucket/shards/1.tar"):
         with pytest.raises(ValueError, match=f"^--images {re.escape(images)}: there is nothing$"):
             placed(["explain", "--images", "s3://bucket/shards", images, *models, "--out", "s3://bucket/run"])
+    sae = ["--clip", "demo", "--sae", "s3://bucket/sae"]
+    with pytest.raises(ValueError, match=r"^--sae s3://bucket/sae: there is nothing$"):
+        placed(["explain", "--images", "s3://bucket/shards", *sae, "--out", "s3://bucket/run"])
     with pytest.raises(ValueError, match=r"^--out s3://bucket/shards holds other files and no run"):
         placed(["explain", "--images", "s3://bucket/shards", *models, "--out", "s3://bucket/shards"])
     with pytest.raises(ValueError, match=r"^--images: an address holds a credential") as refused:

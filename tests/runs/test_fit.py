@@ -10,9 +10,10 @@ import torch
 
 from jobs import explain, report
 from saecore.demo import writing
+from saecore.runs.commits import Commit, fit_of
 from saecore.runs.files import open_dataset
 from saecore.runs.fit import ENOUGH, FEW, Fit, judged
-from saecore.runs.run import Commit, Run, fit_of
+from saecore.runs.run import Run
 from saecore.sae.model import SAE, SAEConfig
 from tests.conftest import command
 

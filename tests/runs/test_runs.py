@@ -8,8 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from saecore import schema
+from saecore.runs.commits import Commit
 from saecore.runs.files import MANIFEST, open_dataset
-from saecore.runs.run import Commit, Run, open_run
+from saecore.runs.run import Run, open_run
 
 PARTS = {"clip": "aaaa", "k": 2}
 
