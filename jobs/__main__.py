@@ -30,6 +30,10 @@ COMMANDS = {
         "report": "pages of a run, as files or served to a browser",
         "index": "sort a run by latent: questions and pages become fast",
     },
+    "Look after a run": {
+        "status": "how far a run is, who writes into it, what is left; from any machine",
+        "verify": "whether a run's files are whole, and what mends them",
+    },
     "Give latents names": {
         "name": "words of a vocabulary for the latents of a run or of an SAE",
     },

@@ -15,6 +15,7 @@ in the vocabulary's order.
 Left out: resuming in the middle of a vocabulary.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -37,8 +38,9 @@ from saecore.runs.run import listing_hash, refuse_other
 from saecore.schema import TEXTS_FILE
 from saecore.storage import Place, exists, join_uri, read_parquet, write_atomic
 from saecore.training import memmaps
+from saecore.upkeep.lock import Lock
 
-from . import cluster, collection, commands, console, pipeline
+from . import cluster, collection, commands, console, locks, pipeline
 from .pool import DEVICES
 from .summaries import outline, refused_images, run_summary
 
@@ -91,11 +93,11 @@ def embed(argv: list[str]) -> int:
     clock = Clock()
     with commands.mistakes():
         arguments = commands.parse(Arguments, argv, "embed")
-    with console.quiet() as log:
+    with console.quiet() as log, contextlib.ExitStack() as locked:
         if arguments.text:
             return embed_vocabulary(arguments)
         with commands.mistakes():
-            job = prepare(arguments, argv)
+            job = prepare(arguments, argv, locked)
         if job is None:
             return 0
         log.run = job.run.uri
@@ -114,8 +116,11 @@ def embed(argv: list[str]) -> int:
     return collection.judged(arguments, record)
 
 
-def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
-    """Resolve the arguments to a job, or print what it would be for --dry-run; ValueError for what the user can mend."""
+def prepare(arguments: Arguments, argv: list[str], locked: contextlib.ExitStack | None = None) -> pipeline.Job | None:
+    """A job from its arguments, or None after --dry-run; ValueError for what the user can mend.
+
+    The lock of the run folder goes into `locked`; without it the folder is not locked.
+    """
     from saecore.towers.loading import load_tower
 
     collection.check_outside(arguments)
@@ -140,9 +145,10 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
         print(outline(inputs.plan, "embed", arguments.out, how))
         return None
     made_by = collection.made_by("embed", argv, config, inputs, pool) | {"n_outputs": tower.n_outputs}
+    lock = Lock() if locked is None else locked.enter_context(locks.held("--out", arguments.out, "embed"))
     run = collection.begin_run(inputs, parts, made_by)
     decode = Decode(tower.preprocess, arguments.max_pixels, arguments.image_seconds)
-    return pipeline.Job(run, decode, functools.partial(Embed, config), tags, pool)
+    return pipeline.Job(run, decode, functools.partial(Embed, config), tags, pool, lock)
 
 
 def embed_vocabulary(arguments: Arguments) -> int:

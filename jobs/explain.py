@@ -11,6 +11,7 @@ The same command again resumes the run, or says that it is complete. A small col
 process, since Ray would take longer to start; `--local` and `--ray` choose.
 """
 
+import contextlib
 import dataclasses
 import functools
 import shutil
@@ -34,8 +35,9 @@ from saecore.runs.record import Record
 from saecore.runs.refusals import refusals
 from saecore.spellings import Model, telling
 from saecore.storage import writing
+from saecore.upkeep.lock import Lock
 
-from . import collection, commands, console, exits, pipeline
+from . import collection, commands, console, exits, locks, pipeline
 from .hints import after_explain
 from .pool import DEVICES
 from .summaries import outline, refused_images, run_summary
@@ -111,9 +113,9 @@ def explain(argv: list[str]) -> int:
     clock = Clock()
     with commands.mistakes():
         arguments = commands.parse(Arguments, argv, "explain")
-    with console.quiet() as log:
+    with console.quiet() as log, contextlib.ExitStack() as locked:
         with commands.mistakes():
-            job = prepare(arguments, argv)
+            job = prepare(arguments, argv, locked)
         if job is None:
             return 0
         log.run = job.run.uri
@@ -155,8 +157,11 @@ def advice(fit: Fit, record: Record) -> str:
 # ---- Before the work.
 
 
-def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
-    """A job from its arguments, or None after --dry-run has said what it would be; ValueError for what the user can mend."""
+def prepare(arguments: Arguments, argv: list[str], locked: contextlib.ExitStack | None = None) -> pipeline.Job | None:
+    """A job from its arguments, or None after --dry-run; ValueError for what the user can mend.
+
+    The lock of the run folder goes into `locked`; without it the folder is not locked.
+    """
     collection.check_outside(arguments)
     images = arguments.images or demo_images(arguments.out)
     loaded = load(arguments)
@@ -178,9 +183,10 @@ def prepare(arguments: Arguments, argv: list[str]) -> pipeline.Job | None:
         "n_latents": loaded.sae.config.n_latents,
         "sae": loaded.sae.describe(),
     }
+    lock = Lock() if locked is None else locked.enter_context(locks.held("--out", arguments.out, "explain"))
     run = collection.begin_run(inputs, parts, made_by)
     decode = Decode(loaded.tower.preprocess, arguments.max_pixels, arguments.image_seconds)
-    return pipeline.Job(run, decode, functools.partial(Explain, config), tags(config, loaded), pool)
+    return pipeline.Job(run, decode, functools.partial(Explain, config), tags(config, loaded), pool, lock)
 
 
 class Loaded(NamedTuple):

@@ -25,8 +25,9 @@ from saecore.runs import card, latents
 from saecore.runs.files import read_manifest
 from saecore.runs.record import Record, read_complete
 from saecore.storage import join_uri, resolved
+from saecore.upkeep.lock import Lock
 
-from . import cluster, commands, console
+from . import cluster, commands, console, locks
 from .hints import after_index
 
 Build = Callable[[np.ndarray, indexing.Budget], Segment]
@@ -68,23 +69,42 @@ def index(argv: list[str]) -> int:
     with commands.mistakes():
         arguments = commands.parse(Arguments, argv, "index")
         record = read_complete(arguments.run)
-        before = None if arguments.rebuild else index_before(arguments, record)
-        update = indexing.update_of(read_manifest(arguments.run), before, arguments.top, arguments.segments)
-    whole = not update.groups and before is not None and update.kept == before.segments
-    held = before if whole and before is not None else make(arguments, record, update)
+        held, update = state(arguments, record)
+    if held is not None and not update.groups and statistics.written(arguments.run, held):
+        print(f"{arguments.run} is indexed: nothing to do")
+        card.write(arguments.run, record)
+    else:
+        with locks.held("--run", arguments.run, "index") as lock:
+            renew(arguments, record, lock)
+    commands.propose(after_index(arguments.run))
+    return 0
+
+
+def state(arguments: Arguments, record: Record) -> tuple[by_latent.Index | None, indexing.Update]:
+    """The index if it is there and whole, and what brings it up to date; ValueError for an index of another run or version."""
+    before = None if arguments.rebuild else index_before(arguments, record)
+    update = indexing.update_of(read_manifest(arguments.run), before, arguments.top, arguments.segments)
+    is_whole = before is not None and not update.groups and update.kept == before.segments
+    return before if is_whole else None, update
+
+
+def renew(arguments: Arguments, record: Record, lock: Lock) -> None:
+    """Index what is new, and count."""
+    with commands.mistakes():
+        held, update = state(
+            arguments, record
+        )  # again, since another job may have written it before this one held the lock
+    held = held or make(arguments, record, update, lock)
     started = time.perf_counter()
     if not statistics.written(arguments.run, held):
         with commands.mistakes():
             commands.check_writable("--run", arguments.run)
         run = results.open(arguments.run)
+        lock.check()
         statistics.write(run)
         seconds, where = time.perf_counter() - started, join_uri(arguments.run, latents.NAME)
         print(f"counted       {run.n_latents:,} latents in {seconds:.1f} s: {where}")
-    elif held is before:
-        print(f"{arguments.run} is indexed: nothing to do")
     card.write(arguments.run, record)
-    commands.propose(after_index(arguments.run))
-    return 0
 
 
 def index_before(arguments: Arguments, record: Record) -> by_latent.Index | None:
@@ -95,7 +115,7 @@ def index_before(arguments: Arguments, record: Record) -> by_latent.Index | None
         raise ValueError(f"{error} (--rebuild)") from error
 
 
-def make(arguments: Arguments, record: Record, update: indexing.Update) -> by_latent.Index:
+def make(arguments: Arguments, record: Record, update: indexing.Update, lock: Lock) -> by_latent.Index:
     """The segments that are not there yet, and the index that names all of them."""
     build = functools.partial(
         indexing.build_segment, resolved(arguments.run), record.fingerprint, record.n_latents, arguments.top
@@ -107,6 +127,7 @@ def make(arguments: Arguments, record: Record, update: indexing.Update) -> by_la
     started, work = time.perf_counter(), on_ray if arguments.segments > 1 else in_process
     made = work(build, update.groups, arguments)
     held = by_latent.Index(record.fingerprint, arguments.top, [*update.kept, *made])
+    lock.check()
     by_latent.write_index(arguments.run, held)
     print(outline(made, held, time.perf_counter() - started), flush=True)
     return held

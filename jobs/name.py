@@ -9,7 +9,6 @@
 
 `saecore.naming.scores` has the formulas, and says which of the ways gives true names. The same command again writes the same
 names again. By data, the embeddings of all top images are held at once: at most 1.5 GB for 24,576 latents of width 768.
-
 Left out: how true names are, which only the demo knows.
 """
 
@@ -31,7 +30,7 @@ from saecore.runs.record import read_complete
 from saecore.spellings import Model, telling
 from saecore.storage import write_atomic
 
-from . import commands, console
+from . import commands, console, locks
 from .hints import after_name
 from .summaries import naming_summary
 
@@ -130,13 +129,14 @@ def name(argv: list[str]) -> int:
             check_place(arguments)
             job = prepare(arguments)
         log.run = arguments.run
-        table = names(job, arguments)
-    table = table.replace_schema_metadata({"naming": json.dumps(job.made_by)})
-    if job.run:
-        latents.merge(arguments.run, table)
-        card.write(arguments.run, job.run.record)
-    else:
-        write_atomic(arguments.out, parquet_bytes(table, latents.ROW_GROUP_ROWS))
+        with locks.held("--run", arguments.run, "name") as lock:
+            table = names(job, arguments).replace_schema_metadata({"naming": json.dumps(job.made_by)})
+            lock.check()
+            if job.run:
+                latents.merge(arguments.run, table)
+                card.write(arguments.run, job.run.record)
+            else:
+                write_atomic(arguments.out, parquet_bytes(table, latents.ROW_GROUP_ROWS))
     if job.remark:
         print(job.remark)
     print(naming_summary(table, job.made_by, arguments.run, arguments.out))

@@ -26,6 +26,7 @@ from saecore.runs.commits import fit_of
 from saecore.runs.fit import Fit
 from saecore.runs.record import Record, write_record
 from saecore.runs.run import Run
+from saecore.upkeep.lock import Lock
 
 from . import cluster, commands, console, events, signals
 from .collection import Arguments
@@ -56,6 +57,8 @@ class Job(NamedTuple):
     tags: dict[str, str]
     """Go into the metadata of every Parquet file."""
     pool: Pool
+    lock: Lock = Lock()
+    """Of the run folder, held while the job writes there; by default none."""
 
 
 def on_ray(job: Job, pending: pa.Table) -> Generator[dict[str, Any], None, None]:
@@ -155,6 +158,7 @@ def complete(job: Job, arguments: Arguments, clock: Clock, watch: Callable[[Fit]
             events.watching(arguments.out, progress, arguments.log_json, job.pool.on_ray) as watchers,
         ):
             for row in rows:
+                job.lock.check()
                 progress.add(row["images"], row["refused"])
                 watchers.tell(row)
                 fit = fit.plus(Fit(*row["fit"]))
@@ -162,6 +166,7 @@ def complete(job: Job, arguments: Arguments, clock: Clock, watch: Callable[[Fit]
                 done_one()
         progress.close()
         clock.lap("images")
+        job.lock.check()
         job.run.finish(left, clock.seconds["images"])
     except AlarmError:
         progress.close()

@@ -38,7 +38,7 @@ from saecore.runs.refusals import MAY_PASS, refusals, refused_chunks
 from saecore.runs.run import Run, run_at
 from saecore.storage import resolved
 
-from . import cluster, collection, commands, console, pipeline
+from . import cluster, collection, commands, console, locks, pipeline
 from .pool import Pool, Wishes
 from .summaries import refused_images, run_summary
 
@@ -111,9 +111,9 @@ def retry(argv: list[str]) -> int:
             run.finish(0, 0.0)  # stopped between the last chunk and the end
         return 0
     before = run.record()
-    with console.quiet() as log:
+    with console.quiet() as log, locks.held("RUN", arguments.run, "retry") as lock:
         with commands.mistakes():
-            job = prepare(arguments, run, commits, n_images)
+            job = prepare(arguments, run, commits, n_images)._replace(lock=lock)
         log.run = run.uri
         work(job, chunks, clock)
         if before.kind == "explain":

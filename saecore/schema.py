@@ -31,6 +31,8 @@ Glossary. One word, one meaning, in code, columns, logs and pages:
     name            the words nearest a latent
     run             one output folder
     record          run.json: what made a run, and what came of it
+    claim           the file of a process that writes into a run folder, or asks to
+    lease           the right to write into a run folder, which ends if it is not renewed
     commit          the file that says that a chunk is done, and which files hold its rows
     preview         a picture of a run's first images, each with its strongest maps
     site            where an SAE reads: the embedding, or a layer's residual stream or MLP, on CLS or patch tokens

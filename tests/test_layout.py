@@ -31,7 +31,8 @@ GROUND = [
 """What every wing may stand on, and what stands on nothing but itself."""
 
 WINGS = [
-    "images", "towers", "sae", "relevance", "evaluation", "training", "naming", "runs", "pipeline", "query", "report", "demo",
+    "images", "towers", "sae", "relevance", "evaluation", "training", "naming", "runs", "pipeline", "query", "upkeep", "report",
+    "demo",
 ]  # fmt: skip
 
 
@@ -66,6 +67,11 @@ RULES = [
     Rule(wings("relevance"), wings("runs", "query", "images"), "mathematics reads and writes no files"),
     Rule(wings("query", "report"), wings("towers", "sae", "relevance"), "questions and pages depend on files only"),
     Rule(wings("pipeline"), wings("query", "report", "training"), "making a run needs nothing that reads one"),
+    Rule(
+        wings("upkeep"),
+        wings(*(name for name in WINGS if name not in ("upkeep", "runs", "query"))),
+        "who writes a run, how far it is and whether it is whole: questions to files",
+    ),
     Rule(wings("training"), wings("towers", "relevance", "pipeline"), "training sees embeddings only"),
     Rule(
         wings(*(name for name in WINGS if name != "demo")),
@@ -76,7 +82,7 @@ RULES = [
     Rule([*GROUND, *wings(*WINGS)], TOP, "nothing in the house needs what stands on top of it"),
     Rule(["saecore", "jobs"], ["benchmarks", "tests"], "benchmarks measure the others, and are in no wheel"),
     Rule(
-        wings("images", "runs", "query"),
+        wings("images", "runs", "query", "upkeep"),
         ["torch", "transformers"],
         "workers that decode, and questions, load no PyTorch",
     ),
@@ -223,6 +229,7 @@ SHARED = [
     "exits",
     "head",
     "hints",
+    "locks",
     "order",
     "origin",
     "pipeline",

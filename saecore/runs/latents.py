@@ -3,8 +3,7 @@
     how often and how strongly it fires, where, with whom      jobs.index, through `saecore.query.statistics`
     what it is called, how surely                              jobs.name
 
-Both jobs write through `merge`, each its own columns, in any order. Left out: a lock. If both write at the same moment, the
-columns of one may be lost; running that job again writes them.
+Both jobs write through `merge`, each its own columns, in any order, and hold the lock of the run (`saecore.upkeep.lock`).
 """
 
 import pyarrow as pa

@@ -21,7 +21,8 @@ other images, and new commit records. The manifest names the files of before unt
 
 A run is opened for writing by `open_run` and for reading by `saecore.runs.record.read_complete`.
 
-Left out: a lock. Two jobs with one fingerprint on one folder do the work twice and write the same files.
+Left out: the lock that lets one job at a time write (`saecore.upkeep.lock`). What is written here does not depend on it: two
+jobs with one fingerprint on one folder would do the work twice and write the same files.
 """
 
 import dataclasses

@@ -22,6 +22,8 @@ from saecore import patience, stores
 from saecore.images.listing import list_shards
 from saecore.query import results
 from saecore.storage import Place, filesystem_of, read_bytes
+from saecore.upkeep import holder, lock
+from saecore.upkeep.lease import Claim, Folder, HeldError, Times
 from tests.conftest import command
 from tests.helpers.faulty import Asked, Faulty, before, each_once
 from tests.helpers.mistakes import mistake
@@ -112,6 +114,28 @@ def test_a_run_from_shards_to_pages(
     assert report.main(["--run", there, "--out", str(tmp_path / "pages")]) == 0
     assert "18 images, 18 pictures" in capsys.readouterr().out
     assert SECRET not in "".join(held(there, tmp_path))
+
+
+def test_one_writer_at_a_time(settings: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claims lie next to the run; a lease of another machine that is not renewed ends, by the store's own times."""
+    uri, times, said = f"s3://bucket/locked{settings}", Times(lease=3.0, renew=1.0, poll=0.2), list[str]()
+    with lock.alone(uri, "relmap explain", said.append, times):
+        with (
+            pytest.raises(HeldError, match="is in use: relmap explain on "),
+            lock.alone(uri, "next", said.append, times),
+        ):
+            pass
+        monkeypatch.setattr(holder, "_machine", lambda: "another machine")
+        with pytest.raises(HeldError), lock.alone(uri, "next", said.append, times):
+            pass
+        assert len(said) == 1, "the holder's next sign of life was waited for"
+        assert len(Folder(uri).seen()) == 1
+    assert Folder(uri).seen() == {}
+    Folder(uri).write(Claim("dead", holder.Holder("gpu-7", 1, "relmap explain", 0.0, "gpu-7", ""), held=True))
+    with lock.alone(uri, "next", said.append, times) as held:
+        held.check()
+        assert [one.claim.holder.command for one in Folder(uri).seen().values()] == ["next"]
+    assert "relmap explain on gpu-7, process 1" in said[-1]
 
 
 def held(run: str, *folders: Path) -> list[str]:
