@@ -132,8 +132,11 @@ def test_the_job_is_a_command_that_relmap_takes() -> None:
     program, job, *words = shlex.split(document("rayjob.yaml")["spec"]["entrypoint"])
     assert (program, job) == ("relmap", "explain")
     arguments = commands.parse(explain.Arguments, words, "explain")
-    assert arguments.ray
     assert arguments.out.startswith("s3://")
+    # A job that starts before the GPU nodes would else take the CPUs that are there.
+    groups = document("rayjob.yaml")["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert arguments.replicas == next(group["replicas"] for group in groups if group["groupName"] == "replicas")
+    assert arguments.min_replicas == 1
 
 
 def test_every_file_names_the_versions_of_this_project() -> None:
