@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def test_what_hangs_or_ends_a_decoder_is_refused(way: bytes) -> None:
 def test_images_are_not_blamed_for_memory_that_runs_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The system kills the process twice, and lets it live then; one that it kills always is refused."""
     pauses = list[float]()
-    monkeypatch.setattr(time, "sleep", pauses.append)
+    monkeypatch.setattr(decoder, "time", types.SimpleNamespace(sleep=pauses.append))  # threads of others sleep too
     decode = functools.partial(decoders.killed_until, marks=tmp_path, kills=2)
     expected = outcome(functools.partial(decode_image, preprocess=PREPROCESS), picture(4))
     assert outcome(Limited(decode, 60.0), picture(4)) == expected
