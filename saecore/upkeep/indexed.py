@@ -24,9 +24,10 @@ INDEX = f"{by_latent.ROWS}/_index.json"
 
 
 def problems(
-    uri: str, record: Record, manifest: pa.Table, digests: Mapping[int, int], fires: np.ndarray
+    uri: str, record: Record, manifest: pa.Table, digests: Mapping[int, int], fires: np.ndarray | None
 ) -> Iterator[Problem]:
-    """What is wrong. `digests` are those of each chunk's activations; `fires` says for how many images each latent fires."""
+    """What is wrong. `digests` are those of each whole chunk's activations; `fires` says for how many images each latent fires,
+    None if that is not known."""
     try:
         index = by_latent.read_index(uri, record.fingerprint)
     except (ValueError, TypeError, KeyError) as error:

@@ -114,7 +114,8 @@ def _rate(times: np.ndarray, images: np.ndarray) -> float:
         return 0.0
     first = int(np.searchsorted(times, times[-1] - RECENT))
     seconds = times[-1] - times[first]
-    return float(images[first + 1 :].sum() / seconds) if seconds > 0 else 0.0
+    # A folder that was copied has all its commits at once.
+    return float(images[first + 1 :].sum() / seconds) if seconds >= 1 else 0.0
 
 
 def _refused(uri: str, chunk_ids: np.ndarray) -> tuple[dict[str, int], int]:

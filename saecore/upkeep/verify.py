@@ -77,8 +77,10 @@ class Verification:
         """For how many images each latent fires."""
         self.named: set[str] = set()
         """Files of the commits."""
+        self.committed: set[int] = set()
+        """Chunks."""
         self.digests: dict[int, int] = {}
-        """Of the activations of each chunk, see `saecore.upkeep.tables.digest`."""
+        """Of the activations of each chunk whose files are whole, see `saecore.upkeep.tables.digest`."""
 
     def problems(self) -> Iterator[Problem]:
         """All problems, as they are found."""
@@ -101,7 +103,9 @@ class Verification:
             yield from self._totals(totals)
         yield from self._strays(plan)
         if self.record.is_complete and manifest is not None and self.record.kind == "explain":
-            yield from indexed.problems(self.uri, self.record, manifest.table, self.digests, self.fires)
+            # What fires in a damaged chunk is not known, so nothing is said of counts that hold it.
+            fires = self.fires if len(self.digests) == len(self.committed) else None
+            yield from indexed.problems(self.uri, self.record, manifest.table, self.digests, fires)
 
     def _manifest(self, plan: pa.Table) -> Generator[Problem, None, "Manifest | None"]:
         """Returns the manifest; None if there is none, or none that can be read."""
@@ -192,7 +196,9 @@ class Verification:
             self.bytes += file["bytes"]
             self.rows[file["table"]] += file["rows"]
         totals.update(commit.refused)
-        self.digests[commit.chunk_id] = checked.content.digest
+        self.committed.add(commit.chunk_id)
+        if checked.content is not tables.NOTHING:
+            self.digests[commit.chunk_id] = checked.content.digest
         if checked.content.fires is not None:
             self.fires += checked.content.fires
 
@@ -212,7 +218,7 @@ class Verification:
                 path = f"{folder}/{info.base_name}"
                 chunk = _CHUNK.fullmatch(info.base_name)
                 # A file whose commit does not count is that of a chunk that is being done, or is to be done again.
-                is_chunks = chunk is not None and int(chunk[1]) in planned and int(chunk[1]) not in self.digests
+                is_chunks = chunk is not None and int(chunk[1]) in planned and int(chunk[1]) not in self.committed
                 if path not in self.named and not is_chunks and not info.base_name.startswith("."):
                     yield Problem(path, "is no file of this run", "move")
 

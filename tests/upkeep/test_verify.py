@@ -265,3 +265,9 @@ def test_a_run_that_is_not_complete_is_sound_so_far(run: Path, capsys: pytest.Ca
     assert "1 chunks are not done" in capsys.readouterr().out
     flip(run / "maps" / "chunk-00000002.parquet")
     assert [one.path for one in problems(run)] == ["maps/chunk-00000002.parquet"]
+
+
+def test_nothing_is_said_of_counts_that_hold_a_damaged_chunk(run: Path) -> None:
+    """What fires there cannot be read, so neither index nor statistics are at fault."""
+    flip(run / f"activations/{CHUNK}.parquet")
+    assert [problem.path for problem in problems(run)] == [f"activations/{CHUNK}.parquet"]
