@@ -34,21 +34,9 @@ STEPS = ("open", "os.rename", "os.remove", "os.mkdir")
 
 def run(folder: str) -> None:
     """A run from its plan to its end, as `relmap explain` makes it; from wherever it stands."""
-    fixed = {"kind": "tar", "bytes": 0, "mtime_ns": 0}
-    rows = [
-        {
-            "chunk_id": number,
-            "shard_id": shard,
-            "uri": f"/shard-{shard}.tar",
-            "start": start,
-            "end": start + len(images),
-        }
-        for number, ((shard, start), images) in enumerate(zip(planted.PLACES, planted.IMAGES, strict=True))
-    ]
-    plan = pa.Table.from_pylist([{**row, **fixed} for row in rows], schema=schema.PLAN)
     made_by = {"command": "python -m planted", "grid": list(planted.GRID), "n_latents": planted.N_LATENTS}
     parts = {"schema": schema.VERSION, "methods": list(planted.METHODS)}
-    begun = open_run(folder, parts, made_by, lambda: plan)
+    begun = open_run(folder, parts, made_by, planted.plan)
     tags = {"methods": ",".join(planted.METHODS), "grid_height": "1", "grid_width": "3"}
     for chunk in begun.pending()["chunk_id"].to_pylist():
         begun.write_chunk(chunk, planted.explained(chunk, planted.METHODS), {}, tags)

@@ -25,9 +25,8 @@ IDS = {"a.jpg": 0, "b.jpg": 1, "bad.jpg": 2, "c.jpg": 1 << 32, "d.jpg": (1 << 32
 METHODS = ("contrib", "chefer")
 
 
-def write(place: Path | str, chunks: int = 3, methods: tuple[str, ...] = METHODS) -> str:
-    """The first chunks as a complete run; given again with more, it grows. Without methods it has no maps."""
-    uri = str(place)
+def plan(chunks: int = 3) -> pa.Table:
+    """The first chunks, as schema.PLAN."""
     fixed = {"kind": "tar", "bytes": 0, "mtime_ns": 0}
     rows = [
         {
@@ -39,10 +38,15 @@ def write(place: Path | str, chunks: int = 3, methods: tuple[str, ...] = METHODS
         }
         for number, ((shard, start), images) in enumerate(zip(PLACES, IMAGES, strict=True))
     ]
-    plan = pa.Table.from_pylist([{**row, **fixed} for row in rows[:chunks]], schema=schema.PLAN)
+    return pa.Table.from_pylist([{**row, **fixed} for row in rows[:chunks]], schema=schema.PLAN)
+
+
+def write(place: Path | str, chunks: int = 3, methods: tuple[str, ...] = METHODS) -> str:
+    """The first chunks as a complete run; given again with more, it grows. Without methods it has no maps."""
+    uri, table = str(place), plan(chunks)
     made_by = {"command": "python -m planted", "grid": list(GRID), "n_latents": N_LATENTS}
-    run = open_run(uri, {"schema": schema.VERSION, "methods": list(methods)}, made_by, lambda: plan)
-    storage.write_atomic(storage.join_uri(uri, "plan.parquet"), parquet_bytes(plan, 10))
+    run = open_run(uri, {"schema": schema.VERSION, "methods": list(methods)}, made_by, lambda: table)
+    storage.write_atomic(storage.join_uri(uri, "plan.parquet"), parquet_bytes(table, 10))
     tags = {"methods": ",".join(methods), "grid_height": "1", "grid_width": "3"}
     for chunk in run.pending()["chunk_id"].to_pylist():
         payload = explained(chunk, methods)
