@@ -128,3 +128,12 @@ def test_what_a_place_holds(store: Path) -> None:
     place.remove(f"{place.path}/run.json")
     assert storage.names_in("s3://bucket/run") == {"images"}
     assert not place.is_local
+
+
+def test_a_table_on_a_store_is_read_by_one_thread(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`pq.read_table` reads by threads, which abort a process that ends while they hold what Python read."""
+    table = pa.table({"a": [1, 2], "b": [["x"], []]})
+    pq.write_table(table, store / "x.parquet")
+    monkeypatch.setattr(pq, "read_table", lambda *_, **__: pytest.fail("threads read"))
+    assert storage.read_parquet("s3://bucket/x.parquet").equals(table)
+    assert storage.read_parquet("s3://bucket/x.parquet", ["b"]).equals(table.select(["b"]))

@@ -64,7 +64,8 @@ def _read_group(
     position = first
     detail = f"row group {group}: it holds fewer rows than the footer says"
     try:
-        for batch in parquet.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=[group], columns=columns):
+        how = {"row_groups": [group], "columns": columns, "use_threads": False}  # see `saecore.storage.table_of`
+        for batch in parquet.iter_batches(batch_size=ROWS_AT_ONCE, **how):
             for index, row in _rows(batch, position, _between(wanted, position, position + batch.num_rows)):
                 yield index, _item(row[column], None if key is None else row[key], index)
             position += batch.num_rows

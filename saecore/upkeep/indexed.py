@@ -89,7 +89,7 @@ def _file(uri: str, record: Record, file: File, is_rows: bool) -> tuple[int, str
                 return 0, "has other columns than the activations"
             if parquet.metadata.num_rows != file.rows:
                 return 0, f"has {parquet.metadata.num_rows:,} rows, and {file.rows:,} were written"
-            for batch in parquet.iter_batches():
+            for batch in parquet.iter_batches(use_threads=False):  # see `saecore.storage.table_of`
                 if is_rows and batch.num_rows:
                     total += tables.digest(batch)
                     last, is_sorted = _sorted(batch, last)

@@ -22,13 +22,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from saecore import numbering
 from saecore.runs.commits import Commit, commit_file
 from saecore.runs.files import MANIFEST, TABLES, read_plan
 from saecore.runs.record import Record, read_record, write_record
-from saecore.storage import Place, join_uri, read_bytes, read_parquet, reason
+from saecore.storage import Place, join_uri, read_bytes, read_parquet, reason, table_of
 from saecore.upkeep import indexed, tables
 from saecore.upkeep.problem import Problem
 
@@ -176,7 +175,7 @@ class Verification:
         if hashlib.sha256(data).hexdigest() != file["sha256"]:
             return None, "holds other bytes than were written: its sha256 differs"
         try:
-            table = pq.read_table(pa.BufferReader(data))
+            table = table_of(pa.BufferReader(data))
         except (OSError, pa.ArrowException) as error:
             return None, f"is no Parquet file: {reason(error)}"
         wrong = tables.wrong_form(file, table, self.record)
