@@ -69,11 +69,13 @@ class Replica:
         self._turn = threading.Lock()
 
     def __call__(self, row: pa.Table) -> pa.Table:
-        with self._turn:
-            chunk_id, decoded, seconds = _unpack(row)
-            payload, computing = self._compute(chunk_id, decoded)
-        commit = self.run.write_chunk(chunk_id, payload, seconds | computing, self.tags)
-        return told(commit, payload["uri"][0].as_py())
+        chunk_id, decoded, seconds = _unpack(row)
+        # A replica that died after its commit has not answered, so the chunk comes a second time.
+        if (commit := self.run.committed(chunk_id)) is None:
+            with self._turn:
+                payload, computing = self._compute(chunk_id, decoded)
+            commit = self.run.write_chunk(chunk_id, payload, seconds | computing, self.tags)
+        return told(commit, decoded["uri"][0].as_py())
 
     def _compute(self, chunk_id: int, decoded: pa.Table) -> tuple[pa.Table, dict[str, float]]:
         """The stage's payload, and how many seconds it took."""

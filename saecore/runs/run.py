@@ -28,6 +28,7 @@ jobs with one fingerprint on one folder would do the work twice and write the sa
 import dataclasses
 import hashlib
 import json
+import posixpath
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -54,7 +55,7 @@ from saecore.runs.files import (
 )
 from saecore.runs.fit import judged
 from saecore.runs.record import Record, from_document, read_record, write_record
-from saecore.storage import Place, check_writable, join_uri, names_in, read_json, reason, write_atomic
+from saecore.storage import Place, check_writable, is_file, join_uri, names_in, read_json, reason, write_atomic
 
 SUBMISSIONS = "submissions"
 """Folder of what was sent to a cluster. It may be there before anything else is."""
@@ -103,11 +104,21 @@ class Run:
             commits = pool.map(lambda name: self._commit(name, sizes), sorted(names))
             return [commit for commit in commits if commit is not None]
 
-    def _commit(self, name: str, sizes: Mapping[str, int]) -> Commit | None:
+    def committed(self, chunk_id: int) -> Commit | None:
+        """The chunk's valid commit record; None if the chunk is not done, or is to be done again."""
+        file = commit_file(chunk_id)
+        commit = self._commit(posixpath.basename(file)) if is_file(join_uri(self.uri, file)) else None
+        return commit if commit is not None and commit.again == self.again else None
+
+    def _commit(self, name: str, sizes: Mapping[str, int] | None = None) -> Commit | None:
+        """A commit record if it is valid, by the sizes of the run's files; without these, each file is asked for."""
         try:
             commit = Commit(**read_json(join_uri(self.uri, "commits", name)))
         except (ValueError, TypeError):  # not JSON, or not a record: the chunk is not done
             return None
+        if sizes is None:
+            paths = [file["path"] for file in commit.files]
+            sizes = {path: Place(join_uri(self.uri, path)).info().size for path in paths}
         whole = all(sizes.get(file["path"]) == file["bytes"] for file in commit.files)
         return commit if whole and commit.fingerprint == self.fingerprint else None
 
