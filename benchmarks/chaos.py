@@ -38,6 +38,10 @@ END_SECONDS = 240.0
 GONE_SECONDS = 60.0
 """Processes of a job that are still there so long after its end are left behind."""
 
+AGENTS, AGENT_SECONDS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent"), 15.0
+"""Ray's agents outlive a killed driver or raylet by a minute or two, in which they try to report to a head that is gone. They know
+nothing of the run. They are ended after these seconds, and not counted."""
+
 SURVIVORS_FIRST = {"last": 4, "finish": 4, "between": 2, "step": 2}
 """How many faults that a job survives come before one that ends it, by the moment of the latter."""
 
@@ -202,6 +206,9 @@ def after_end(job: "subprocess.Popen[bytes]", before: set[int], cluster: int, at
         seconds = time.monotonic() - ended
         if not living or at_once or seconds > GONE_SECONDS:
             break
+        if seconds > AGENT_SECONDS and all(line.startswith(AGENTS) for line in living.values()):
+            for pid in living:
+                faults.kill(pid)
         time.sleep(0.05)
     for pid in living:
         faults.kill(pid)
