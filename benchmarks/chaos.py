@@ -39,8 +39,8 @@ GONE_SECONDS = 60.0
 """Processes of a job that are still there so long after its end are left behind."""
 
 AGENTS, AGENT_SECONDS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent"), 15.0
-"""Ray's agents outlive a killed driver or raylet by a minute or two, in which they try to report to a head that is gone. They know
-nothing of the run. They are ended after these seconds, and not counted."""
+"""Ray's agents outlive a killed driver or raylet by a minute or two, in which they try to report to a head that is gone. They
+know nothing of the run. They are ended after these seconds, and not counted."""
 
 SURVIVORS_FIRST = {"last": 4, "finish": 4, "between": 2, "step": 2}
 """How many faults that a job survives come before one that ends it, by the moment of the latter."""
