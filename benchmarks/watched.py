@@ -13,7 +13,7 @@ PATH is a file below the run, and N counts how often the process has done this. 
     wait                a step; the process that reaches it renames this file to waiting-PID, and waits until it is killed
     go                  or until this file is there
     refuse              while it is there, nothing can be written below the run
-    explained           a line for every chunk that a replica begins: nanoseconds since 1970, chunk_id
+    explained           a line for every chunk that a replica begins to explain: nanoseconds since 1970, chunk_id
 
 Left out: files that are not written from Python. Writes of a run all are.
 """
@@ -136,18 +136,18 @@ class Counting:
 
         def exec_module(module: ModuleType) -> None:
             load(module)
-            module.Replica.__call__ = self.noting(module.Replica.__call__)
+            module.Replica._compute = self.noting(module.Replica._compute)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
-    def noting(self, call: Any) -> Any:
+    def noting(self, compute: Any) -> Any:
         """The method, which notes its chunk first."""
 
-        @functools.wraps(call)
-        def noted(replica: Any, row: Any) -> Any:
+        @functools.wraps(compute)
+        def noted(replica: Any, chunk_id: int, decoded: Any) -> Any:
             with open(f"{self.folder}/explained", "a") as file:
-                file.write(f"{time.time_ns()} {row['chunk_id'][0].as_py()}\n")
-            return call(replica, row)
+                file.write(f"{time.time_ns()} {chunk_id}\n")
+            return compute(replica, chunk_id, decoded)
 
         return noted
