@@ -23,6 +23,9 @@ from . import exits
 ANSWER_SECONDS = 10.0
 """Seconds to wait for a dashboard to answer. Ray's client would wait for as long as the system does, which is minutes."""
 
+NODE_ATTEMPTS = 3
+"""How often a cluster is asked for its nodes."""
+
 SILENT_SECONDS = 60.0
 """Seconds without a line after which the log is asked for anew: a connection may be dead without an end. Progress lines of
 commands are 10 seconds apart."""
@@ -161,6 +164,15 @@ def is_here(address: str) -> bool:
 
     The dashboard's address does not tell: a port that is forwarded makes a cluster far away answer on this machine.
     """
+    for _ in range(NODE_ATTEMPTS):
+        if nodes := _node_ips(address):
+            return all(map(_is_own, nodes))
+        time.sleep(1)  # a head that has just started knows of no node, and a busy one answers late
+    return False
+
+
+def _node_ips(address: str) -> set[str]:
+    """The addresses of the dashboard and of all nodes; empty if they are not known."""
     from ray.util.state import list_nodes
 
     try:
@@ -174,8 +186,8 @@ def is_here(address: str) -> bool:
             raise_on_missing_output=False,
         )
     except Exception:  # an older Ray, a proxy that lets only the jobs' addresses through: nothing is known
-        return False
-    return bool(nodes) and all(map(_is_own, ours | {node.node_ip for node in nodes}))
+        return set()
+    return ours | {node.node_ip for node in nodes} if nodes else set()
 
 
 def _is_own(ip: str) -> bool:

@@ -7,6 +7,7 @@ This is the only file that asks a filesystem, so a test that puts another one in
 stores there are is said in `saecore.stores`; how often a store that fails is asked, in `saecore.patience`.
 """
 
+import io
 import json
 import os
 import posixpath
@@ -26,6 +27,9 @@ from saecore.patience import PatientFile, StoreDownError, retried, said
 from saecore.stores import ADDRESS, check_holds_no_secret, connect
 
 T = TypeVar("T")
+
+PARQUET_AHEAD = 1 << 20
+"""Bytes of a Parquet file on a store that are fetched at once: of small tables, all columns."""
 
 # What begins like an address and is none would be taken for a folder called `s3:`.
 _ALMOST = re.compile(r"(?P<scheme>file|s3|gs|gcs|hf|https?|hdfs|abfss?):(?!//)/?(?P<rest>.*)", re.DOTALL)
@@ -202,7 +206,7 @@ def read_parquet(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
         return pq.read_table(place.path, filesystem=pyarrow.fs.LocalFileSystem(), columns=names)
     with place.open() as file:
         try:
-            return table_of(file, names)
+            return table_of(io.BufferedReader(file, PARQUET_AHEAD), names)
         except pa.ArrowInvalid as error:  # which does not know what the file is called
             raise pa.ArrowInvalid(f"{uri}: {error}") from error
 

@@ -158,14 +158,22 @@ def test_a_run_of_embeddings(
     assert embed.main(command(folder, whole)) == 0
     while_away(embed.main, command(folder, out), folder, monkeypatch)
     assert retry.main([str(out), where]) == 0
-    assert rows(out, ("images",)) == rows(whole, ("images",))
+    is_exact = where == "--local"  # on Ray, another number of threads rounds the last bit otherwise
+    found, expected = (
+        [
+            tuple(value for value in row if is_exact or not value.startswith("["))
+            for row in rows(run, ("images",))["images"]
+        ]
+        for run in (out, whole)
+    )
+    assert found == expected
     assert "    # says that the run is complete, and writes its memory map" in capsys.readouterr().out
     assert embed.main(command(folder, out)) == 0
     held = [
         {path.name.split("_")[-1]: np.fromfile(path, np.float32) for path in run.glob("*.npy")} for run in (out, whole)
     ]
     [(name, whole_map)] = held[1].items()
-    assert np.array_equal(held[0][name], whole_map)
+    assert np.allclose(held[0][name], whole_map, rtol=0, atol=0 if is_exact else 1e-4)
 
 
 def test_mistakes(

@@ -216,7 +216,7 @@ def test_whatever_is_asked_fails_once(
     said = [record.getMessage() for record in caplog.records if record.name == patience.__name__]
     # curl itself asks again where a connection breaks that was kept from before, so breaks are not counted here.
     for kind, told in (
-        ("slow-down", r"SLOW_DOWN|HTTP status 503"),
+        ("slow-down", r"SLOW_DOWN|SERVICE_UNAVAILABLE|HTTP status 503"),
         ("error", r"INTERNAL_FAILURE|HTTP status 500"),
         ("silence", "curlCode: 28"),
     ):
