@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
@@ -308,6 +309,8 @@ def test_a_store_that_refuses_midway_as_a_person_sees_it(
     found = tables(there, indexed=False)
     for table, columns in exact.items():
         assert found[table].select(columns) == at_home[table].select(columns)
+    values, expected = (each["activations"]["activation"].to_numpy() for each in (found, at_home))
+    np.testing.assert_allclose(values, expected, rtol=0, atol=1e-5)
     log = read_bytes(f"{there}/run.log").decode()
     assert f"{there}/plan.parquet: " in log
     assert "; asking again in " in log
