@@ -9,6 +9,10 @@ chunk comes back, the range that was entered last and never left is halved, unti
 worker twice while it stands alone is refused. A worker can also die of something else (a lost node): the first death of a chunk
 changes nothing, and later deaths only make ranges smaller.
 
+Values round by the batch in which they are computed. So a step whose values depend on batches works, once all pieces have
+passed, on the whole chunk again without the refused images (`Work.whole`): its values are then those of a chunk that was never
+halved. This happens once: if a worker dies in it, the pieces count.
+
 An exception does not end its process, and it may be a bug that no image caused (`survive`). So the exception is raised on if
 memory ran out, if the stage raises for a blank image too, or if it raises for every image or for many.
 
@@ -49,6 +53,8 @@ class Work(NamedTuple):
     """Pieces to work on one after the other: [start, end) among the chunk's images."""
     refused: list[int]
     """Images that must not be touched: each ended its worker."""
+    whole: bool
+    """Whether the chunk was halved, and may be worked on as a whole after its pieces."""
 
 
 class Witness(Protocol):
@@ -67,6 +73,7 @@ class _Case:
     deaths: int = 0
     deaths_alone: dict[int, int] = dataclasses.field(default_factory=dict)
     refused: list[int] = dataclasses.field(default_factory=list)
+    died_whole: bool = False
 
 
 class Suspects:
@@ -88,10 +95,13 @@ class Suspects:
             if case.deaths > FREE_DEATHS:
                 self._narrow(case, *case.entered)
             case.entered = None
-        return Work(list(case.ranges), sorted(case.refused))
+        return Work(list(case.ranges), sorted(case.refused), len(case.ranges) > 1 and not case.died_whole)
 
     def _narrow(self, case: _Case, start: int, end: int) -> None:
         """The worker died in [start, end): halve it, or count against the one image in it."""
+        if (start, end) not in case.ranges:  # in the whole chunk, whose pieces had passed
+            case.died_whole = True
+            return
         place = case.ranges.index((start, end))
         if end - start > 1:
             middle = (start + end) // 2

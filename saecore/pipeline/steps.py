@@ -81,10 +81,13 @@ class Replica:
         """The stage's payload, and how many seconds it took."""
         step, clock = self.stage.step, Clock()
         work = self.witness.begin(step, chunk_id, decoded.num_rows)
-        payloads = []
-        for start, end in pieces(self.witness, step, chunk_id, work, 0, decoded.num_rows):
+        n_images, payloads = decoded.num_rows, []
+        for start, end in pieces(self.witness, step, chunk_id, work, 0, n_images):
             piece = refuse(decoded.slice(start, end - start), start, work.refused, "pixels")
             payloads.append(survive(self.stage, piece, "pixels", _black))
+        if work.whole:  # Values round by the batch: those of a chunk that was never halved are wanted.
+            self.witness.enter(step, chunk_id, 0, n_images)
+            payloads = [survive(self.stage, refuse(decoded, 0, work.refused, "pixels"), "pixels", _black)]
         self.witness.done(step, chunk_id)
         clock.lap(step)
         return pa.concat_tables(payloads), clock.seconds

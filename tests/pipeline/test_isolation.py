@@ -70,6 +70,19 @@ def test_pieces_follow_a_stream_of_batches() -> None:
     assert streamed == [[(0, 4)], [(4, 5), (5, 8)], [(8, 10)]]
 
 
+def test_a_chunk_that_was_halved_is_worked_on_as_a_whole_once() -> None:
+    suspects = Suspects()
+    die_twice(suspects, 4)
+    assert suspects.begin("decode", 1, 4).whole
+    suspects.enter("decode", 1, 2, 4)
+    suspects.enter("decode", 1, 0, 4)  # all pieces have passed, and the worker dies in the whole chunk
+    work = suspects.begin("decode", 1, 4)
+    assert work.ranges == [(0, 2), (2, 4)]
+    assert not work.whole
+    suspects.done("decode", 1)
+    assert not suspects.begin("decode", 1, 4).whole
+
+
 def test_attempts_are_bounded() -> None:
     suspects = Suspects()
     for _ in range(MAX_ATTEMPTS):
