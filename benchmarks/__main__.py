@@ -2,6 +2,7 @@
 
 python -m benchmarks train        training an SAE, against a straightforward dense loop
 python -m benchmarks maps         maps by every method, against a plain forward and the naive ways
+python -m benchmarks precision    bfloat16 against float32 on a CPU: speed, kept latents, maps
 python -m benchmarks query        questions to a synthetic run with and without its index; sizes, memory
 python -m benchmarks load         memory of a long run on Ray, of a large tar and of a plan of many shards: is it flat
 python -m benchmarks truth        where maps of the demo's scenes lie, against true masks: no speed at all
@@ -21,6 +22,7 @@ from typing import Annotated, Any
 import tyro
 
 from benchmarks.disturb import Chaos
+from benchmarks.precision import Precision
 from jobs import commands, console, origin
 from saecore.methods import DEFAULT_OPTIONS, METHODS, Options, parse_methods
 
@@ -294,7 +296,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def benchmark(argv: list[str]) -> int:
     """Measure and print."""
-    ways = {"train": Train(), "maps": Maps(), "query": Query(), "load": Load(), "truth": Truth(), "chaos": Chaos()}
+    ways = {
+        "train": Train(),
+        "maps": Maps(),
+        "precision": Precision(),
+        "query": Query(),
+        "load": Load(),
+        "truth": Truth(),
+        "chaos": Chaos(),
+    }
     kinds: Any = tyro.extras.subcommand_type_from_defaults(
         ways, {name: inspect.getdoc(way) or "" for name, way in ways.items()}
     )

@@ -18,6 +18,7 @@ from saecore.images.changes import Changes, since
 from saecore.images.chunks import count_images, plan_chunks
 from saecore.images.effort import MAX_PIXELS
 from saecore.images.listing import list_shards
+from saecore.methods import check_precision
 from saecore.pipeline.config import EmbedConfig, ModelDigests, Part, changes_results, keeps_results, parts_of
 from saecore.pipeline.decoder import IMAGE_SECONDS
 from saecore.pipeline.growth import Divided, divide, groups_of, grown, new_chunks
@@ -52,6 +53,9 @@ class Arguments:
     """CLIP or SigLIP: a Hugging Face id, a folder in transformers format, or `demo`."""
     batch_size: int = dataclasses.field(default=64, metadata=_IN_CONFIG)
     """Images per forward of a replica. It changes speed and memory, not results."""
+    precision: str = dataclasses.field(default="auto", metadata=_IN_CONFIG)
+    """Precision of the image tower: float32, bfloat16 (twice as fast on a CPU that has instructions for it; some images keep
+    other latents), or auto, which is bfloat16 on a GPU, unless a method needs float32, and float32 on a CPU."""
     chunk_size: int = dataclasses.field(default=512, metadata=changes_results(Part("chunk-size")))
     """Images per chunk, the unit of work, of retry and of commitment."""
     replicas: int = dataclasses.field(default=0, metadata=_ONLY_WHERE)
@@ -104,6 +108,7 @@ class Arguments:
         commands.at_least(self, **least, max_pixels=1, image_seconds=0, stop_seconds=0)
         with commands.given_fields(self):
             wishes(self).check()
+            check_precision(self.precision)
         if "://" in self.log_json:
             raise ValueError(
                 f"--log-json {self.log_json}: a store cannot be appended to; name a local file, or - to print"
@@ -209,6 +214,18 @@ def check_run(inputs: Inputs, parts: Sequence[dict[str, Any]]) -> None:
 
 
 def make_pool(arguments: Arguments, inputs: Inputs, image_bytes: int) -> Pool:
+    """`_place`, with a line that says so if this machine is slow in the precision that was asked for."""
+    pool = _place(arguments, inputs, image_bytes)
+    if arguments.precision != "bfloat16" or pool.device != "cpu":
+        return pool
+    from saecore.pipeline.inference import lacks_bfloat16
+
+    # Said and not refused: replicas may run on other machines than this one, and a run that a GPU began may have to end here.
+    slow = "this machine's processor has no instructions for bfloat16, so --precision float32 would be faster on it"
+    return pool._replace(why="\n".join(line for line in (pool.why, slow * lacks_bfloat16()) if line))
+
+
+def _place(arguments: Arguments, inputs: Inputs, image_bytes: int) -> Pool:
     """Where the replicas run: as told, or in this process if the images are few. Results do not depend on it.
 
     `image_bytes` are those of the pixels of an image.

@@ -75,6 +75,8 @@ class Arguments(collection.Arguments):
         commands.check_templates(self.templates)
         if self.templates != ("{}",) and not self.text:
             raise ValueError("--templates is for --text")
+        if self.text and self.precision == "bfloat16":
+            raise ValueError("--precision bfloat16 is for images: the text tower runs in float32")
         for field in ("dataset", "split"):
             if "/" in getattr(self, field):
                 raise ValueError(
@@ -128,7 +130,7 @@ def prepare(arguments: Arguments, argv: list[str], locked: contextlib.ExitStack 
     with commands.given("--clip"):
         tower = load_tower(clip)
     inputs = collection.Inputs(arguments, arguments.images)
-    config = EmbedConfig(clip=clip, batch_size=arguments.batch_size)
+    config = EmbedConfig(clip=clip, batch_size=arguments.batch_size, precision=arguments.precision)
     digests = ModelDigests(tower.sha256()[:16])
 
     def parts_on(device: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import tyro
 
 from saecore.demo.writing import write_shards
-from saecore.methods import DEFAULT_OPTIONS, Options, parse_methods, parse_targets
+from saecore.methods import DEFAULT_OPTIONS, Options, check_precision, parse_methods, parse_targets
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.config import ExplainConfig, ModelDigests, keeps_results
 from saecore.pipeline.models import check_latents, check_widths, load_word_targets
@@ -97,7 +97,7 @@ class Arguments(collection.Arguments):
             raise ValueError("give --images, --clip and --sae, or --demo for all three")
         commands.at_least(self, k=0, concept_latents=1)
         with commands.given_fields(self, self.options):
-            parse_methods(self.method)
+            check_precision(self.precision, parse_methods(self.method))
             parse_targets(self.targets)
             self.options.check()
         super().check()
@@ -240,6 +240,7 @@ def configure(arguments: Arguments, loaded: Loaded) -> ExplainConfig:
         site=arguments.site,
         k=arguments.k or min(DEFAULT_K, sae.most_firing),
         batch_size=arguments.batch_size,
+        precision=arguments.precision,
         methods=methods,
         targets=targets,
         concept_latents=arguments.concept_latents,

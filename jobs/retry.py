@@ -161,7 +161,9 @@ def prepare(arguments: Arguments, run: Run, commits: Sequence[Commit], n_images:
         raise ValueError(f"run.json of {arguments.run} does not say how it was made: {error}") from error
     preprocess, digests = models(arguments.run, config)
     pool = make_pool(arguments, n_images)
-    config = dataclasses.replace(config, device=pool.device, threads=pool.threads)
+    # `auto` may come to something else on this device than it did on that of the run.
+    precision = record.dtype or config.precision
+    config = dataclasses.replace(config, device=pool.device, threads=pool.threads, precision=precision)
     check_same(arguments.run, record, {"schema": schema.VERSION, **parts_of(config, digests)})
     stage: Any = Explain if isinstance(config, ExplainConfig) else Embed
     decode = Decode(preprocess, record.parts.get("max-pixels", MAX_PIXELS), arguments.image_seconds)

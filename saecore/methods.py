@@ -198,11 +198,32 @@ class Options:
 DEFAULT_OPTIONS = Options()
 
 
-def dtype_of(device: str, methods: Sequence[str] = ()) -> str:
-    """The tower's precision: bfloat16 on CUDA, unless a method needs float32."""
-    return (
-        "bfloat16" if device == "cuda" and not any(METHODS[method].needs_float32 for method in methods) else "float32"
-    )
+PRECISIONS = ("auto", "float32", "bfloat16")
+"""What a user can ask of the tower. docs/benchmarks.md says why `auto` is float32 on a CPU."""
+
+
+def dtype_of(device: str, methods: Sequence[str] = (), precision: str = "auto") -> str:
+    """The tower's precision as it was asked for; `auto` is bfloat16 on CUDA, unless a method needs float32.
+
+    It depends on no machine's processor, so that all replicas of a run compute in the same one.
+    """
+    if precision != "auto":
+        return precision
+    return "bfloat16" if device == "cuda" and not _need_float32(methods) else "float32"
+
+
+def check_precision(precision: str, methods: Sequence[str] = ()) -> None:
+    """ValueError for a word that is no precision, and for bfloat16 with a method that needs float32."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
+    if precision == "bfloat16" and (needing := _need_float32(methods)):
+        raise ValueError(
+            f"precision bfloat16: {needing[0]} subtracts two forwards, which needs float32; ask for one of the two"
+        )
+
+
+def _need_float32(methods: Sequence[str]) -> list[str]:
+    return [method for method in methods if METHODS[method].needs_float32]
 
 
 def parse_methods(names: str) -> tuple[str, ...]:

@@ -71,7 +71,7 @@ def said_of(name: str, metadata: Mapping[Any, Any]) -> tuple[Part, ...]:
 
 
 def _dtype(config: "EmbedConfig", _: ModelDigests) -> str:
-    return dtype_of(config.device, config.methods if isinstance(config, ExplainConfig) else ())
+    return dtype_of(config.device, config.methods if isinstance(config, ExplainConfig) else (), config.precision)
 
 
 def _concepts(config: "ExplainConfig", _: ModelDigests) -> list[Any]:
@@ -96,7 +96,9 @@ class EmbedConfig:
     batch_size: int = dataclasses.field(default=64, metadata=keeps_results("a batch changes speed and memory"))
     """Images per forward."""
     device: str = dataclasses.field(default="cpu", metadata=changes_results(Part("dtype", _dtype)))
-    """`cpu` or `cuda`: with it comes the precision of the forward."""
+    """`cpu` or `cuda`: with it comes the precision of the forward, if that is `auto`."""
+    precision: str = dataclasses.field(default="auto", metadata=changes_results(Part("dtype", _dtype)))
+    """One of `saecore.methods.PRECISIONS`. The part is what it comes to: a run is resumed on any device that has the same."""
     threads: int = dataclasses.field(default=0, metadata=keeps_results("CPU threads change speed"))
     """CPU threads of the forward; 0 leaves PyTorch's own choice (Ray sets OMP_NUM_THREADS to an actor's num_cpus)."""
 

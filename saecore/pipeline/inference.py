@@ -5,8 +5,8 @@
 Shapes: B images, E embedding width, k kept latents, M methods, n targets of maps, P patches.
 """
 
-from collections.abc import Sequence
-from typing import Generic, NamedTuple, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from saecore.relevance.maps import Maps, completeness_error, sink_share
 from saecore.relevance.targets import TargetAxis, Targets, WordTargets, no_word_targets
 from saecore.sae.model import SAE, Code
 from saecore.towers.tower import ImageTower
+
+BFLOAT16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
+"""PyTorch's names for them: two of x86, two of ARM."""
 
 
 class Inferred(NamedTuple):
@@ -65,13 +68,22 @@ class Embedded(NamedTuple):
 Columns = TypeVar("Columns", Embedded, Inferred)
 
 
+def lacks_bfloat16() -> bool:
+    """Whether this machine's processor is known to have no instructions that multiply matrices of bfloat16.
+
+    PyTorch computes all the same, and more slowly than in float32. An older PyTorch cannot tell; then it is False.
+    """
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities) and not any(capabilities.get(name) for name in BFLOAT16_INSTRUCTIONS)
+
+
 class _OnDevice(Generic[Columns]):
     """CLIP on its device, in the precision that `dtype_of` says. A subclass computes the columns."""
 
-    def __init__(self, tower: ImageTower, device: str, methods: Sequence[str] = ()) -> None:
+    def __init__(self, tower: ImageTower, device: str, methods: Sequence[str] = (), precision: str = "auto") -> None:
         self.device = torch.device(device)
         self.tower = tower.to(self.device)
-        if dtype_of(self.device.type, methods) == "bfloat16":
+        if dtype_of(self.device.type, methods, precision) == "bfloat16":
             self.tower.run_in(torch.bfloat16)
 
     def __call__(self, pixels: np.ndarray) -> Columns:
@@ -107,8 +119,9 @@ class Inference(_OnDevice[Inferred]):
         request: TargetRequest = KEPT,
         words: WordTargets | None = None,
         options: Options = DEFAULT_OPTIONS,
+        precision: str = "auto",
     ) -> None:
-        super().__init__(tower, device, methods)
+        super().__init__(tower, device, methods, precision)
         self.sae = sae.to(self.device)
         self.k, self.methods, self.options = k, tuple(methods), options
         self.axis = TargetAxis.of(request, k)

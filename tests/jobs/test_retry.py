@@ -172,6 +172,22 @@ def test_a_run_of_embeddings(
     assert np.array_equal(held[0][name], whole_map)
 
 
+def test_what_a_gpu_ran_in_bfloat16_is_retried_in_bfloat16_on_a_cpu(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Planted: a run in bfloat16 whose record has the configuration of a run on a GPU, which was asked for nothing."""
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    assert explain.main([*explaining(folder, whole), "--precision", "bfloat16"]) == 0
+    while_away(explain.main, [*explaining(folder, out), "--precision", "bfloat16"], folder, monkeypatch)
+    record = out / "run.json"
+    asked = '"precision": "bfloat16"'
+    assert record.read_text().count(asked) == 1
+    record.write_text(record.read_text().replace(asked, '"precision": "auto"'))
+    assert retry.main([str(out)]) == 0
+    assert "regained      5 of 5 images" in capsys.readouterr().out
+    assert rows(out) == rows(whole)
+
+
 def test_mistakes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,16 @@ import pytest
 
 from jobs import collection, explain
 from saecore.methods import Options, parse_targets
-from saecore.pipeline.config import EmbedConfig, ExplainConfig, ModelDigests, Part, changes_results, parts_of, said_of
+from saecore.pipeline.config import (
+    EmbedConfig,
+    ExplainConfig,
+    ModelDigests,
+    Part,
+    changes_results,
+    parts_of,
+    restored,
+    said_of,
+)
 from saecore.runs.run import fingerprint
 from tests.conftest import command
 
@@ -26,6 +35,7 @@ OTHERS: dict[str, Any] = {
     "options": Options(layers=2),
     "embeddings": True,
     "device": "cuda",
+    "precision": "bfloat16",
 }
 """Another value of every field that changes results by itself."""
 
@@ -72,6 +82,18 @@ def test_what_changes_results_changes_the_fingerprint_and_nothing_else_does() ->
         assert parts_of(dataclasses.replace(CONFIG, **{name: value}), MODELS) != before, name
     for name, models in OF_MODELS.items():
         assert parts_of(CONFIG, models) != before, name
+
+
+def test_a_precision_is_the_same_part_however_it_was_asked_for() -> None:
+    """So a run that a GPU began goes on on a CPU, and a run of before the option goes on with it."""
+
+    def part(device: str, precision: str) -> Any:
+        return parts_of(dataclasses.replace(CONFIG, device=device, precision=precision), MODELS)
+
+    assert part("cpu", "auto") == part("cpu", "float32") == part("cuda", "float32")
+    assert part("cuda", "auto") == part("cuda", "bfloat16") == part("cpu", "bfloat16") != part("cpu", "auto")
+    old = {name: value for name, value in dataclasses.asdict(CONFIG).items() if name != "precision"}
+    assert restored("explain", old) == CONFIG
 
 
 def test_options_change_the_fingerprint_each_by_itself() -> None:
