@@ -31,7 +31,7 @@ from saecore import schema
 from saecore.naming.vocabulary import read_vocabulary
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.config import EmbedConfig, ModelDigests
-from saecore.pipeline.stages import Decode, Embed
+from saecore.pipeline.stages import Embed
 from saecore.runs.files import ROW_GROUP_ROWS, parquet_bytes
 from saecore.runs.refusals import refusals
 from saecore.runs.run import listing_hash, refuse_other
@@ -40,7 +40,7 @@ from saecore.storage import Place, exists, join_uri, read_parquet, write_atomic
 from saecore.training import memmaps
 from saecore.upkeep.lock import Lock
 
-from . import cluster, collection, commands, console, locks, pipeline
+from . import cluster, collection, commands, console, decoding, locks, pipeline
 from .pool import DEVICES
 from .summaries import outline, refused_images, run_summary
 
@@ -149,7 +149,7 @@ def prepare(arguments: Arguments, argv: list[str], locked: contextlib.ExitStack 
     made_by = collection.made_by("embed", argv, config, inputs, pool) | {"n_outputs": tower.n_outputs}
     lock = Lock() if locked is None else locked.enter_context(locks.held("--out", arguments.out, "embed"))
     run = collection.begin_run(inputs, parts, made_by)
-    decode = Decode(tower.preprocess, arguments.max_pixels, arguments.image_seconds)
+    decode = decoding.decoder(arguments, tower.preprocess, inputs.run)
     return pipeline.Job(run, decode, functools.partial(Embed, config), tags, pool, lock)
 
 

@@ -28,7 +28,7 @@ from saecore.methods import DEFAULT_OPTIONS, Options, check_precision, parse_met
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.config import ExplainConfig, ModelDigests, keeps_results
 from saecore.pipeline.models import check_latents, check_widths, load_word_targets
-from saecore.pipeline.stages import Decode, Explain
+from saecore.pipeline.stages import Explain
 from saecore.report.preview import write_preview
 from saecore.runs.fit import ENOUGH, Fit
 from saecore.runs.record import Record
@@ -37,7 +37,7 @@ from saecore.spellings import Model, telling
 from saecore.storage import writing
 from saecore.upkeep.lock import Lock
 
-from . import collection, commands, console, exits, locks, pipeline
+from . import collection, commands, console, decoding, exits, locks, pipeline
 from .hints import after_explain
 from .pool import DEVICES
 from .summaries import outline, refused_images, run_summary
@@ -185,7 +185,7 @@ def prepare(arguments: Arguments, argv: list[str], locked: contextlib.ExitStack 
     }
     lock = Lock() if locked is None else locked.enter_context(locks.held("--out", arguments.out, "explain"))
     run = collection.begin_run(inputs, parts, made_by)
-    decode = Decode(loaded.tower.preprocess, arguments.max_pixels, arguments.image_seconds)
+    decode = decoding.decoder(arguments, loaded.tower.preprocess, inputs.run)
     return pipeline.Job(run, decode, functools.partial(Explain, config), tags(config, loaded), pool, lock)
 
 

@@ -38,7 +38,7 @@ from saecore.runs.refusals import MAY_PASS, refusals, refused_chunks
 from saecore.runs.run import Run, run_at
 from saecore.storage import resolved
 
-from . import cluster, collection, commands, console, locks, pipeline
+from . import cluster, collection, commands, console, decoding, locks, pipeline
 from .pool import Pool, Wishes
 from .summaries import refused_images, run_summary
 
@@ -166,7 +166,8 @@ def prepare(arguments: Arguments, run: Run, commits: Sequence[Commit], n_images:
     config = dataclasses.replace(config, device=pool.device, threads=pool.threads, precision=precision)
     check_same(arguments.run, record, {"schema": schema.VERSION, **parts_of(config, digests)})
     stage: Any = Explain if isinstance(config, ExplainConfig) else Embed
-    decode = Decode(preprocess, record.parts.get("max-pixels", MAX_PIXELS), arguments.image_seconds)
+    max_pixels, resize = record.parts.get("max-pixels", MAX_PIXELS), decoding.held(record.parts)
+    decode = Decode(preprocess, max_pixels, arguments.image_seconds, resize)
     again = dataclasses.replace(run, again=1 + max(commit.again for commit in commits))
     # No tags: the metadata of the files of before stays.
     return pipeline.Job(again, decode, functools.partial(stage, config), {}, pool)

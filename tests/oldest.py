@@ -19,7 +19,7 @@ def lowest(text: str) -> list[str]:
     tests = re.search(r"^test = \[\n(.*?)^\]", text, re.MULTILINE | re.DOTALL)
     assert dependencies
     assert tests
-    found = re.findall(r'^ *"([\w-]+(?:\[[\w,]+\])?)>=([\w.]+)"', dependencies[1] + tests[1], re.MULTILINE)
+    found = re.findall(r'^ *"([\w-]+(?:\[[\w,]+\])?)>=([\w.]+)(?:;[^"]*)?"', dependencies[1] + tests[1], re.MULTILINE)
     return [f"{name}=={version}" for name, version in found]
 
 

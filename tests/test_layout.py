@@ -225,6 +225,7 @@ SHARED = [
     "commands",
     "console",
     "dashboard",
+    "decoding",
     "events",
     "exits",
     "head",

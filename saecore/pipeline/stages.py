@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from saecore import schema
 from saecore.images.decode import ImageError, decode_image
 from saecore.images.effort import MAX_PIXELS
-from saecore.images.preprocess import Preprocess
+from saecore.images.preprocess import Preprocess, Resize
 from saecore.pipeline.config import EmbedConfig, ExplainConfig
 from saecore.pipeline.decoder import Limited
 from saecore.pipeline.models import load_models, load_word_targets
@@ -29,9 +29,11 @@ if TYPE_CHECKING:
 class Decode:
     """RAW -> DECODED: from encoded bytes to the uint8 pixels that the tower takes."""
 
-    def __init__(self, preprocess: Preprocess, max_pixels: int = MAX_PIXELS, seconds: float = 0.0) -> None:
+    def __init__(
+        self, preprocess: Preprocess, max_pixels: int = MAX_PIXELS, seconds: float = 0.0, resize: Resize = "exact"
+    ) -> None:
         self.preprocess = preprocess
-        decode = functools.partial(decode_image, preprocess=preprocess, max_pixels=max_pixels)
+        decode = functools.partial(decode_image, preprocess=preprocess, max_pixels=max_pixels, resize=resize)
         # Without a limit it is done in this process.
         self.decode = Limited(decode, seconds) if seconds else decode
 

@@ -1,3 +1,4 @@
+import io
 import json
 import struct
 import warnings
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import skimage
 import sklearn.datasets
+import torch
 from PIL import Image
 
 from saecore.images.decode import ImageError, decode_image, open_rgb
@@ -63,6 +65,73 @@ def test_rounding_equals_that_of_transformers_at_odd_sizes() -> None:
         config = {"size": {"shortest_edge": 37}, "crop_size": {"height": 37, "width": 32}}
         ours = decode_image(encode(image, "PNG"), Preprocess.from_config(config))
         np.testing.assert_array_equal(ours.pixels, theirs(image, **config))
+
+
+SIZES: list[tuple[dict[str, Any], int]] = [
+    ({"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}, 3),
+    ({"size": {"shortest_edge": 80}, "crop_size": {"height": 73, "width": 64}}, 1),
+    ({"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 81}}, 2),  # padded
+    ({"image_processor_type": "SiglipImageProcessor", "size": {"height": 256, "width": 224}}, 3),
+    ({"size": {"shortest_edge": 700}, "crop_size": {"height": 500, "width": 500}}, 3),  # most are enlarged
+]
+
+
+@pytest.mark.parametrize(("config", "resample"), SIZES)
+def test_fast_pixels_are_those_of_pillow_but_for_rounding(config: dict[str, Any], resample: int) -> None:
+    preprocess = Preprocess.from_config({**config, "resample": resample})
+    off, n_values = np.zeros(2), 0
+    for path in (SKIMAGE / "chelsea.png", SKIMAGE / "rocket.jpg", SKLEARN / "china.jpg"):
+        image = Image.open(path).convert("RGB")
+        width, height = image.size
+        for shape in (image, image.crop((0, 0, width, height // 3)), image.crop((5, 0, 5 + width // 4, height))):
+            data = encode(shape, "BMP")
+            fast = decode_image(data, preprocess, resize="fast")
+            assert fast[1:] == decode_image(data, preprocess)[1:]
+            difference = np.abs(rows_first(shape, preprocess).astype(int) - fast.pixels)
+            assert difference.max() <= 2
+            off, n_values = off + np.array([(difference > 0).sum(), (difference > 1).sum()]), n_values + difference.size
+    assert off[0] < 0.01 * n_values
+    assert off[1] < 1e-5 * n_values
+
+
+def rows_first(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
+    """Pillow's pixels, if it goes along the rows first whatever its version thinks of the order."""
+    (height, width), (across, down) = preprocess.size, preprocess.resized(*image.size)
+    left, top, resample = (across - width) // 2, (down - height) // 2, Image.Resampling(preprocess.resample)
+    resized = image.resize((across, image.height), resample).resize((across, down), resample)
+    return np.asarray(resized.crop((left, top, left + width, top + height)))
+
+
+@pytest.mark.parametrize("path", PHOTOGRAPHS[:3], ids=lambda path: path.name)
+def test_fast_pixels_are_those_of_pytorch(path: Path) -> None:
+    """By which transformers' processors resize that are backed by torchvision."""
+    image = Image.open(path).convert("RGB").crop((0, 0, 400, 290))
+    size = {"height": 224, "width": 224}
+    siglip = Preprocess.from_config({"image_processor_type": "SiglipImageProcessor", "size": size, "resample": 3})
+    fast = decode_image(encode(image, "BMP"), siglip, resize="fast").pixels
+    planes = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    theirs = torch.nn.functional.interpolate(planes, size=(224, 224), mode="bicubic", antialias=True)
+    difference = np.abs(fast.astype(int) - theirs[0].permute(1, 2, 0).numpy())
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 0.01  # none where PyTorch has AVX2
+
+
+def test_fast_pixels_of_odd_sizes_are_those_of_pillow() -> None:
+    for width, height in ((1, 1), (1, 70), (65, 64), (127, 64), (99, 98), (331, 77), (77, 331), (2, 4000)):
+        data = encode(photograph(width, height), "PNG")
+        config = {"size": {"shortest_edge": 37}, "crop_size": {"height": 37, "width": 32}}
+        fast = decode_image(data, Preprocess.from_config(config), resize="fast")
+        exact = rows_first(Image.open(io.BytesIO(data)), Preprocess.from_config(config))
+        np.testing.assert_allclose(fast.pixels.astype(int), exact, atol=1)
+
+
+@pytest.mark.parametrize(("width", "height", "resample"), [(37, 50, 3), (99, 98, 0), (99, 98, 4), (98, 99, 5)])
+def test_fast_pixels_are_pillows_where_nothing_is_resized_or_the_filter_is_rare(
+    width: int, height: int, resample: int
+) -> None:
+    rare = Preprocess.from_config({"size": 37, "crop_size": 37, "resample": resample})
+    data = encode(photograph(width, height), "PNG")
+    np.testing.assert_array_equal(decode_image(data, rare, resize="fast").pixels, decode_image(data, rare).pixels)
 
 
 def test_siglips_processor_resizes_without_regard_to_shape() -> None:

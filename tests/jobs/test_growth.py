@@ -97,6 +97,35 @@ def files(run: Path) -> dict[str, bytes]:
     return {path.relative_to(run).as_posix(): path.read_bytes() for table in tables for path in table.glob("*")}
 
 
+def test_a_run_resizes_its_images_as_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Scenes of 96 pixels are resized to 64, so `fast` and `exact` are two results."""
+    folder, fast, exact = inputs(tmp_path / "in", "folder", BEFORE), tmp_path / "fast", tmp_path / "exact"
+    assert explain.main(explaining(folder, fast)) == 0
+    assert read_record(str(fast)).parts["resize"] == "fast"
+    assert explain.main(explaining(folder, exact, "--resize", "exact")) == 0
+    assert "resize" not in read_record(str(exact)).parts  # as in runs of before `fast`
+    assert "(resize was None, now 'fast')" in mistake(
+        explain.main, explaining(folder, exact, "--resize", "fast"), capsys
+    )
+
+    inputs(folder, "folder", AFTER)
+    for out in (fast, exact):
+        assert explain.main(explaining(folder, out, "--grow")) == 0
+        whole = tmp_path / f"{out.name}-whole"
+        assert explain.main(explaining(folder, whole, "--resize", out.name)) == 0
+        assert rows(out) == rows(whole)
+    assert rows(fast) != rows(exact)
+
+    monkeypatch.setattr("jobs.decoding.can_be_fast", lambda: False)
+    needs = "the package cykooz.resizer, which is not installed here"
+    assert needs in mistake(explain.main, explaining(folder, fast), capsys)
+    assert needs in mistake(explain.main, explaining(folder, tmp_path / "new", "--resize", "fast"), capsys)
+    assert explain.main(explaining(folder, exact)) == 0
+    assert explain.main(explaining(folder, tmp_path / "new", "--dry-run")) == 0
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_that_grew_twice_is_the_run_made_at_once(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

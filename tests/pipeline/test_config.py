@@ -108,7 +108,7 @@ def test_options_change_the_fingerprint_each_by_itself() -> None:
 
 
 def test_fingerprints_are_what_they_were(shards: Path, local_run: Path, tmp_path: Path) -> None:
-    """The parts as the first runs have them: a run of theirs is resumed, not refused."""
+    """The parts as the first runs have them, but for `resize`, which fast runs have: theirs are resumed, not refused."""
     record = json.loads((local_run / "run.json").read_text())
     inputs = collection.Inputs(collection.Arguments(str(tmp_path / "run"), (str(shards),)), [str(shards)]).shards
     size = sum(shard.bytes for shard in inputs)
@@ -119,6 +119,7 @@ def test_fingerprints_are_what_they_were(shards: Path, local_run: Path, tmp_path
         "max-pixels": 178_000_000,
         "chunk-size": 8,
         "limit": 0,
+        "resize": "fast",
         "inputs": record["parts"]["inputs"],
         "clip": "0f5f1246e158efc1",
         "sae": "33fe5634197cb1b8",
