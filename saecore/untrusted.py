@@ -114,11 +114,25 @@ def read_json_file(path: Path) -> dict[str, Any]:
 
 
 def read_safetensors(path: Path) -> "dict[str, Tensor]":
-    """Named tensors; ValueError if the file is none of safetensors."""
-    import safetensors.torch
+    """Named tensors; ValueError if the file is none of safetensors.
+
+    All tensors of one opening lie in one mapping of the file, which stays as long as any of them. So each has an opening of its
+    own, and its memory is free again as soon as it is no longer needed.
+    """
+    import safetensors
 
     with _safetensors(path):
-        return safetensors.torch.load_file(path)
+        with safetensors.safe_open(path, "pt") as file:
+            names = list(file.keys())
+        return {name: _opened(path, name) for name in names}
+
+
+def _opened(path: Path, name: str) -> "Tensor":
+    import safetensors
+
+    with safetensors.safe_open(path, "pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+    return tensor
 
 
 def read_torch(path: Path, skip: int = 0, mapped: bool = False) -> dict[str, Any]:

@@ -175,7 +175,10 @@ def load_folder(folder: str | Path) -> SAE:
 
 
 def from_tensors(config: SAEConfig, tensors: dict[str, Tensor], where: str) -> SAE:
-    """Fill an SAE from named tensors of the shapes that `config` asks for; ValueError names the first that differs."""
+    """Fill an SAE from named tensors of the shapes that `config` asks for; ValueError names the first that differs.
+
+    Each tensor is taken out of `tensors` as soon as it is copied, so that a large SAE does not lie in memory twice.
+    """
     # Only the shapes: nothing is allocated because a config claims it, before its file is known to hold it.
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in SAE(config).state_dict().items()}
@@ -185,8 +188,8 @@ def from_tensors(config: SAEConfig, tensors: dict[str, Tensor], where: str) -> S
             raise ValueError(
                 f"SAE tensor {name!r} in {where}: expected shape {expected.get(name)}, found {shapes.get(name)}"
             )
-    sae = SAE(config)
-    sae.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    sae = sae.eval().requires_grad_(False)
+    sae = SAE(config).eval().requires_grad_(False)
+    for name, own in sae.state_dict().items():
+        own.copy_(tensors.pop(name))  # to float32, whatever it was
     check_sae(sae, where)
     return sae

@@ -112,6 +112,21 @@ class SAEConfig:
         """The model that it was trained on, as far as it is known."""
         return Model(self.model, self.model_sha256)
 
+    def in_words(self) -> str:
+        """What the card of an SAE says of it: its size, which latents fire, where it reads, where it comes from."""
+        firing = {
+            "topk": f", {self.k} of them may fire for an image",
+            "batchtopk": f", about {self.k} of them fire for an image",
+        }
+        words = [f"{self.n_latents:,} latents on embeddings of width {self.n_inputs}, architecture {self.architecture}"]
+        words[0] += firing.get(self.architecture, "") + "."
+        words.append(f"Site: `{self.site}`" + (f" of `{self.model}`." if self.model else "."))
+        if self.nesting != "none":
+            words.append(f"Trained at nested {self.nesting} ({', '.join(map(str, self.nested))}).")
+        if self.source:
+            words.append(f"Weights: `{self.source}`.")
+        return " ".join(words)
+
 
 def from_fields(fields: Mapping[str, Any], where: str) -> SAEConfig:
     """A config from what a file says; ValueError, which names the file, for a field too many, one too few, or a wrong value."""

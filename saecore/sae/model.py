@@ -52,6 +52,9 @@ WEIGHTS_FILE = "sae.safetensors"
 LEAST_LENGTH = 1e-12
 """The length that stands in for that of an embedding of zeros."""
 
+CHOSEN_AT_ONCE = 1 << 20
+"""Pre-activations among which latents are chosen at once. Their copies, of 4 MB each, stay in the caches of a CPU."""
+
 LAYER_NORM_EPS = 1e-5
 """Added to the standard deviation, not to the variance, and only on the way in, as the published SAEs do."""
 
@@ -214,22 +217,42 @@ class SAE(nn.Module, ModelHubMixin, model_card_template=CARD, library_name="rele
         not depend on its batch.
         """
         p = self.pre_activations(x)
-        strength = p.abs() if self.config.by_magnitude else p
-        if self.config.architecture == "topk":
-            latents = strength.topk(max(self.config.k, at_least), dim=-1).indices
+        threshold = None if self.config.architecture == "topk" else self.firing_threshold()
+        latents = self._strongest(p.detach(), threshold, at_least)
+        listed = p.gather(-1, latents)
+        if threshold is None:
             fires = torch.arange(latents.shape[1], device=p.device) < self.config.k
         else:
-            firing = strength > self.firing_threshold()
-            if self.config.by_magnitude and self.config.output == "relu":
-                firing &= p > 0
-            most = max(int(firing.sum(-1).amax()) if len(p) else 0, at_least)
-            # Latents have thresholds of their own: one that does not fire may be stronger than one that does. So those that
-            # do not fire are moved below all others, in their own order.
-            lowered = strength - strength.amax(-1, keepdim=True) - 1
-            latents = torch.where(firing, strength, lowered).topk(most, dim=-1).indices
-            fires = firing.gather(-1, latents)
-        listed = p.gather(-1, latents)
+            fires = self._firing(listed, threshold[latents] if threshold.dim() else threshold)
         return Code(latents, self.output(listed) * fires, listed)
+
+    def _firing(self, p: Tensor, threshold: Tensor) -> Tensor:
+        """Which of these pre-activations are above their thresholds; bool, of the shape of p."""
+        if not self.config.by_magnitude:
+            return p > threshold
+        firing = p.abs() > threshold
+        return firing & (p > 0) if self.config.output == "relu" else firing
+
+    def _strongest(self, p: Tensor, threshold: Tensor | None, at_least: int) -> Tensor:
+        """Pre-activations (B, n) -> latents (B, K): those that fire, strongest first, then the others, likewise."""
+        # Some rows at a time, all in the same `room`: copies of p as a whole took 2.2 times its own memory.
+        rows = max(1, CHOSEN_AT_ONCE // self.config.n_latents)
+        blocks, room, most = p.split(rows), torch.empty_like(p[:rows]), self.config.k
+        if threshold is not None:
+            counts = [room[: len(block)].copy_(self._firing(block, threshold)).sum(-1) for block in blocks]
+            most = int(torch.cat(counts).amax()) if len(p) else 0
+        latents = torch.empty(len(p), max(most, at_least), dtype=torch.int64, device=p.device)
+        for block, chosen in zip(blocks, latents.split(rows), strict=True):
+            strength, lowered = block, room[: len(block)]
+            if self.config.by_magnitude:
+                strength = block.abs()
+            if threshold is not None:
+                # Latents have thresholds of their own: one that does not fire may be stronger than one that does. So those
+                # that do not fire are moved below all others, in their own order.
+                torch.sub(strength, strength.amax(-1, keepdim=True), out=lowered).sub_(1)
+                strength = torch.where(self._firing(block, threshold), strength, lowered, out=lowered)
+            chosen.copy_(strength.topk(chosen.shape[1]).indices)
+        return latents
 
     def decode_sparse(self, latents: Tensor, activations: Tensor, x: Tensor | None = None) -> Tensor:
         """Sparse code (B, K) -> reconstruction (B, d) in CLIP's space; `x` where samples are normalised, see `to_embedding`."""
@@ -303,19 +326,7 @@ class SAE(nn.Module, ModelHubMixin, model_card_template=CARD, library_name="rele
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> Any:
         """The card that `save` and `push_to_hub` write. It says what the config says."""
-        c = self.config
-        firing = {
-            "topk": f", {c.k} of them may fire for an image",
-            "batchtopk": f", about {c.k} of them fire for an image",
-        }
-        words = [f"{c.n_latents:,} latents on embeddings of width {c.n_inputs}, architecture {c.architecture}"]
-        words[0] += firing.get(c.architecture, "") + "."
-        words.append(f"Site: `{c.site}`" + (f" of `{c.model}`." if c.model else "."))
-        if c.nesting != "none":
-            words.append(f"Trained at nested {c.nesting} ({', '.join(map(str, c.nested))}).")
-        if c.source:
-            words.append(f"Weights: `{c.source}`.")
-        return super().generate_model_card(*args, description=" ".join(words), **kwargs)
+        return super().generate_model_card(*args, description=self.config.in_words(), **kwargs)
 
     def describe(self) -> dict[str, Any]:
         """What a run's record says of this SAE: its config, and the threshold of a batchtopk SAE."""
@@ -333,5 +344,7 @@ class SAE(nn.Module, ModelHubMixin, model_card_template=CARD, library_name="rele
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+            # Rows at a time, since the encoder lies transposed in memory: a copy of it would be half of the SAE.
+            for rows in tensor.split(64) if tensor.dim() else [tensor]:
+                digest.update(rows.cpu().contiguous().numpy())
         return digest.hexdigest()
