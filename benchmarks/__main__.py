@@ -4,6 +4,7 @@ python -m benchmarks train        training an SAE, against a straightforward den
 python -m benchmarks maps         maps by every method, against a plain forward and the naive ways
 python -m benchmarks precision    bfloat16 against float32 on a CPU: speed, kept latents, maps
 python -m benchmarks query        questions to a synthetic run with and without its index; sizes, memory
+python -m benchmarks storage      maps in files: bytes and CPU time of each way that Parquet could store them
 python -m benchmarks load         memory of a long run on Ray, of a large tar and of a plan of many shards: is it flat
 python -m benchmarks truth        where maps of the demo's scenes lie, against true masks: no speed at all
 python -m benchmarks chaos        faults at random moments of a run, and what becomes of its rows: no speed at all
@@ -23,6 +24,7 @@ import tyro
 
 from benchmarks.disturb import Chaos
 from benchmarks.precision import Precision
+from benchmarks.storage import Storage
 from jobs import commands, console, origin
 from saecore.methods import DEFAULT_OPTIONS, METHODS, Options, parse_methods
 
@@ -301,6 +303,7 @@ def benchmark(argv: list[str]) -> int:
         "maps": Maps(),
         "precision": Precision(),
         "query": Query(),
+        "storage": Storage(),
         "load": Load(),
         "truth": Truth(),
         "chaos": Chaos(),

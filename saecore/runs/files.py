@@ -92,8 +92,8 @@ def replaced(before: pa.Table, rows: pa.Table, image_ids: pa.ChunkedArray) -> pa
 def parquet_bytes(table: pa.Table, row_group_rows: int) -> pa.Buffer:
     """A Parquet file in memory (a chunk's file is a few MB), so that it is hashed and written in one piece.
 
-    Floats, those of embeddings too, are byte-stream-split, and ids are stored as differences. Up to level 12 of ZSTD, maps are
-    at most 1 % smaller than at level 1 (`python -m benchmarks storage`). Statistics of a column of maps help no question, and
+    Floats, those of embeddings too, are byte-stream-split, and ids are stored as differences. At level 12 of ZSTD, maps are
+    only 1 % smaller than at level 1 (`python -m benchmarks storage`). Statistics of a column of maps help no question, and
     would be a third of the footer.
     """
     encodings = {pa.float32(): "BYTE_STREAM_SPLIT", pa.int64(): "DELTA_BINARY_PACKED"}

@@ -53,7 +53,7 @@ LEAST_LENGTH = 1e-12
 """The length that stands in for that of an embedding of zeros."""
 
 CHOSEN_AT_ONCE = 1 << 20
-"""Pre-activations among which latents are chosen at once. Their copies, of 4 MB each, stay in the caches of a CPU."""
+"""Pre-activations among which latents are chosen at once on a CPU, in whose caches their copies, of 4 MB each, stay."""
 
 LAYER_NORM_EPS = 1e-5
 """Added to the standard deviation, not to the variance, and only on the way in, as the published SAEs do."""
@@ -236,7 +236,7 @@ class SAE(nn.Module, ModelHubMixin, model_card_template=CARD, library_name="rele
     def _strongest(self, p: Tensor, threshold: Tensor | None, at_least: int) -> Tensor:
         """Pre-activations (B, n) -> latents (B, K): those that fire, strongest first, then the others, likewise."""
         # Some rows at a time, all in the same `room`: copies of p as a whole took 2.2 times its own memory.
-        rows = max(1, CHOSEN_AT_ONCE // self.config.n_latents)
+        rows = max(1, CHOSEN_AT_ONCE // self.config.n_latents if p.device.type == "cpu" else len(p))
         blocks, room, most = p.split(rows), torch.empty_like(p[:rows]), self.config.k
         if threshold is not None:
             counts = [room[: len(block)].copy_(self._firing(block, threshold)).sum(-1) for block in blocks]
