@@ -77,8 +77,8 @@ class Arguments:
     resize: decoding.Asked = dataclasses.field(
         default="auto", metadata=keeps_results("the part `resize` holds what it comes to")
     )
-    """How images are resized: `exact`, by Pillow, or `fast`, in a fifth of the time. Fast pixels are Pillow's, but 0.3 % of the
-    values differ by one level of grey. `auto` is as the run at --out has it; for a new run, fast where this machine can."""
+    """How images are resized: `exact`, by Pillow, or `fast`, in a seventh of the time. Fast pixels are Pillow's, but 0.3 % of
+    the values differ by one level of grey. `auto` is as the run at --out has it; for a new run, fast where this machine can."""
     image_seconds: float = dataclasses.field(
         default=IMAGE_SECONDS,
         metadata=keeps_results("no image that can be decoded comes near it; else its row says so"),

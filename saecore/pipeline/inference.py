@@ -5,6 +5,7 @@
 Shapes: B images, E embedding width, k kept latents, M methods, n targets of maps, P patches.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -85,6 +86,31 @@ class _OnDevice(Generic[Columns]):
         self.tower = tower.to(self.device)
         if dtype_of(self.device.type, methods, precision) == "bfloat16":
             self.tower.run_in(torch.bfloat16)
+        self._most = sys.maxsize
+        """Images at once for which the device's memory is known to suffice, once it did not for more."""
+
+    def in_batches(self, pixels: np.ndarray, batch_size: int) -> list[Columns]:
+        """Pixels of any number of images -> the columns of each batch, at least one.
+
+        If the memory of a GPU does not suffice for a batch, it is halved, and so are those that come later.
+        torch.OutOfMemoryError if one image is too much.
+        """
+        batches, start = list[Columns](), 0
+        while not batches or start < len(pixels):
+            batch = pixels[start : start + min(batch_size, self._most)]
+            try:
+                batches.append(self(batch))
+                start += len(batch)
+                continue
+            except torch.OutOfMemoryError:
+                if len(batch) <= 1:
+                    raise
+            # Not in the handler: the traceback holds what the batch had made.
+            self._most = len(batch) // 2
+            torch.cuda.empty_cache()
+            told = f"the GPU's memory does not suffice for {len(batch)} images at once: {self._most} from now on"
+            print(told, file=sys.stderr, flush=True)
+        return batches
 
     def __call__(self, pixels: np.ndarray) -> Columns:
         """Pixels, uint8 (B, height, width, 3), -> columns. B may be 0."""

@@ -166,7 +166,7 @@ def _in_batches(
     """Which rows are shown, that is hold pixels, and the columns inferred for them in batches of `batch_size` images."""
     shown = decoded["error"].is_null().to_numpy()
     pixels = _pixels(decoded, (*infer.tower.preprocess.size, 3))
-    batches = [infer(pixels[start : start + batch_size]) for start in range(0, max(1, len(pixels)), batch_size)]
+    batches = infer.in_batches(pixels, batch_size)
     return shown, {name: np.concatenate([getattr(batch, name) for batch in batches]) for name in batches[0]._fields}
 
 

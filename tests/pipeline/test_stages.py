@@ -11,6 +11,7 @@ from saecore import schema
 from saecore.demo import drawing, scenes
 from saecore.images.decode import decode_image
 from saecore.pipeline.config import ExplainConfig
+from saecore.pipeline.inference import Inferred
 from saecore.pipeline.stages import Decode, Explain
 from saecore.relevance.explain import explain_latents
 
@@ -71,6 +72,34 @@ def test_schemas_hold_for_any_rows(content: list[bytes | None], decode: Decode, 
     assert flat.schema == schema.maps_schema(64)
     assert flat["image_id"].to_pylist() == [i for i, shown in enumerate(good) if shown for _ in range(5)]
     assert schema.unnest(explained, "activations").schema == schema.ACTIVATIONS
+
+
+def test_batches_for_which_a_gpu_lacks_memory_are_halved(
+    decode: Decode, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    explain, suffices, tried = Explain(CONFIG), 3, list[int]()
+    decoded = decode(raw(*map(scene, range(7))))
+    expected, infer = explain(decoded), explain.infer._infer
+
+    def scarce(pixels: torch.Tensor) -> Inferred:
+        tried.append(len(pixels))
+        if len(pixels) > suffices:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return infer(pixels)
+
+    monkeypatch.setattr(explain.infer, "_infer", scarce)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    found = explain(decoded)
+    assert tried == [4, 2, 2, 2, 1]
+    assert capsys.readouterr().err == "the GPU's memory does not suffice for 4 images at once: 2 from now on\n"
+    ours, theirs = (schema.unnest(table, "activations").to_pandas() for table in (found, expected))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    tried.clear()
+    explain(decoded)
+    assert tried == [2, 2, 2, 1]  # it is not tried again
+    suffices = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        explain(decoded)
 
 
 def test_rows_say_what_the_models_computed(decode: Decode, explain: Explain) -> None:
