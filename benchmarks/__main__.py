@@ -3,6 +3,9 @@
 python -m benchmarks train        training an SAE, against a straightforward dense loop
 python -m benchmarks maps         maps by every method, against a plain forward and the naive ways
 python -m benchmarks precision    bfloat16 against float32 on a CPU: speed, kept latents, maps
+python -m benchmarks steps        each step of the job alone, and all together
+python -m benchmarks job          how well the job uses the machine, and its start in parts
+python -m benchmarks peers        the job against the scripts and programs that people use today
 python -m benchmarks query        questions to a synthetic run with and without its index; sizes, memory
 python -m benchmarks storage      maps in files: bytes and CPU time of each way that Parquet could store them
 python -m benchmarks load         memory of a long run on Ray, of a large tar and of a plan of many shards: is it flat
@@ -13,7 +16,6 @@ python -m benchmarks chaos        faults at random moments of a run, and what be
 import dataclasses
 import inspect
 import json
-import platform
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -23,7 +25,9 @@ from typing import Annotated, Any
 import tyro
 
 from benchmarks.disturb import Chaos
+from benchmarks.machine import machine
 from benchmarks.precision import Precision
+from benchmarks.speed import Job, Peers, Steps
 from benchmarks.storage import Storage
 from jobs import commands, console, origin
 from saecore.methods import DEFAULT_OPTIONS, METHODS, Options, parse_methods
@@ -302,6 +306,9 @@ def benchmark(argv: list[str]) -> int:
         "train": Train(),
         "maps": Maps(),
         "precision": Precision(),
+        "steps": Steps(),
+        "job": Job(),
+        "peers": Peers(),
         "query": Query(),
         "storage": Storage(),
         "load": Load(),
@@ -322,14 +329,6 @@ def benchmark(argv: list[str]) -> int:
         )
         chosen.check()
     return chosen.tell() or 0
-
-
-def machine() -> str:
-    """Device, threads and version: what a reader of a figure has to know."""
-    import torch
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from benchmarks import naive_maps
+from benchmarks.tables import aligned
 from saecore.images.preprocess import Preprocess
 from saecore.methods import DEFAULT_OPTIONS, Options, dtype_of
 from saecore.relevance.explain import explain_forward, trace_needs
@@ -269,7 +270,4 @@ def table(rows: Sequence[Row]) -> str:
         cheaper = "" if row.cheaper is None else f"{row.cheaper:.1f}" + f" < {NAIVE_BOUND:.0f}" * (row.cheap is False)
         ratios = f"{row.forwards:.3f}", f"{row.transformers:.3f}"
         cells.append((row.way, f"{row.seconds * 1e3:,.1f}", *ratios, bound, answers[row.met], cheaper, str(row.timed)))
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
-    lines.insert(1, " | ".join("-" * max(width, 3) for width in widths))
-    return "\n".join(f"| {line} |" for line in lines)
+    return aligned(cells)

@@ -35,6 +35,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from benchmarks.maps import SHAPES, random_models, time_in_turn, tower_in
+from benchmarks.material import photographs
 from saecore.demo.drawing import render
 from saecore.demo.scenes import SEED_EVALUATION, scenes_of
 from saecore.images.decode import decode_image
@@ -146,13 +147,7 @@ def _speed_row(name: str, batch: int, each: dict[str, list[float]], images: str)
 
 def photograph_parts(n: int, height: int, width: int) -> list[np.ndarray]:
     """Random parts of photographs, uint8 (height, width, 3); ValueError where the packages that carry them are missing."""
-    try:
-        import skimage.data
-        from sklearn.datasets import load_sample_images
-    except ImportError as error:
-        raise ValueError(f"{error.name} carries the photographs: pip install scikit-image scikit-learn") from error
-    names = ("astronaut", "chelsea", "coffee")
-    taken = [*(getattr(skimage.data, name)() for name in names), *load_sample_images().images]
+    taken = photographs()
     random, parts = np.random.default_rng(0), []
     for number in range(n):
         whole = Image.fromarray(taken[number % len(taken)])

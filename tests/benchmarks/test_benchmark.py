@@ -16,17 +16,18 @@ from tests.helpers.towers import SHAPES, random_pixels, random_sae, random_tower
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_naive_ways_give_our_maps(shape: dict[str, Any]) -> None:
-    """All three, images of a batch with latents of their own, and the model that they share weights with stays as it was."""
+    """All, images of a batch with latents of their own, and the model that they share weights with stays as it was."""
     model, tower = random_tower(**shape)
     sae, pixels = random_sae(), random_pixels(tower, 3)
     latents = torch.randint(0, 96, (3, 5), generator=torch.Generator().manual_seed(3))
     plain = naive_maps.with_plain_attention(model)
     assert model.config._attn_implementation == "sdpa"
     with torch.inference_mode():
-        ours = explain_latents(tower, sae, pixels, latents, ("chefer",))["chefer"].relevance
-    for way in (naive_maps.once, naive_maps.repeated, naive_maps.each):
-        theirs = way(plain, sae, tower.normalise(pixels), latents)
-        assert (theirs - ours).abs().max() / ours.abs().max() < 1e-5, way
+        ours = explain_latents(tower, sae, pixels, latents, ("chefer", "rollout"))
+    ways = dict.fromkeys((naive_maps.once, naive_maps.repeated, naive_maps.each), "chefer")
+    for way, method in (ways | {naive_maps.rolled: "rollout"}).items():
+        theirs, relevance = way(plain, sae, tower.normalise(pixels), latents), ours[method].relevance
+        assert (theirs - relevance).abs().max() / relevance.abs().max() < 1e-5, way
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
