@@ -3,6 +3,7 @@
 python -m benchmarks train        training an SAE, against a straightforward dense loop
 python -m benchmarks maps         maps by every method, against a plain forward and the naive ways
 python -m benchmarks precision    bfloat16 against float32 on a CPU: speed, kept latents, maps
+python -m benchmarks pixels       images that are resized fast beside exact ones: pixels, kept latents
 python -m benchmarks steps        each step of the job alone, and all together
 python -m benchmarks job          how well the job uses the machine, and its start in parts
 python -m benchmarks peers        the job against the scripts and programs that people use today
@@ -26,6 +27,7 @@ import tyro
 
 from benchmarks.disturb import Chaos
 from benchmarks.machine import machine
+from benchmarks.pixels import Pixels
 from benchmarks.precision import Precision
 from benchmarks.speed import Job, Peers, Steps
 from benchmarks.storage import Storage
@@ -306,6 +308,7 @@ def benchmark(argv: list[str]) -> int:
         "train": Train(),
         "maps": Maps(),
         "precision": Precision(),
+        "pixels": Pixels(),
         "steps": Steps(),
         "job": Job(),
         "peers": Peers(),

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from saecore.images.decode import decode_image
-from saecore.images.preprocess import Preprocess, Resize, can_be_fast
+from saecore.images.preprocess import Preprocess, can_be_fast, default_resize
 from saecore.pipeline.stages import Decode
 
 EXACT, FAST, PILLOW = "decode and resize, exact", "decode and resize, fast", "the same in plain Pillow"
@@ -25,11 +25,6 @@ def ways(preprocess: Preprocess) -> dict[str, Pixels]:
     return named | {PILLOW: functools.partial(by_pillow, preprocess=preprocess)}
 
 
-def default() -> Resize:
-    """How a new run resizes here."""
-    return "fast" if can_be_fast() else "exact"
-
-
 def name_of_default() -> str:
     """The name of the way that a new run takes here."""
     return FAST if can_be_fast() else EXACT
@@ -37,7 +32,7 @@ def name_of_default() -> str:
 
 def step_of_default(preprocess: Preprocess, seconds: float = 0.0) -> Decode:
     """The job's step in that way, under a time limit for each image, or in this process if that is 0."""
-    return Decode(preprocess, seconds=seconds, resize=default())
+    return Decode(preprocess, seconds=seconds, resize=default_resize())
 
 
 def by_pillow(data: bytes, preprocess: Preprocess) -> np.ndarray:

@@ -74,9 +74,7 @@ class Arguments:
     """The Parquet column that holds the images, if the program cannot guess it."""
     max_pixels: int = dataclasses.field(default=MAX_PIXELS, metadata=changes_results(Part("max-pixels")))
     """An image with more pixels is refused before it is decoded."""
-    resize: decoding.Asked = dataclasses.field(
-        default="auto", metadata=keeps_results("the part `resize` holds what it comes to")
-    )
+    resize: str = dataclasses.field(default="auto", metadata=keeps_results("the part `resize` holds what it comes to"))
     """How images are resized: `exact`, by Pillow, or `fast`, in a seventh of the time. Fast pixels are Pillow's, but 0.3 % of
     the values differ by one level of grey. `auto` is as the run at --out has it; for a new run, fast where this machine can."""
     image_seconds: float = dataclasses.field(

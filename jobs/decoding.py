@@ -1,14 +1,14 @@
 """How a run's images are decoded: what a command asks for, what the run has, and what this machine can."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-from saecore.images.preprocess import Preprocess, Resize, can_be_fast
+from saecore.images.preprocess import Preprocess, Resize, can_be_fast, default_resize
 from saecore.pipeline.stages import Decode
 from saecore.runs.run import Run
 
-Asked = Literal["auto", "fast", "exact"]
-"""What --resize takes."""
+ASKED = ("auto", "fast", "exact")
+"""What --resize takes. A text, and not a `Literal`, of which tyro would draw a box around its sentence."""
 
 PACKAGE = "the package cykooz.resizer, which is not installed here"
 
@@ -21,7 +21,7 @@ class Arguments(Protocol):
     @property
     def image_seconds(self) -> float: ...
     @property
-    def resize(self) -> Asked: ...
+    def resize(self) -> str: ...
 
 
 def decoder(arguments: Arguments, preprocess: Preprocess, run: Run | None) -> Decode:
@@ -29,19 +29,22 @@ def decoder(arguments: Arguments, preprocess: Preprocess, run: Run | None) -> De
     return Decode(preprocess, arguments.max_pixels, arguments.image_seconds, chosen(arguments.resize, run))
 
 
-def check(asked: Asked) -> None:
-    """ValueError if this machine cannot do what is asked for."""
+def check(asked: str) -> None:
+    """ValueError if this machine cannot do what is asked for, or nothing can."""
+    if asked not in ASKED:
+        raise ValueError(f"--resize {asked!r}: must be one of {', '.join(ASKED)}")
     if asked == "fast" and not can_be_fast():
         raise ValueError(f"--resize fast needs {PACKAGE}; --resize exact does not")
 
 
-def chosen(asked: Asked, run: Run | None) -> Resize:
+def chosen(asked: str, run: Run | None) -> Resize:
     """How images are resized: as asked for, else as the run has it, else fast if this machine can."""
-    if asked != "auto":
-        return asked
+    match asked:
+        case "fast" | "exact":
+            return asked
     if run is not None:
         return held(run.parts)
-    return "fast" if can_be_fast() else "exact"
+    return default_resize()
 
 
 def part(resize: Resize) -> dict[str, Resize]:

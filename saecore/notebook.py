@@ -28,6 +28,7 @@ import torch
 from PIL import Image
 
 from saecore.images.decode import Decoded, ImageError, decode_image, open_rgb
+from saecore.images.preprocess import default_resize
 from saecore.methods import DEFAULT_OPTIONS, METHODS, Options, parse_methods, parse_targets
 from saecore.pipeline.config import ExplainConfig
 from saecore.pipeline.models import check_latents, load_models, load_word_targets
@@ -191,7 +192,7 @@ def _bytes_of(image: str | Path | bytes | Image.Image) -> bytes:
 
 def _decoded(data: bytes, tower: ImageTower, image: str | Path | bytes | Image.Image) -> Decoded:
     try:
-        return decode_image(data, tower.preprocess)
+        return decode_image(data, tower.preprocess, resize=default_resize())
     except ImageError as error:
         name = image if isinstance(image, str | Path) else "the picture"
         raise ValueError(f"{name} cannot be decoded: {error.reason}, {error.detail}") from error

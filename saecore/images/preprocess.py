@@ -202,6 +202,11 @@ def can_be_fast() -> bool:
     return importlib.util.find_spec("cykooz_resizer") is not None
 
 
+def default_resize() -> Resize:
+    """How new runs resize on this machine."""
+    return "fast" if can_be_fast() else "exact"
+
+
 def _fast(
     image: Image.Image, size: tuple[int, int], window: tuple[int, int, int, int], kind: tuple[str, int]
 ) -> Image.Image:

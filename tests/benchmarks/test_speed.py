@@ -228,3 +228,14 @@ def test_photographs_that_are_not_installed_are_one_sentence(
 ) -> None:
     monkeypatch.setitem(sys.modules, "skimage.data", None)
     assert "scikit-image and scikit-learn" in mistake(main, ["steps"], capsys)
+
+
+def test_fast_pixels_are_compared_with_exact_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pixels", "--images", "4", "--sizes", "96x80", "64x64", "--json"]) == 0
+    large, small = json.loads(capsys.readouterr().out)["rows"]
+    assert (large["model"], large["side"], small["model"], small["side"]) == ("B/32", 224, "demo", 64)
+    assert 0 < small["by_one"] < 0.05  # none in those of 64 x 64, which the demo's CLIP takes as they are
+    assert small["at_most"] <= 2
+    assert "--images 1: must be at least 2" in mistake(
+        main, ["pixels", "--images", "1", "--sizes", "96x80", "64x64"], capsys
+    )

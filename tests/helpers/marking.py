@@ -50,13 +50,13 @@ class Explain(stages.Explain):
 
 
 def main(folder: str, argv: list[str]) -> int:
-    from jobs import explain, pool
+    from jobs import decoding, explain, pool
 
     def decode(*given: Any) -> Decode:
         return Decode(folder, stages.Decode(*given))
 
     pool.GPU_DEVICE = "cpu"
-    vars(explain)["Decode"] = decode
+    vars(decoding)["Decode"] = decode
     vars(explain)["Explain"] = type("Explain", (Explain,), {"folder": folder})
     return explain.main(argv)
 

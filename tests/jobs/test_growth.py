@@ -118,7 +118,11 @@ def test_a_run_resizes_its_images_as_it_began(
         assert rows(out) == rows(whole)
     assert rows(fast) != rows(exact)
 
-    monkeypatch.setattr("jobs.decoding.can_be_fast", lambda: False)
+    for name in ("jobs.decoding.can_be_fast", "saecore.images.preprocess.can_be_fast"):
+        monkeypatch.setattr(name, lambda: False)
+    assert "--resize 'quick': must be one of auto, fast, exact" in mistake(
+        explain.main, explaining(folder, tmp_path / "new", "--resize", "quick"), capsys
+    )
     needs = "the package cykooz.resizer, which is not installed here"
     assert needs in mistake(explain.main, explaining(folder, fast), capsys)
     assert needs in mistake(explain.main, explaining(folder, tmp_path / "new", "--resize", "fast"), capsys)

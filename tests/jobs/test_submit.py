@@ -362,6 +362,8 @@ def test_every_argument_is_known_as_a_place_or_as_none() -> None:
         "site",
         "against_site",
         "method",
+        "precision",
+        "resize",
         "targets",
         "templates",
         "dataset",
