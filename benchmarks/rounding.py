@@ -4,7 +4,7 @@ Speed, on a tower of B/32's shape with random weights, an SAE with 6,144 latents
 
     script      the ordinary script: transformers' forward and the SAE, float32, batches of 64, embeddings and latents only
     with maps   `saecore.pipeline.inference.Inference`, all that a run computes of pixels, in either precision
-    + images    the same with what comes before it: Pillow and transformers' processor for the script, ours for ours
+    + images    the same with what comes before it: Pillow and transformers' processor, and for ours the decoder of a new run
 
 One thread is timed by its CPU time, which does not count other programs' work, several threads by the clock. The median of
 rounds in turn counts. Agreement, of the embedded model on drawn scenes and of B/32 on parts of photographs, image by image:
@@ -39,6 +39,7 @@ from benchmarks.material import photographs
 from saecore.demo.drawing import render
 from saecore.demo.scenes import SEED_EVALUATION, scenes_of
 from saecore.images.decode import decode_image
+from saecore.images.preprocess import default_resize
 from saecore.pipeline.inference import Inference, Inferred
 from saecore.pipeline.models import load_models
 
@@ -108,7 +109,7 @@ def speed(batches: Sequence[int], rounds: int, threads: int) -> list[Speed]:
     ways: dict[str, Callable[[], object]] = {
         "script": script,
         "its images": lambda: processor([Image.open(io.BytesIO(jpeg)) for jpeg in jpegs], return_tensors="pt"),
-        "our images": lambda: [decode_image(jpeg, preprocess, WIDTH * HEIGHT) for jpeg in jpegs],
+        "our images": lambda: [decode_image(jpeg, preprocess, resize=default_resize()) for jpeg in jpegs],
     }
     sizes = {"script": SCRIPT_BATCH, "its images": JPEGS, "our images": JPEGS}
     for dtype in DTYPES:
