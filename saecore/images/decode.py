@@ -24,7 +24,7 @@ Left out: normalisation (the tower does it on its device), and faster decoders. 
 import io
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -137,7 +137,8 @@ def decode_image(
     with ExitStack() as held:
         image, form = open_rgb(data, max_pixels, lambda form, pixels: held.enter_context(turns.turn(form, pixels)))
         _check_size(*preprocess.resized(*image.size), max_pixels)  # 1 x 4,000 pixels become 224 x 896,000
-        with _refusing(data):
+        # What the fast way raises is no fault of the image, as where its package is missing on one machine of a cluster.
+        with _refusing(data) if resize == "exact" else nullcontext():
             seen = see(image, preprocess, resize)
         return Decoded(seen.pixels, image.width, image.height, form, seen.crop)
 

@@ -1,6 +1,7 @@
 import io
 import json
 import struct
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -123,6 +124,12 @@ def test_fast_pixels_of_odd_sizes_are_those_of_pillow() -> None:
         fast = decode_image(data, Preprocess.from_config(config), resize="fast")
         exact = rows_first(Image.open(io.BytesIO(data)), Preprocess.from_config(config))
         np.testing.assert_allclose(fast.pixels.astype(int), exact, atol=1)
+
+
+def test_a_machine_that_cannot_be_fast_is_loud_and_refuses_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cykooz_resizer", None)
+    with pytest.raises(ImportError):
+        decode_image(encode(photograph(50, 40), "PNG"), preprocess(16), resize="fast")
 
 
 @pytest.mark.parametrize(("width", "height", "resample"), [(37, 50, 3), (99, 98, 0), (99, 98, 4), (98, 99, 5)])
