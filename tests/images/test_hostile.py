@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,7 +14,7 @@ import pytest
 
 from jobs import explain, index, report
 from saecore.images.decode import ImageError, decode_image
-from saecore.images.preprocess import Preprocess
+from saecore.images.preprocess import Preprocess, Resize
 from saecore.storage import read_parquet
 from tests.helpers import hostile
 from tests.test_layout import ROOT
@@ -31,12 +31,13 @@ def test_there_are_many_kinds() -> None:
     assert reasons == {None, "empty", "not-an-image", "truncated", "corrupt", "unsupported", "too-large"}
 
 
+@pytest.mark.parametrize("resize", get_args(Resize))
 @pytest.mark.parametrize("name", CORPUS)
-def test_a_file_becomes_pixels_or_a_reason(name: str) -> None:
+def test_a_file_becomes_pixels_or_a_reason(name: str, resize: Resize) -> None:
     data, expected = CORPUS[name]
     outcome, detail = None, ""
     try:
-        assert decode_image(data, CLIP).pixels.shape == (224, 224, 3)
+        assert decode_image(data, CLIP, resize=resize).pixels.shape == (224, 224, 3)
     except ImageError as error:
         outcome, detail = error.reason, error.detail
     assert outcome in expected
