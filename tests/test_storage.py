@@ -2,6 +2,9 @@ import errno
 import os
 import pickle
 import re
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pyarrow as pa
@@ -137,3 +140,24 @@ def test_a_table_on_a_store_is_read_by_one_thread(store: Path, monkeypatch: pyte
     monkeypatch.setattr(pq, "read_table", lambda *_, **__: pytest.fail("threads read"))
     assert storage.read_parquet("s3://bucket/x.parquet").equals(table)
     assert storage.read_parquet("s3://bucket/x.parquet", ["b"]).equals(table.select(["b"]))
+
+
+def test_the_end_of_python_waits_for_files_that_a_thread_of_arrow_still_holds(tmp_path: Path) -> None:
+    """A thread that lets go of a file of Python's while Python ends aborts the process. A daemon thread stands for Arrow's."""
+    (tmp_path / "a").write_bytes(b"some bytes")
+    script = textwrap.dedent(f"""
+        import threading, time
+        import fsspec
+        from saecore import stores
+
+        held = [stores.reading(fsspec.filesystem("file")).open_input_file({str(tmp_path / "a")!r})]
+
+        def let_go():
+            time.sleep(0.3)
+            held.clear()
+            print("let go")
+
+        threading.Thread(target=let_go, daemon=True).start()
+    """)
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "let go\n", "")
