@@ -37,7 +37,7 @@ class Precision:
         import torch
 
         from benchmarks import rounding
-        from saecore.pipeline.inference import lacks_bfloat16
+        from saecore.pipeline.inference import bfloat16_gain
 
         with commands.mistakes():
             rows = rounding.speed(self.batches, self.rounds, self.threads) if self.rounds else []
@@ -45,7 +45,7 @@ class Precision:
             compared += [rounding.of_shape(self.photographs)] if self.photographs else []
         about: dict[str, Any] = {
             "machine": f"{platform.machine()}, torch {torch.__version__}",
-            "bfloat16_instructions": not lacks_bfloat16(),
+            "bfloat16_gain": round(bfloat16_gain(), 2),
             "config": dataclasses.asdict(self),
         }
         if self.json:
@@ -53,6 +53,6 @@ class Precision:
                 json.dumps(about | {"speed": [r._asdict() for r in rows], "agreement": [c._asdict() for c in compared]})
             )
             return
-        has = "has" if about["bfloat16_instructions"] else "has no"
-        print(f"{about['machine']}; the processor {has} instructions for bfloat16; {self.threads} threads")
+        gain = f"the processor multiplies in bfloat16 at {about['bfloat16_gain']} times the speed of float32"
+        print(f"{about['machine']}; {gain}; {self.threads} threads")
         print("", rounding.told(rows, compared), sep="\n")

@@ -51,8 +51,8 @@ class Arguments:
     also by https://."""
     clip: str = dataclasses.field(default="", metadata=_IN_CONFIG)
     """CLIP or SigLIP: a Hugging Face id, a folder in transformers format, or `demo`."""
-    batch_size: int = dataclasses.field(default=64, metadata=_IN_CONFIG)
-    """Images per forward of a replica. It changes speed and memory, not results."""
+    batch_size: int = dataclasses.field(default=0, metadata=_IN_CONFIG)
+    """Images per forward of a replica. It changes speed and memory, not results. 0 is 32 on a CPU and 256 on a GPU."""
     precision: str = dataclasses.field(default="auto", metadata=_IN_CONFIG)
     """Precision of the image tower: float32, bfloat16 (twice as fast on a CPU that has instructions for it; some images keep
     other latents), or auto, which is bfloat16 on a GPU, unless a method needs float32, and float32 on a CPU."""
@@ -107,7 +107,7 @@ class Arguments:
             raise ValueError(f"--replicas {self.replicas} needs Ray: omit --local")
         if self.grow and self.limit:
             raise ValueError("--grow takes in all images that are new, and --limit holds a run to its first: omit one")
-        least = {"batch_size": 1, "chunk_size": 1, "replicas": 0, "min_replicas": 0, "wait_minutes": 0, "limit": 0}
+        least = {"batch_size": 0, "chunk_size": 1, "replicas": 0, "min_replicas": 0, "wait_minutes": 0, "limit": 0}
         commands.at_least(self, **least, max_pixels=1, image_seconds=0, stop_seconds=0)
         with commands.given_fields(self):
             wishes(self).check()
@@ -222,11 +222,12 @@ def make_pool(arguments: Arguments, inputs: Inputs, image_bytes: int) -> Pool:
     pool = _place(arguments, inputs, image_bytes)
     if arguments.precision != "bfloat16" or pool.device != "cpu":
         return pool
-    from saecore.pipeline.inference import lacks_bfloat16
+    from saecore.pipeline.inference import bfloat16_gain
 
     # Said and not refused: replicas may run on other machines than this one, and a run that a GPU began may have to end here.
-    slow = "this machine's processor has no instructions for bfloat16, so --precision float32 would be faster on it"
-    return pool._replace(why="\n".join(line for line in (pool.why, slow * lacks_bfloat16()) if line))
+    gain = bfloat16_gain()
+    slow = f"this machine multiplies in bfloat16 at {gain:.1f} times the speed of float32: --precision float32 would be faster"
+    return pool._replace(why="\n".join(line for line in (pool.why, slow * (gain < 1)) if line))
 
 
 def _place(arguments: Arguments, inputs: Inputs, image_bytes: int) -> Pool:

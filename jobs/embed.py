@@ -30,7 +30,7 @@ import pyarrow as pa
 from saecore import schema
 from saecore.naming.vocabulary import read_vocabulary
 from saecore.pipeline.clock import Clock
-from saecore.pipeline.config import EmbedConfig, ModelDigests
+from saecore.pipeline.config import EmbedConfig, ModelDigests, at_once
 from saecore.pipeline.stages import Embed
 from saecore.runs.files import ROW_GROUP_ROWS, parquet_bytes
 from saecore.runs.refusals import refusals
@@ -95,6 +95,7 @@ def embed(argv: list[str]) -> int:
     clock = Clock()
     with commands.mistakes():
         arguments = commands.parse(Arguments, argv, "embed")
+    pipeline.share_cores()
     with console.quiet() as log, contextlib.ExitStack() as locked:
         if arguments.text:
             return embed_vocabulary(arguments)
@@ -197,7 +198,7 @@ def texts(tower: "TextTower", words: list[str], arguments: Arguments, device: st
     """schema.TEXTS, with a progress line. Prints how many texts were cut."""
     from saecore.towers.text import embed_words
 
-    size, templates = arguments.batch_size, arguments.templates
+    size, templates = at_once(arguments.batch_size, device), arguments.templates
     progress = console.Progress(len(words), 0, "words")
     blocks, n_cut = [], 0
     for start in range(0, len(words), size):

@@ -113,6 +113,7 @@ def explain(argv: list[str]) -> int:
     clock = Clock()
     with commands.mistakes():
         arguments = commands.parse(Arguments, argv, "explain")
+    pipeline.share_cores()
     with console.quiet() as log, contextlib.ExitStack() as locked:
         with commands.mistakes():
             job = prepare(arguments, argv, locked)

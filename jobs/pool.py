@@ -24,6 +24,10 @@ CHUNKS_IN_STORE = 4
 """Chunks for which a node's object store needs room: one that is decoded, one that waits, two at a replica."""
 
 
+DECODE_MEMORY = 512 << 20
+"""Bytes of memory that are asked for to decode a chunk, at least: more than 512 images at 224 take."""
+
+
 class Node(NamedTuple):
     """What one machine of a cluster offers."""
 
@@ -92,6 +96,16 @@ def crowded(nodes: Sequence[Node], chunk_size: int, image_bytes: int) -> str:
         f"the pixels of a chunk take {chunk / 1e6:,.0f} MB, and the object store of a node has {least / 1e6:,.0f} MB: Ray "
         f"would keep chunks on the disk; a new run with --chunk-size {fits} fits, or a store of {needed / 1e9:.1f} GB"
     )
+
+
+def decode_memory(nodes: Sequence[Node], images: int, image_bytes: int) -> int:
+    """Bytes of memory to ask for where a chunk of so many images is decoded; never more than a node has.
+
+    64 MiB are encoded images, and pixels are held in two copies. A large image takes more, but only one at a time on each
+    machine (`saecore.images.turns`).
+    """
+    needed = max(DECODE_MEMORY, (64 << 20) + 2 * images * image_bytes)
+    return min([needed, *(node.memory for node in nodes if node.cpus and node.memory)])
 
 
 def divided(wishes: Wishes, nodes: Sequence[Node]) -> Pool:

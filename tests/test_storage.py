@@ -159,5 +159,7 @@ def test_the_end_of_python_waits_for_files_that_a_thread_of_arrow_still_holds(tm
 
         threading.Thread(target=let_go, daemon=True).start()
     """)
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "let go\n", "")

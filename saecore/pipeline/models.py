@@ -8,7 +8,7 @@ PyTorch is loaded with the first model: workers that only decode import this mod
 from typing import TYPE_CHECKING
 
 from saecore.methods import BLANK_TEXT, TargetRequest
-from saecore.pipeline.config import ExplainConfig
+from saecore.pipeline.config import ExplainConfig, at_once
 
 if TYPE_CHECKING:
     from saecore.relevance.targets import WordTargets
@@ -62,7 +62,7 @@ def load_word_targets(config: ExplainConfig, tower: "ImageTower", sae: "SAE") ->
             raise
         reason = "legrad needs the text tower, to find patches that any text lights, unless its option legrad_correction is off"
         raise ValueError(f"{error}; {reason}") from error
-    embeddings = embed_texts(text_tower, [*request.words, *[BLANK_TEXT] * blank], config.batch_size)
+    embeddings = embed_texts(text_tower, [*request.words, *[BLANK_TEXT] * blank], at_once(config.batch_size, "cpu"))
     of_words, of_blank = embeddings[: len(request.words)], embeddings[len(request.words) :]
     how = (config.concept_latents, config.concept_positive)
     return word_targets(sae, of_words, len(request.texts), *how, of_blank)

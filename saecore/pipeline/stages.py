@@ -7,7 +7,10 @@ A refused image passes through with its reason. No stage keeps anything from one
 any order, in any size, and twice. Decode does not load PyTorch, for which workers that decode would wait seconds.
 """
 
+import copy
 import functools
+import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,15 +18,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from saecore import schema
-from saecore.images.decode import ImageError, decode_image
+from saecore.images.decode import Decoded, ImageError, decode_image
 from saecore.images.effort import MAX_PIXELS
 from saecore.images.preprocess import Preprocess, Resize
-from saecore.pipeline.config import EmbedConfig, ExplainConfig
+from saecore.pipeline.config import EmbedConfig, ExplainConfig, at_once
 from saecore.pipeline.decoder import Limited
 from saecore.pipeline.models import load_models, load_word_targets
 
 if TYPE_CHECKING:
     from saecore.pipeline.inference import Embedder, Inference
+
+
+class StoppedError(BaseException):
+    """Nobody waits for what is decoded. No Exception: the image is not at fault."""
 
 
 class Decode:
@@ -35,11 +42,23 @@ class Decode:
         self.preprocess = preprocess
         decode = functools.partial(decode_image, preprocess=preprocess, max_pixels=max_pixels, resize=resize)
         # Without a limit it is done in this process.
-        self.decode = Limited(decode, seconds) if seconds else decode
+        self.decode: Callable[[bytes], Decoded] = Limited(decode, seconds) if seconds else decode
 
     def __call__(self, raw: pa.Table) -> pa.Table:
         rows = [self._row(row) for row in raw.to_pylist()]
         return pa.Table.from_pylist(rows, schema=schema.DECODED)
+
+    def until(self, stopped: threading.Event) -> "Decode":
+        """The same in a thread that is to end: once `stopped` is set, the next image raises `StoppedError`."""
+
+        def decode(data: bytes) -> Decoded:
+            if stopped.is_set():
+                raise StoppedError
+            return self.decode(data)
+
+        ending = copy.copy(self)
+        ending.decode = decode
+        return ending
 
     def _row(self, row: dict[str, Any]) -> dict[str, Any]:
         data = row.pop("data")
@@ -77,7 +96,7 @@ class Embed:
         self.infer = Embedder(load_tower(config.clip), config.device, precision=config.precision)
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
-        shown, batch = _in_batches(self.infer, decoded, self.config.batch_size)
+        shown, batch = _in_batches(self.infer, decoded, at_once(self.config.batch_size, self.config.device))
         return _table({"embedding": _embeddings(batch["embedding"], shown)}, decoded, schema.IMAGES)
 
 
@@ -102,7 +121,7 @@ class Explain:
         self.schema = schema.explained_schema(self.n_patches)
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
-        shown, batch = _in_batches(self.infer, decoded, self.config.batch_size)
+        shown, batch = _in_batches(self.infer, decoded, at_once(self.config.batch_size, self.config.device))
         return _table(self._columns(batch, shown), decoded, self.schema)
 
     def _columns(self, batch: dict[str, np.ndarray], shown: np.ndarray) -> dict[str, pa.Array]:

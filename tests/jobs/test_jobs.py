@@ -487,7 +487,7 @@ def test_photographs_with_a_broken_file_of_each_kind(ray_session: None, tmp_path
         (["--images", "{shards}", "--clip", "/no/clip", "--sae", "demo"], "--clip /no/clip"),
         (["--images", "{shards}", "--clip", "demo", "--sae", "/no/sae"], "--sae /no/sae"),
         (["--images", "{shards}", "--clip", "demo", "--sae", "demo", "--k", "17"], "--k 17"),
-        (["--images", "{shards}", "--clip", "demo", "--sae", "demo", "--batch-size", "0"], "--batch-size 0"),
+        (["--images", "{shards}", "--clip", "demo", "--sae", "demo", "--batch-size", "-1"], "--batch-size -1"),
         (["--images", "{shards}", "--clip", "demo", "--sae", "demo", "--gpus-per-replica", "1"], "GPU"),
         (["--images", "{shards}", "--clip", "demo", "--sae", "demo", "--method", "tea-leaves"], "tea-leaves"),
         (["--images", "{shards}", "--clip", "demo", "--sae", "demo", "--targets", "words:red"], "words:red"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from jobs import cluster, collection, embed, explain, index, train
-from jobs.pool import LackError, Node, Pool, Wishes, crowded, divided
+from jobs.pool import LackError, Node, Pool, Wishes, crowded, decode_memory, divided
 from tests.conftest import command
 from tests.helpers.mistakes import mistake
 
@@ -124,6 +124,19 @@ def test_chunks_that_are_too_large_for_a_store(nodes: list[Node], chunk_size: in
     said = crowded(nodes, chunk_size, image_bytes=150528)
     assert sentence in said
     assert bool(said) == bool(sentence)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "images", "mib"),
+    [
+        ([], 512, 512),
+        ([Node(4, memory=16 << 30)], 512, 512),
+        ([Node(4, memory=16 << 30)], 4096, 64 + 2 * 588),  # 147 KiB an image at 224
+        ([Node(4, memory=16 << 30), Node(2, memory=1 << 30), Node(0, memory=1 << 20)], 4096, 1024),
+    ],
+)
+def test_memory_asked_for_to_decode_a_chunk(nodes: list[Node], images: int, mib: int) -> None:
+    assert decode_memory(nodes, images, image_bytes=150528) == mib << 20
 
 
 # ---- What is told before Ray starts.

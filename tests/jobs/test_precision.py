@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from jobs import embed, explain
+from saecore.pipeline import inference
 from saecore.runs.files import open_dataset
 from saecore.runs.record import read_record
 from saecore.sae.checkpoints import load_sae
@@ -68,23 +69,35 @@ def test_embed_runs_in_it_too(shards: Path, rounded: Path, tmp_path: Path) -> No
     torch.testing.assert_close(embeddings(tmp_path / "run"), embeddings(rounded), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("capabilities", "is_slow"),
-    [({"avx2": True, "avx512_bf16": False}, True), ({"avx2": True, "avx512_bf16": True}, False), ({}, False)],
-)
-def test_a_processor_without_it_is_told_once_and_computes(
-    capabilities: dict[str, bool],
+def test_the_gain_is_that_of_the_fastest_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that stands but in products, of which the first in each type takes long, as it does in truth."""
+    clock, durations = [0.0], {torch.float32: iter([9.0, 3.0, 4.0, 3.0]), torch.bfloat16: iter([8.0, 2.0, 1.5, 2.0])}
+
+    def product(a: torch.Tensor, b: torch.Tensor) -> None:
+        assert a.dtype == b.dtype
+        clock[0] += next(durations[a.dtype])
+
+    monkeypatch.setattr(torch.nn.functional, "linear", product)
+    monkeypatch.setattr(inference.time, "perf_counter", lambda: clock[0])
+    assert inference.bfloat16_gain() == 2
+
+
+@pytest.mark.parametrize(("gain", "is_slow"), [(0.55, True), (2.1, False)])
+def test_a_processor_that_does_not_gain_by_it_is_told_once_and_computes(
+    gain: float,
     is_slow: bool,
     shards: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Without capabilities, PyTorch is one that cannot tell."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(inference, "bfloat16_gain", lambda: gain)
     given = command(shards, tmp_path / "run", "--local", "--limit", "2", "--precision")
     assert explain.main([*given, "bfloat16"]) == 0
-    assert capsys.readouterr().out.count("has no instructions for bfloat16") == is_slow
+    assert (
+        capsys.readouterr().out.count("this machine multiplies in bfloat16 at 0.6 times the speed of float32")
+        == is_slow
+    )
 
 
 @pytest.mark.parametrize(
