@@ -76,7 +76,8 @@ class Arguments:
     """An image with more pixels is refused before it is decoded."""
     resize: str = dataclasses.field(default="auto", metadata=keeps_results("the part `resize` holds what it comes to"))
     """How images are resized: `exact`, by Pillow, or `fast`, in a third of the time or less. Fast pixels are Pillow's, but
-    0.3 % of the values differ by one level of grey. `auto` is as the run at --out has it; for a new run, fast where this machine can."""
+    0.3 % of the values differ by one level of grey. `auto` is as the run at --out has it; for a new run, fast where the machine
+    can."""
     image_seconds: float = dataclasses.field(
         default=IMAGE_SECONDS,
         metadata=keeps_results("no image that can be decoded comes near it; else its row says so"),

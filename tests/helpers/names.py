@@ -117,6 +117,8 @@ class Code:
     def flags(self, command: str) -> set[str]:
         """Of one command, or of all of them if it has no name."""
         modules = [self._commands[command]] if command in self._commands else list(self._commands.values())
+        if command == "benchmarks":  # its parts are told in modules of their own
+            modules = [module for module in self._commands.values() if module.startswith("benchmarks.")]
         flags = {"help"}.union(*(self._spelled[module] for module in modules))
         waiting = [key for key in self._fields if key[0] in modules]
         read = set(waiting)
