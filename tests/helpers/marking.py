@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from saecore.images.preprocess import Preprocess
 from saecore.pipeline import stages
 
 
@@ -33,6 +34,11 @@ class Decode:
 
     folder: str
     inner: stages.Decode
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """Its pixels say how much memory a chunk takes."""
+        return self.inner.preprocess
 
     def __call__(self, raw: pa.Table) -> pa.Table:
         mark(self.folder, "decode")
