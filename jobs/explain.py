@@ -27,12 +27,13 @@ from saecore.demo.writing import write_shards
 from saecore.methods import DEFAULT_OPTIONS, Options, check_precision, parse_methods, parse_targets
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.config import ExplainConfig, ModelDigests, keeps_results
-from saecore.pipeline.models import check_latents, check_widths, load_word_targets
+from saecore.pipeline.models import check_latents, check_words, load_word_targets, tower_at
 from saecore.pipeline.stages import Explain
 from saecore.report.preview import write_preview
 from saecore.runs.fit import ENOUGH, Fit
 from saecore.runs.record import Record
 from saecore.runs.refusals import refusals
+from saecore.sae import sites
 from saecore.spellings import Model, telling
 from saecore.storage import writing
 from saecore.upkeep.lock import Lock
@@ -65,7 +66,8 @@ class Arguments(collection.Arguments):
     sae: str = ""
     """SAE: a folder, an MSAE .pth file, either on s3:// or gs:// too, hf://OWNER/REPOSITORY[/PATH][@REVISION], or `demo`."""
     site: str = ""
-    """Where the SAE reads, if its files do not say: embedding, or embedding:l2 if it was trained on embeddings of length 1."""
+    """Where the SAE reads, if its files do not say: embedding; embedding:l2 if it was trained on embeddings of length 1; or
+    layerN.residual:cls, the residual stream of CLS after layer N."""
     any_clip: bool = dataclasses.field(default=False, metadata=keeps_results("it lets a model pass, and changes none"))
     """Run an SAE whose files name another model than --clip."""
     allow_poor_fit: bool = dataclasses.field(default=False, metadata=keeps_results("it lets a run go on"))
@@ -134,7 +136,7 @@ def explain(argv: list[str]) -> int:
     if record.fit.is_poor() and not arguments.allow_poor_fit:
         print(f"kept, but {advice(record.fit, record)}")
         return POOR_FIT
-    commands.propose(after_explain(arguments.out, record.clip))
+    commands.propose(after_explain(arguments.out, record))
     return collection.judged(arguments, record)
 
 
@@ -175,6 +177,10 @@ def prepare(arguments: Arguments, argv: list[str], locked: contextlib.ExitStack 
     config = dataclasses.replace(config, device=pool.device, threads=pool.threads)
     if loaded.remark:
         print(loaded.remark)
+    if arguments.keep_embeddings and not config.embeddings:
+        print(
+            f"no embeddings are kept: the SAE reads {loaded.sae.config.site}, so the tower is run no further than there"
+        )
     if arguments.dry_run:
         print(outline(inputs.plan, "explain", arguments.out, in_words(config, loaded)))
         return None
@@ -204,16 +210,16 @@ class Loaded(NamedTuple):
 
 def load(arguments: Arguments) -> Loaded:
     """CLIP and SAE; ValueError if one cannot be had, or they do not belong together."""
-    from saecore.sae.checkpoints import load_embedding_sae
+    from saecore.sae.checkpoints import load_running_sae
     from saecore.towers.loading import load_tower
 
     clip, address = collection.address(arguments.clip or "demo"), collection.address(arguments.sae or "demo")
     with commands.given("--sae"):
-        sae = load_embedding_sae(address, arguments.site)
+        sae = load_running_sae(address, arguments.site)
     with commands.given("--clip"):
         tower = load_tower(clip)
     with commands.given("--sae"):
-        check_widths(address, sae, clip, tower)
+        tower = tower_at(address, sae, clip, tower)
     digest = tower.sha256()[:16]  # once: of L/14 it takes a second
     named = Model(telling(clip), digest)
     remark = commands.check_same_model(
@@ -234,6 +240,7 @@ def configure(arguments: Arguments, loaded: Loaded) -> ExplainConfig:
         )
     with commands.given_fields(arguments, arguments.options):
         check_latents(targets, loaded.sae)
+        check_words(targets, sae.site)
         check_fits(loaded.tower, methods, arguments.options)
     config = ExplainConfig(
         clip=loaded.clip_address,
@@ -247,7 +254,7 @@ def configure(arguments: Arguments, loaded: Loaded) -> ExplainConfig:
         concept_latents=arguments.concept_latents,
         concept_positive=arguments.concept_positive,
         options=arguments.options,
-        embeddings=arguments.keep_embeddings or arguments.demo,
+        embeddings=(arguments.keep_embeddings or arguments.demo) and sites.parse(sae.site).layer is None,
     )
     with commands.given("--clip"):
         load_word_targets(config, loaded.tower, loaded.sae)  # so that a text tower that cannot be had is told now

@@ -6,6 +6,7 @@ from saecore.query.results import Results
 from saecore.report.holdings import holdings
 from saecore.report.pages import EXPLORER
 from saecore.runs import latents
+from saecore.runs.record import Record
 from saecore.storage import join_uri, split_settings
 
 from . import commands
@@ -20,25 +21,25 @@ RENAMED = {"--embeddings": "--keep-embeddings"}
 """Flags of jobs.explain in the commands of older runs."""
 
 
-def after_explain(uri: str, clip: str) -> str:
-    """What to do with a new run: look at its preview, then three commands."""
+def after_explain(uri: str, record: Record) -> str:
+    """What to do with a new run: look at its preview, then three commands; two if words have no place where the SAE reads."""
+    clip = record.clip
     vocabulary = () if clip == "demo" else ("--vocabulary", "WORDS")
     pages = ("--out", "report") if "://" in uri else ()
     words = "words for the latents" if clip == "demo" else "words for the latents, from a file with one word a line"
-    steps = {
-        commands.line("index", "--run", uri): "questions about one latent become fast",
-        commands.line("name", "--run", uri, *vocabulary): words,
-        commands.line("report", "--run", uri, *pages): "pages to look at",
-    }
+    steps = {commands.line("index", "--run", uri): "questions about one latent become fast"}
+    if record.has_words:
+        steps[commands.line("name", "--run", uri, *vocabulary)] = words
+    steps[commands.line("report", "--run", uri, *pages)] = "pages to look at"
     width = max(map(len, steps))
     lines = [f"    {line:<{width}}   # {what}" for line, what in steps.items()]
     return "\n".join([f"preview       {join_uri(uri, 'preview.png')}", "", "Next:", "", *lines])
 
 
-def after_index(uri: str) -> str:
+def after_index(uri: str, record: Record) -> str:
     """What to do with an indexed run: give its latents names, or look at them."""
     table = latents.read(uri)
-    named = table is not None and "name" in table.column_names
+    named = not record.has_words or (table is not None and "name" in table.column_names)
     return f"next          {commands.line('query', 'latents', uri) if named else commands.line('name', '--run', uri)}"
 
 

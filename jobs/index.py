@@ -76,7 +76,7 @@ def index(argv: list[str]) -> int:
     else:
         with locks.held("--run", arguments.run, "index") as lock:
             renew(arguments, record, lock)
-    commands.propose(after_index(arguments.run))
+    commands.propose(after_index(arguments.run, record))
     return 0
 
 

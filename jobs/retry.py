@@ -175,12 +175,12 @@ def prepare(arguments: Arguments, run: Run, commits: Sequence[Commit], n_images:
 
 def models(out: str, config: EmbedConfig) -> tuple[Any, ModelDigests]:
     """How CLIP's images are preprocessed, and the hashes of the models; ValueError if one cannot be loaded any more."""
-    from saecore.sae.checkpoints import load_embedding_sae
+    from saecore.sae.checkpoints import load_running_sae
     from saecore.towers.loading import load_tower
 
     try:
         tower = load_tower(config.clip)
-        sae = load_embedding_sae(config.sae, config.site) if isinstance(config, ExplainConfig) else None
+        sae = load_running_sae(config.sae, config.site) if isinstance(config, ExplainConfig) else None
     except ValueError as error:
         raise ValueError(f"the models that made {out} are needed again: {error}") from error
     clip = tower.sha256()[:16]

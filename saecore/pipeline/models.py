@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from saecore.methods import BLANK_TEXT, TargetRequest
 from saecore.pipeline.config import ExplainConfig, at_once
+from saecore.sae import sites
 
 if TYPE_CHECKING:
     from saecore.relevance.targets import WordTargets
@@ -17,21 +18,43 @@ if TYPE_CHECKING:
 
 
 def load_models(clip: str, sae_address: str, site: str = "") -> "tuple[ImageTower, SAE]":
-    """CLIP and SAE on the CPU; ValueError if one cannot be loaded, or if they do not fit each other."""
-    from saecore.sae.checkpoints import load_embedding_sae
+    """CLIP as far as the SAE's site, and the SAE, on the CPU; ValueError if one cannot be loaded, or if they do not fit each
+    other."""
+    from saecore.sae.checkpoints import load_running_sae
     from saecore.towers.loading import load_tower
 
-    sae, tower = load_embedding_sae(sae_address, site), load_tower(clip)
-    check_widths(sae_address, sae, clip, tower)
-    return tower, sae
+    sae = load_running_sae(sae_address, site)
+    return tower_at(sae_address, sae, clip, load_tower(clip)), sae
 
 
-def check_widths(sae_address: str, sae: "SAE", clip: str, tower: "ImageTower") -> None:
-    """ValueError if an SAE does not take embeddings as wide as a tower makes them."""
+def tower_at(sae_address: str, sae: "SAE", clip: str, tower: "ImageTower") -> "ImageTower":
+    """The tower whose embedding is what the SAE reads: as it is, or stopped at the site's layer.
+
+    ValueError if the model has no such site, or if the SAE takes vectors of another width.
+    """
+    site = sites.parse(sae.config.site)
+    if site.layer is not None:
+        from saecore.towers.stopped import stopped_at
+
+        try:
+            tower = stopped_at(tower, site.layer)
+        except ValueError as error:
+            raise ValueError(f"{sae_address} reads {site}, which the model {clip} does not have: {error}") from None
     if sae.config.n_inputs != tower.n_outputs:
+        what = "embeddings" if site.layer is None else f"vectors ({site})"
         raise ValueError(
-            f"{sae_address} takes embeddings of width {sae.config.n_inputs}, and the model {clip} makes them "
+            f"{sae_address} takes {what} of width {sae.config.n_inputs}, and the model {clip} makes them "
             f"{tower.n_outputs} wide: they do not belong together"
+        )
+    return tower
+
+
+def check_words(request: TargetRequest, site: str) -> None:
+    """ValueError if texts or concepts are asked for where the SAE does not read the space that images and texts share."""
+    if request.words and sites.parse(site).layer is not None:
+        raise ValueError(
+            f"targets {request.words[0]!r}: the SAE reads {site}, inside the tower, and a text has no place there; texts and "
+            "concepts need an SAE that reads the image embedding"
         )
 
 
@@ -49,6 +72,7 @@ def load_word_targets(config: ExplainConfig, tower: "ImageTower", sae: "SAE") ->
     from saecore.relevance.explain import needs_blank
     from saecore.relevance.targets import word_targets
 
+    check_words(config.targets, sae.config.site)
     request, blank = config.targets, needs_blank(tower, config.methods, config.options)
     if not (request.words or blank):
         return None

@@ -71,7 +71,7 @@ def _targets(run: Results) -> Holding:
     if not targets.kept or not run.methods:
         missing.append("maps of the kept latents")
         complete = ["kept", *(spec for spec in complete if spec != "no-kept")]
-    if not targets.words:
+    if not targets.words and run.record.has_words:
         missing.append("texts and concepts of your own")
         complete = [*complete, "text:A PHRASE", "concept:A WORD"]
     held = maps_in_words(run, named=True)
@@ -87,10 +87,14 @@ def _methods(run: Results) -> Holding:
 def _embeddings(run: Results) -> Holding:
     if run.record.keeps_embeddings:
         return Holding("Embeddings", "of every image", "")
+    if not run.record.has_words:
+        return Holding("Embeddings", "none: the SAE reads inside the tower", "")
     return Holding("Embeddings", "none", "CLIP's embeddings of the images, which make names of latents better")
 
 
 def _names(run: Results) -> Holding:
+    if not run.record.has_words:
+        return Holding("Names", "none: the SAE reads inside the tower, where words have no place yet", "")
     if "name" not in run.latents.column_names:
         return Holding("Names", "none", "words for what each latent is")
     sure = run.latents["valid"].to_pylist().count(True) if "valid" in run.latents.column_names else 0

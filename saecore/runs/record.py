@@ -120,6 +120,11 @@ class Record:
         return str(self.config.get("site", ""))
 
     @property
+    def has_words(self) -> bool:
+        """Whether texts have a place where the SAE reads: in the image embedding they do, inside the tower they do not."""
+        return str(self.sae.get("site", "embedding")).startswith("embedding")
+
+    @property
     def inputs(self) -> list[str]:
         """The images as the command named them."""
         return list(self.config.get("images", []))

@@ -54,8 +54,16 @@ def load_sae(address: str, site: str = "") -> SAE:
     return sae
 
 
+def load_running_sae(address: str, site: str = "") -> SAE:
+    """The same, of an SAE that can run on images. ValueError for one that reads where none can run yet."""
+    sae = load_sae(address, site)
+    with about(address):
+        sites.check_runs(sae.config.site, sae.config.model)
+    return sae
+
+
 def load_embedding_sae(address: str, site: str = "") -> SAE:
-    """The same, of an SAE that reads the image embedding. ValueError for one that reads inside the tower: none can run yet."""
+    """The same, of an SAE that reads the image embedding. ValueError for one that reads inside the tower."""
     sae = load_sae(address, site)
     with about(address):
         sites.check_embedding(sae.config.site, sae.config.model)

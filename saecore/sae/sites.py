@@ -11,7 +11,8 @@ Layers count from 0, as in `encoder.layers[N]` of transformers and `blocks.N` of
 the input before the SAE sees it: each vector to length 1, or the mean over these tokens, one vector for an image. Some files
 say less than all of it, so the middle parts may be missing: a layer without its part, a part without its tokens.
 
-Today SAEs run on the embedding only. Left out: attention outputs, heads, the stream in the middle of a layer.
+SAEs run on the embedding, and on the residual stream of CLS after a layer. Left out: attention outputs, heads, the stream in
+the middle of a layer.
 """
 
 import dataclasses
@@ -96,11 +97,25 @@ def settled(said: str, given: str) -> str:
     return str(wanted)
 
 
+def check_runs(site: str, model: str) -> None:
+    """ValueError for an SAE that reads where none can run yet, or whose site is not told in full."""
+    at = parse(site)
+    if at.layer is None or (at.part, at.tokens, at.first == "mean") == ("residual", "cls", False):
+        return
+    raise ValueError(
+        f"it reads {site}{_of(model)}, inside the tower; SAEs run where they read the image embedding (site embedding or "
+        "embedding:l2), or the residual stream of CLS after a layer (such as layer10.residual:cls)"
+    )
+
+
 def check_embedding(site: str, model: str) -> None:
-    """ValueError for an SAE that reads inside the tower, where none can run yet."""
+    """ValueError for an SAE that reads inside the tower, where it takes one that reads the image embedding."""
     if parse(site).layer is not None:
-        of = f" of {model}" if model else ""
         raise ValueError(
-            f"it reads {site}{of}, inside the tower; only SAEs that read the image embedding (site embedding or embedding:l2) "
-            "run today"
+            f"it reads {site}{_of(model)}, inside the tower; this takes SAEs that read the image embedding only (site "
+            "embedding or embedding:l2)"
         )
+
+
+def _of(model: str) -> str:
+    return f" of {model}" if model else ""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import pytest
 
@@ -80,8 +81,31 @@ def test_places_without_a_name_here_are_refused(name: str) -> None:
         hooks.of_hook(name, "a file")
 
 
-def test_only_the_embedding_is_read_today() -> None:
+@pytest.mark.parametrize(
+    ("site", "runs"),
+    [
+        ("embedding", True),
+        ("embedding:l2", True),
+        ("layer10.residual:cls", True),
+        ("layer0.residual:cls:l2", True),
+        ("layer10.residual:cls:mean", False),
+        ("layer10.residual:patches", False),
+        ("layer10.residual:all", False),
+        ("layer10.residual", False),  # it does not say which tokens
+        ("layer10:cls", False),
+        ("layer10.mlp:cls", False),
+    ],
+)
+def test_where_saes_run(site: str, runs: bool) -> None:
+    if runs:
+        sites.check_runs(site, "some/model")
+        return
+    with pytest.raises(ValueError, match=f"it reads {re.escape(site)} of some/model, inside the tower; SAEs run where"):
+        sites.check_runs(site, "some/model")
+
+
+def test_what_takes_embeddings_only() -> None:
     sites.check_embedding("embedding", "")
     sites.check_embedding("embedding:l2", "")
-    with pytest.raises(ValueError, match=r"it reads layer3\.mlp:cls of some/model, inside the tower; only"):
+    with pytest.raises(ValueError, match=r"it reads layer3\.mlp:cls of some/model, inside the tower; this takes"):
         sites.check_embedding("layer3.mlp:cls", "some/model")
