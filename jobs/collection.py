@@ -54,8 +54,8 @@ class Arguments:
     batch_size: int = dataclasses.field(default=0, metadata=_IN_CONFIG)
     """Images per forward of a replica. It changes speed and memory, not results. 0 is 32 on a CPU and 256 on a GPU."""
     precision: str = dataclasses.field(default="auto", metadata=_IN_CONFIG)
-    """Precision of the image tower: float32, bfloat16 (twice as fast on a CPU that has instructions for it; some images keep
-    other latents), or auto, which is bfloat16 on a GPU, unless a method needs float32, and float32 on a CPU."""
+    """Precision of the image tower: float32, bfloat16 (twice as fast on some CPUs, slower on others; some images keep other
+    latents), or auto, which is bfloat16 on a GPU, unless a method needs float32, and float32 on a CPU."""
     chunk_size: int = dataclasses.field(default=512, metadata=changes_results(Part("chunk-size")))
     """Images per chunk, the unit of work, of retry and of commitment."""
     replicas: int = dataclasses.field(default=0, metadata=_ONLY_WHERE)
