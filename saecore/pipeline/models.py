@@ -35,9 +35,11 @@ def tower_at(sae_address: str, sae: "SAE", clip: str, tower: "ImageTower") -> "I
     site = sites.parse(sae.config.site)
     if site.layer is not None:
         from saecore.towers.stopped import stopped_at
+        from saecore.towers.tokens import tokens_at
 
         try:
-            tower = stopped_at(tower, site.layer)
+            at = site.layer
+            tower = stopped_at(tower, at) if site.tokens == "cls" else tokens_at(tower, at, site.tokens)
         except ValueError as error:
             raise ValueError(f"{sae_address} reads {site}, which the model {clip} does not have: {error}") from None
     if sae.config.n_inputs != tower.n_outputs:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
 from saecore.images.preprocess import Preprocess
-from saecore.towers.tower import Entry, ImageTower, PathLayer, ReadOut
+from saecore.towers.tower import ImageTower, PathLayer, ReadOut, encoder_path
 
 
 class ClipTower(ImageTower):
@@ -38,12 +38,7 @@ class ClipTower(ImageTower):
 
     def path(self) -> list[PathLayer]:
         """See `ImageTower.path`: every layer."""
-        layers = []
-        for layer in self.vision.encoder.layers:
-            at = layer.self_attn
-            entry = Entry(layer.layer_norm1, at.q_proj.weight, at.k_proj.weight, at.v_proj.weight, at.scale)
-            layers.append(PathLayer(entry, at.out_proj.weight, at.out_proj.bias, layer.layer_norm2, layer.mlp))
-        return layers
+        return encoder_path(self.vision)
 
     def embed_query(self, final: Tensor) -> Tensor:
         """See `ImageTower.embed_query`. One token, so float32 costs nothing even in a bfloat16 tower."""

@@ -6,7 +6,8 @@ So an SAE that reads CLS there runs, and is explained, as one that reads the fin
 over fewer layers. Nothing lies between the query's last stream and the embedding, so no norm is frozen on that way, and a
 read-out is pulled back as it is. Of the last of these layers only CLS is computed, of the layers above it nothing.
 
-Left out: what an MLP adds (a site `mlp`), patch tokens, and SigLIP, which has no token of its own in any layer.
+Left out: what an MLP adds (a site `mlp`); patch tokens (`saecore.towers.tokens`); SigLIP, which has no token of its own in any
+layer.
 
 Shapes as in `saecore.towers.tower`; here E = D.
 """
@@ -25,7 +26,7 @@ class StoppedTower(ClipTower):
     """A CLIP tower of the layers 0 to `layer`. It shares the modules of the whole tower, in whatever precision they are."""
 
     def __init__(self, whole: ClipTower, layer: int) -> None:
-        ImageTower.__init__(self, _until(whole.vision, layer), whole.preprocess)
+        ImageTower.__init__(self, until(whole.vision, layer), whole.preprocess)
         self.n_outputs = whole.vision.config.hidden_size
         self._whole = [whole]  # in a list, so that PyTorch does not take it for a part of this one
 
@@ -50,18 +51,25 @@ def stopped_at(tower: ImageTower, layer: int) -> StoppedTower:
     """The tower as far as a layer, counted from 0; ValueError if it has no such layer, or no CLS token."""
     if not isinstance(tower, ClipTower):
         raise ValueError("its image tower has no CLS token")
-    if layer >= tower.n_layers:
-        raise ValueError(f"its image tower has the layers 0 to {tower.n_layers - 1}, and no layer {layer}")
+    check_layer(tower, layer)
     return StoppedTower(tower, layer)
 
 
-def _until(vision: Any, layer: int) -> nn.Module:
-    """What `ClipTower` asks of transformers' module, with the layers 0 to `layer` only."""
+def check_layer(tower: ImageTower, layer: int) -> None:
+    """ValueError if a tower has no such layer."""
+    if layer >= tower.n_layers:
+        raise ValueError(f"its image tower has the layers 0 to {tower.n_layers - 1}, and no layer {layer}")
+
+
+def until(vision: Any, layer: int) -> nn.Module:
+    """What a tower's layers ask of transformers' module, with the layers 0 to `layer` only."""
     stopped: Any = nn.Module()
     encoder: Any = nn.Module()
     config = copy.deepcopy(vision.config)
     config.num_hidden_layers = layer + 1
     encoder.layers = vision.encoder.layers[: layer + 1]
-    stopped.embeddings, stopped.pre_layrnorm, stopped.encoder = vision.embeddings, vision.pre_layrnorm, encoder
+    stopped.embeddings, stopped.encoder = vision.embeddings, encoder
+    if hasattr(vision, "pre_layrnorm"):  # SigLIP has none
+        stopped.pre_layrnorm = vision.pre_layrnorm
     stopped.config = config
     return cast(nn.Module, stopped)

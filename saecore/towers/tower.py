@@ -226,7 +226,7 @@ class ImageTower(nn.Module):
             query_after=after,
             query_inner=inner,
             query_final=final,
-            sinks=_outliers(norms),
+            sinks=outliers(norms),
             keys=keys_kept,
             query_q=queries,
             tokens=streams,
@@ -306,7 +306,17 @@ class ImageTower(nn.Module):
         return torch.softmax(scores * self.scale, dim=-1)
 
 
-def _outliers(norms: list[Tensor]) -> Tensor:
+def encoder_path(vision: Any) -> list[PathLayer]:
+    """The layers of transformers' encoder as a token passes them, first layer first: of CLIP's and of SigLIP's."""
+    layers = []
+    for layer in vision.encoder.layers:
+        at = layer.self_attn
+        entry = Entry(layer.layer_norm1, at.q_proj.weight, at.k_proj.weight, at.v_proj.weight, at.scale)
+        layers.append(PathLayer(entry, at.out_proj.weight, at.out_proj.bias, layer.layer_norm2, layer.mlp))
+    return layers
+
+
+def outliers(norms: list[Tensor]) -> Tensor:
     """Patch norms (B, P) of some layers -> bool (B, P): whether a patch is an outlier in any of them.
 
     These are the registers of Darcet et al. 2024 (arXiv:2309.16588). They are judged image by image, so that no threshold is
