@@ -7,10 +7,13 @@ It costs one forward for each square, which all targets share. `Options.block` i
 Shapes are those of `saecore.relevance.maps`.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from saecore.relevance.maps import Batch, Maps
+from saecore.towers.tower import ImageTower
 
 ROWS, ROWS_ON_CPU = 256, 16
 """Token sequences in one forward of occlusion, but at least one for each image. They bound its memory, and do not change its
@@ -24,24 +27,34 @@ def occlusion(batch: Batch) -> Maps:
     patch of a square gets an equal part of the change. The targets' values are computed anew, normalisers included. Maps are
     signed and in pre-activation units, but no decomposition: if two patches can replace each other, neither shows its effect.
     """
-    tower = batch.tower
-    first = tower.first_tokens(batch.pixels)
-    whole = batch.targets.values(batch.embedding[:, None])[:, 0]  # (B, k)
+    targets, whole = batch.targets, batch.targets.values(batch.embedding[:, None])[:, 0]  # (B, k)
+    relevance = losses(batch.tower, batch.pixels, whole, lambda rest, _: targets.values(rest), batch.options.block)
+    return Maps(relevance, torch.full_like(whole, torch.nan))
+
+
+def losses(
+    tower: ImageTower, pixels: Tensor, whole: Tensor, values: Callable[[Tensor, Tensor], Tensor], side: int
+) -> Tensor:
+    """What k targets with the values `whole` (B, k) lose with each patch, (B, k, P), by squares of `side` patches.
+
+    `values` makes (B, R, k) of what the tower makes of R sets of tokens, (B, R, ..), and of the tokens' numbers (R, M).
+    """
+    first = tower.first_tokens(pixels)
     height, width = tower.grid
     relevance = torch.zeros((*whole.shape, height * width), device=whole.device)
     # Blocks at the edge may be smaller, and one forward takes only sequences of one length.
     by_size: dict[int, list[Tensor]] = {}
-    for block in _blocks(height, width, batch.options.block):
+    for block in _blocks(height, width, side):
         by_size.setdefault(len(block), []).append(block.to(whole.device))
     at_once = max(1, (ROWS_ON_CPU if first.device.type == "cpu" else ROWS) // len(first))
     for size, blocks in by_size.items():
         for start in range(0, len(blocks), at_once):
             dropped = torch.stack(blocks[start : start + at_once])  # (R, size) patches
             rest = _others(dropped + tower.n_own, first.shape[1])  # (R, N - size) tokens
-            embeddings = tower.embed_tokens(first[:, rest].flatten(0, 1)).unflatten(0, (len(first), len(dropped)))
-            loss = whole[:, None] - batch.targets.values(embeddings)  # (B, R, k)
+            embedded = tower.embed_tokens(first[:, rest].flatten(0, 1)).unflatten(0, (len(first), len(dropped)))
+            loss = whole[:, None] - values(embedded, rest)  # (B, R, k)
             relevance[:, :, dropped] = (loss / size).transpose(1, 2)[..., None].expand(-1, -1, -1, size)
-    return Maps(relevance, torch.full_like(whole, torch.nan))
+    return relevance
 
 
 def _blocks(height: int, width: int, side: int) -> list[Tensor]:

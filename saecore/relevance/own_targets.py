@@ -49,14 +49,13 @@ def _of_mean_token(tower: ImageTower, trace: Trace, read_outs: ReadOuts, layers:
         layer, entering, leaving = path[-back], trace.tokens[-back - 1], trace.tokens[-back]
         mean = leaving.float().mean(1)
         G = tower.pull_back(read_outs(tower.embed_query(mean)), mean, exact).direction / leaving.shape[1]
-        after = tower.attend(len(path) - back, entering)[0].flatten(0, 1)  # B * N tokens, D
+        after = tower.attend(len(path) - back, entering)[0]
         slopes = slope(layer, layer.mlp.fc1(layer.norm2(after)))
         v = by_head(trace.values[-back], tower.n_heads).transpose(1, 2).float()  # B H N Dh
         gradients = []
         for column in range(G.shape[1]):  # one at a time: (B, N, 4 D) numbers each
             own = G[:, None, column].expand(-1, leaving.shape[1], -1)
-            flat = own.flatten(0, 1)[:, None]
-            G_y = own + mlp_vjp(layer, after, slopes, flat).squeeze(1).unflatten(0, leaving.shape[:2])
+            G_y = own + mlp_vjp(layer, after, slopes, own)
             G_o = by_head(product(G_y, layer.out), tower.n_heads).transpose(1, 2)  # B H N Dh
             gradients.append((G_o @ v.mT).clamp(min=0).mean(2))
         yield torch.stack(gradients, 1)
@@ -65,6 +64,6 @@ def _of_mean_token(tower: ImageTower, trace: Trace, read_outs: ReadOuts, layers:
 def _of_pooling(tower: SiglipTower, trace: Trace, read_outs: ReadOuts, layers: int) -> Iterator[Tensor]:
     for tokens in reversed(trace.tokens[-layers:]):
         step = tower.pool_unnormed(tokens)
-        layer, after, inner = tower.path()[0], step.after[:, 0], step.inner[:, 0]
+        layer = tower.path()[0]
         w = read_outs(step.leaving[:, 0])
-        yield within_layer(layer, tower.n_heads, after, inner, step.v, w).D.clamp(min=0)
+        yield within_layer(layer, tower.n_heads, step.after, step.inner, step.v, w).D.clamp(min=0)

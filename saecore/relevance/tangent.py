@@ -4,14 +4,14 @@ Let every layer's CLS attention row be A (1 + t s), with fixed signs s = +1 or -
 
     d/dt (w . x) = sum_l sum_h sum_i s A D          D the gradient by attention
 
-Right: the terms that `contrib_grad` adds up, with signs. Left: one tangent for each image, pushed from layer to layer. Linear
+Right: the terms that `contrib_grad` adds up, with signs. Left: one tangent for each query, pushed from layer to layer. Linear
 maps act on the tangent itself; LayerNorms, softmax and activation function are the model's own, differentiated by differences
 in float64. So no formula of the backward pass is used here, and a wrong gradient shows as a difference, even where its terms
 add up to the right sum. Both sides use the same read-outs w.
 
-Cost: one row a layer, for all read-outs together.
+Cost: one row a layer for each query, for all its read-outs together.
 
-Shapes are those of `saecore.towers.tower`: B images, k read-outs, N tokens, H heads, D width.
+Shapes are those of `saecore.towers.cls_path`: B images, k read-outs, q queries, 1 or k, N tokens, H heads, D width.
 """
 
 import functools
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
+from saecore.towers.cls_path import Passing, by_head, passing_of
 from saecore.towers.tower import ImageTower, PathLayer, Trace
 
 STEP = 1e-4
@@ -39,38 +40,51 @@ def derivative(tower: ImageTower, trace: Trace, direction: Tensor, layers: int) 
 
     Only the rows of the last `layers` layers depend on t. The trace must hold these layers, and their keys if they are several.
     """
-    tangent = torch.zeros_like(trace.query_final, dtype=torch.float32)
-    s = signs(layers, tower.n_heads, trace.values[-1].shape[1]).to(tangent.device)
-    for index, layer in zip(range(-layers, 0), tower.path()[-layers:], strict=True):
-        tangent = _through(tower, trace, index, layer, s[index], tangent, is_first=index == -layers)
-    return (direction @ tangent[..., None]).squeeze(-1)
+    passings = [passing_of(tower, trace, index) for index in range(-layers, 0)]
+    return derivative_along(tower.path()[-layers:], passings, tower.n_heads, direction)
 
 
-def _through(
-    tower: ImageTower, trace: Trace, index: int, layer: PathLayer, s: Tensor, tangent: Tensor, is_first: bool
+def derivative_along(
+    path: list[PathLayer], passings: list[Passing], n_heads: int, direction: Tensor, start: Tensor | None = None
 ) -> Tensor:
-    """The tangent (B, D) that enters a layer -> the tangent that leaves it. It is zero when it enters the first layer.
+    """The same of queries that pass these layers: float32 (B, k).
+
+    `start` (B, q, D) is the derivative of the streams that enter the first of the layers: none, if it is not given.
+    """
+    tangent = start
+    s = signs(len(path), n_heads, passings[0].values.shape[1]).to(direction.device)
+    for index, (layer, passing) in enumerate(zip(path, passings, strict=True)):
+        tangent = _through(layer, passing, s[index], n_heads, tangent)
+    assert tangent is not None  # there is one layer at least
+    return (direction * tangent).sum(-1)
+
+
+def _through(layer: PathLayer, passing: Passing, s: Tensor, n_heads: int, tangent: Tensor | None) -> Tensor:
+    """The tangent (B, q, D) that enters a layer, or none -> the tangent that leaves it.
 
     A name with `d_` is the derivative by t of what its name says.
     """
-    A, v = trace.query_attention[index], _heads(tower, trace.values[index])
-    d_A, d_heads = A * s, torch.zeros_like(v[:, :, 0])
-    if not is_first:
-        assert layer.entry is not None  # A learned query has no layer below it.
-        entry = layer.entry
-        d_normed = _of_norm(entry.norm1, trace.query_before[index], tangent)
-        d_q, d_k, d_v = (_heads(tower, d_normed[:, None] @ w.float().T) for w in (entry.q, entry.k, entry.v))
-        q, keys = _heads(tower, trace.query_q[index][:, None]), _heads(tower, trace.keys[index])
-        # CLS is token 0: only its own key and value move with it.
-        d_scores = (keys * d_q).sum(-1)
-        d_scores[..., 0] += (q * d_k).sum((2, 3))
-        scores = (keys * q).sum(-1) * entry.scale
+    A, v = passing.attention, _heads(passing.values, n_heads)
+    d_A = A * s[:, None]
+    d_after = torch.zeros_like(passing.after, dtype=torch.float32)
+    d_heads = torch.zeros_like(_heads(passing.q, n_heads))
+    if tangent is not None:
+        assert layer.entry is not None
+        assert passing.keys is not None
+        assert passing.own is not None
+        entry, own = layer.entry, passing.own[:, None, :, None].expand(-1, n_heads, -1, 1)
+        d_normed = _of_norm(entry.norm1, passing.before, tangent)
+        d_q, d_k, d_v = (_heads(d_normed @ w.float().T, n_heads) for w in (entry.q, entry.k, entry.v))
+        q, keys = _heads(passing.q, n_heads), _heads(passing.keys, n_heads)
+        # Of keys and values, only the query's own move with it.
+        d_scores = (d_q @ keys.mT).scatter_add(-1, own, (q * d_k).sum(-1, keepdim=True))
+        scores = q @ keys.mT * entry.scale
         d_A = d_A + _derivative(functools.partial(torch.softmax, dim=-1), scores, d_scores * entry.scale)
-        d_heads = A[..., :1] * d_v[:, :, 0]
-    d_heads = d_heads + (d_A[:, :, None] @ v).squeeze(2)
-    d_after = tangent + d_heads.flatten(1) @ layer.out.float().T
-    d_inner = _of_norm(layer.norm2, trace.query_after[index], d_after) @ layer.mlp.fc1.weight.float().T
-    d_active = _derivative(layer.mlp.activation_fn, trace.query_inner[index], d_inner)
+        d_heads, d_after = A.gather(-1, own) * d_v, tangent
+    d_heads = d_heads + d_A @ v
+    d_after = d_after + d_heads.transpose(1, 2).flatten(2) @ layer.out.float().T
+    d_inner = _of_norm(layer.norm2, passing.after, d_after) @ layer.mlp.fc1.weight.float().T
+    d_active = _derivative(layer.mlp.activation_fn, passing.inner, d_inner)
     return d_after + d_active @ layer.mlp.fc2.weight.float().T
 
 
@@ -87,6 +101,6 @@ def _derivative(f: Callable[[Tensor], Tensor], x: Tensor, tangent: Tensor) -> Te
     return ((f(x + step * tangent) - f(x - step * tangent)) / (2 * step)).float()
 
 
-def _heads(tower: ImageTower, x: Tensor) -> Tensor:
+def _heads(x: Tensor, n_heads: int) -> Tensor:
     """(B, n, D) -> float32 (B, H, n, Dh)."""
-    return x.unflatten(-1, (tower.n_heads, -1)).transpose(1, 2).float()
+    return by_head(x, n_heads).transpose(1, 2).float()

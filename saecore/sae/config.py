@@ -26,6 +26,28 @@ MOST_INPUTS = 2**20
 """No embedding is wider. With 32-bit ids of latents, no size of a tensor overflows before it is compared with a file's."""
 
 
+CARD = """---
+{{ card_data }}
+---
+
+# Sparse autoencoder on CLIP image embeddings
+
+{{ description }}
+
+```python
+from saecore.sae.checkpoints import load_sae
+
+sae = load_sae("hf://OWNER/REPOSITORY")   # or a local folder
+code = sae.encode_sparse(embeddings)      # CLIP image embeddings as they are: what the site asks for is done inside
+code.latents, code.activations            # the latents that fire for each image, strongest first, and how strongly
+```
+
+Made with Relevance Map SAE. `config.json` describes it, `sae.safetensors` holds its tensors, the mean and the scale of the
+embeddings included.
+"""
+"""The model card of a saved SAE."""
+
+
 @dataclasses.dataclass(frozen=True)
 class SAEConfig:
     """What the tensors alone do not say."""

@@ -43,7 +43,7 @@ import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
 from torch import Tensor, nn
 
-from saecore.sae.config import SAEConfig
+from saecore.sae.config import CARD, SAEConfig
 from saecore.sae.sites import EMBEDDING
 
 CONFIG_FILE = "config.json"
@@ -57,26 +57,6 @@ CHOSEN_AT_ONCE = 1 << 20
 
 LAYER_NORM_EPS = 1e-5
 """Added to the standard deviation, not to the variance, and only on the way in, as the published SAEs do."""
-
-CARD = """---
-{{ card_data }}
----
-
-# Sparse autoencoder on CLIP image embeddings
-
-{{ description }}
-
-```python
-from saecore.sae.checkpoints import load_sae
-
-sae = load_sae("hf://OWNER/REPOSITORY")   # or a local folder
-code = sae.encode_sparse(embeddings)      # CLIP image embeddings as they are: what the site asks for is done inside
-code.latents, code.activations            # the latents that fire for each image, strongest first, and how strongly
-```
-
-Made with Relevance Map SAE. `config.json` describes it, `sae.safetensors` holds its tensors, the mean and the scale of the
-embeddings included.
-"""
 
 
 class Code(NamedTuple):
@@ -106,6 +86,8 @@ class Inputs(NamedTuple):
     """float32 (B, 1)."""
     length: Tensor
     """float32 (B, 1): |x| where the embedding is divided by it first, else 1."""
+    gain: Tensor
+    """float32 (B, 1): by how much a step along `SAE.directions` moves p, if norms are held constant."""
 
 
 class SAE(nn.Module, ModelHubMixin, model_card_template=CARD, library_name="relevance-map-sae", license="mit"):
@@ -165,13 +147,13 @@ class SAE(nn.Module, ModelHubMixin, model_card_template=CARD, library_name="rele
         """CLIP embeddings (B, d) -> v, and what undoes the normalisation."""
         u, length = self.standardise(x), self.length(x)
         shift, spread = torch.zeros_like(u[:, :1]), torch.ones_like(u[:, :1])
+        divisor = spread
         if self.config.normalise == "layer_norm":
             shift, spread = u.mean(-1, keepdim=True), u.std(-1, keepdim=True)
-            return Inputs((u - shift) / (spread + LAYER_NORM_EPS), shift, spread, length)
-        if self.config.normalise == "constant_norm":
-            spread = torch.linalg.vector_norm(u, dim=-1, keepdim=True) / self.config.n_inputs**0.5
-            return Inputs(u / spread, shift, spread, length)
-        return Inputs(u, shift, spread, length)
+            divisor = spread + LAYER_NORM_EPS
+        elif self.config.normalise == "constant_norm":
+            divisor = spread = torch.linalg.vector_norm(u, dim=-1, keepdim=True) / self.config.n_inputs**0.5
+        return Inputs((u - shift) / divisor, shift, spread, length, 1 / (divisor * length))
 
     def to_embedding(self, decoded: Tensor, x: Tensor | None) -> Tensor:
         """Decoder output (B, d) -> CLIP's space (B, d); `x`, the embeddings, are needed to undo a per-sample normaliser."""
@@ -273,8 +255,7 @@ class SAE(nn.Module, ModelHubMixin, model_card_template=CARD, library_name="rele
         An SAE that normalises each sample has another w for each: give `x` (B, d) and ids (B, k). The equation still holds:
         w takes the sample's spread and length as constants or, if `exact`, is the true gradient.
         """
-        rows = self.encoder.T[latents]
-        w = rows * self.scale
+        rows, w = self.encoder.T[latents], self.directions(latents)
         if not self.normalises:
             offset = self.mean + self.pre_bias / self.scale
             return w, self.latent_bias[latents] - w @ offset
@@ -283,23 +264,21 @@ class SAE(nn.Module, ModelHubMixin, model_card_template=CARD, library_name="rele
         seen, d = self.inputs(x), self.config.n_inputs
         v, spread = seen.values.unsqueeze(1), seen.spread.unsqueeze(1)
         along = rows @ v.mT  # (B, k, 1): E_j . v
-        if self.config.normalise == "layer_norm":
-            w = w - w.mean(-1, keepdim=True)
-            if exact:  # d spread / du = v (spread + eps) / ((d - 1) spread)
-                w = w - self.scale * along * v * (spread + LAYER_NORM_EPS) / ((d - 1) * spread)
-            w = w / (spread + LAYER_NORM_EPS)
-        elif self.config.normalise == "constant_norm":
-            if exact:  # |v|^2 = d
-                w = w - self.scale * along * v / d
-            w = w / spread
-        if self.config.unit_length:
-            length = seen.length.unsqueeze(1)
-            if exact:  # dy/dx = (1 - y y') / |x|
-                y = x.float().unsqueeze(1) / length
-                w = w - (w @ y.mT) * y
-            w = w / length
+        if exact and self.config.normalise == "layer_norm":  # d spread / du = v (spread + eps) / ((d - 1) spread)
+            w = w - self.scale * along * v * (spread + LAYER_NORM_EPS) / ((d - 1) * spread)
+        elif exact and self.config.normalise == "constant_norm":  # |v|^2 = d
+            w = w - self.scale * along * v / d
+        if exact and self.config.unit_length:  # dy/dx = (1 - y y') / |x|
+            y = x.float().unsqueeze(1) / seen.length.unsqueeze(1)
+            w = w - (w @ y.mT) * y
+        w = w * seen.gain.unsqueeze(1)
         p = along.squeeze(-1) - rows @ self.pre_bias + self.latent_bias[latents]
         return w, p - (w * x.float().unsqueeze(1)).sum(-1)
+
+    def directions(self, latents: Tensor) -> Tensor:
+        """Latent ids (...) -> (..., d): dp/dx with norms held constant, but for the sample's gain (`Inputs.gain`)."""
+        w = self.encoder.T[latents] * self.scale
+        return w - w.mean(-1, keepdim=True) if self.config.normalise == "layer_norm" else w
 
     # ---- Files.
 

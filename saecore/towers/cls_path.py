@@ -14,10 +14,12 @@ and with G = dz/dx' (a row for each read-out):
     dS = A (D - sum_j A_j D_j)       dq = s sum_i dS_i k_i,   dk_0 = s dS_0 q,   dv_0 = A_0 G_o
     dz/dx = G_y + J_LN1' (dq W_q + dk_0 W_k + dv_0 W_v)
 
-Methods of `saecore.relevance.maps` use D^l = dz/dA^l. By head, dk_0 W_k is the same vector q W_k times a number for each
-read-out. Cost: 22 D^2 + 8 N D FLOP for each read-out and layer.
+Methods of `saecore.relevance.maps` use D^l = dz/dA^l. Cost: 24 D^2 + 8 N D FLOP for each read-out and layer.
 
-Shapes as in `saecore.towers.tower`: B images, k read-outs, N tokens (CLS first), H heads, D width.
+The same holds along the path of any other token (`saecore.relevance.tokens`), with its number in the place of 0. Then each
+read-out has a token of its own, and what follows is that of q = k queries in place of one that all read-outs share.
+
+Shapes as in `saecore.towers.tower`: B images, k read-outs, q queries, 1 or k, N tokens, H heads, D width.
 """
 
 import math
@@ -27,7 +29,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from saecore.towers.tower import Entry, ImageTower, PathLayer, Trace
+from saecore.towers.tower import ImageTower, PathLayer, Trace
+
+
+class Passing(NamedTuple):
+    """What one layer did to the queries."""
+
+    before: Tensor
+    """(B, q, D) residual streams where they enter the layer."""
+    after: Tensor
+    """(B, q, D) the same between attention and MLP."""
+    inner: Tensor
+    """(B, q, 4 D) the same inside the MLP, before its activation function."""
+    attention: Tensor
+    """float32 (B, H, q, N): by which the queries look at all tokens."""
+    q: Tensor
+    """(B, q, D)."""
+    keys: Tensor | None
+    """(B, N, D); None if no gradient passes to the layer below."""
+    values: Tensor
+    """(B, N, D)."""
+    own: Tensor | None
+    """int64 (B, q): which of the tokens each query is; None for a learned query, which is none."""
 
 
 class Within(NamedTuple):
@@ -41,6 +64,21 @@ class Within(NamedTuple):
     """float32 (B, k, H, N), by the attention."""
 
 
+def passing_of(tower: ImageTower, trace: Trace, index: int) -> Passing:
+    """What the layer of that index, -1 for the last, did to the tower's one query."""
+    q = trace.query_q[index][:, None]
+    return Passing(
+        before=trace.query_before[index][:, None],
+        after=trace.query_after[index][:, None],
+        inner=trace.query_inner[index][:, None],
+        attention=trace.query_attention[index][:, :, None],
+        q=q,
+        keys=trace.keys[index] if trace.keys else None,
+        values=trace.values[index],
+        own=torch.zeros(len(q), 1, dtype=torch.int64, device=q.device) if tower.n_own else None,
+    )
+
+
 def attention_gradients(
     tower: ImageTower, trace: Trace, read_outs: Tensor, layers: int, exact: bool = False
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -50,21 +88,28 @@ def attention_gradients(
     layers, and their keys if `layers` is above 1.
     """
     G = tower.pull_back(read_outs, trace.query_final, exact).direction
-    path = tower.path()
-    for index in range(-1, -1 - layers, -1):
-        layer = path[index]
-        after, inner, values = trace.query_after[index], trace.query_inner[index], trace.values[index]
-        inside = within_layer(layer, tower.n_heads, after, inner, values, G)
-        yield index, inside.D, inside.G_y
-        if index > -layers:
-            assert layer.entry is not None  # a learned query has no layer below
-            G = inside.G_y + _before_attention(tower, trace, index, layer.entry, inside)
+    passings = [passing_of(tower, trace, index) for index in range(-layers, 0)]
+    for index, inside in gradients_along(tower.path()[-layers:], passings, tower.n_heads, G):
+        yield index - layers, inside.D, inside.G_y
+
+
+def gradients_along(
+    path: list[PathLayer], passings: list[Passing], n_heads: int, G: Tensor
+) -> Iterator[tuple[int, Within]]:
+    """The gradient G (B, k, D) after the last of some layers -> that inside each, last first, with the layer's index."""
+    for index in range(len(path) - 1, -1, -1):
+        passing = passings[index]
+        inside = within_layer(path[index], n_heads, passing.after, passing.inner, passing.values, G)
+        yield index, inside
+        if index:
+            G = before_layer(path[index], passing, inside)
 
 
 def within_layer(layer: PathLayer, n_heads: int, after: Tensor, inner: Tensor, values: Tensor, G: Tensor) -> Within:
     """The gradient G (B, k, D) after a layer -> the gradient inside it.
 
-    The query's stream is `after` (B, D) between attention and MLP, and `inner` (B, 4 D) inside the MLP; `values` (B, N, D).
+    The queries' streams are `after` (B, q, D) between attention and MLP, and `inner` (B, q, 4 D) inside the MLP; `values`
+    (B, N, D).
     """
     G_y = G + mlp_vjp(layer, after, slope(layer, inner), G)
     G_o = by_head(product(G_y, layer.out), n_heads)
@@ -72,23 +117,30 @@ def within_layer(layer: PathLayer, n_heads: int, after: Tensor, inner: Tensor, v
     return Within(G_y, G_o, (G_o.transpose(1, 2) @ v.mT).transpose(1, 2))
 
 
-def _before_attention(tower: ImageTower, trace: Trace, index: int, entry: Entry, inside: Within) -> Tensor:
-    """The gradient (B, k, D) at the CLS token before a layer, through its query, its key and its value."""
-    A = trace.query_attention[index][:, :, None]  # B H 1 N
-    D = inside.D.transpose(1, 2)  # B H k N
-    dS = entry.scale * A * (D - (A * D).sum(-1, keepdim=True))
-    keys = by_head(trace.keys[index], tower.n_heads).transpose(1, 2).float()  # B H N Dh
-    dq = (dS @ keys).transpose(1, 2).flatten(2)
-    q = by_head(trace.query_q[index], tower.n_heads).transpose(0, 1)  # H B Dh
-    through_key = (q @ entry.k.unflatten(0, (tower.n_heads, -1))).float().transpose(0, 1)  # B H D
-    dv = (A[..., 0].transpose(1, 2)[..., None] * inside.G_o).flatten(2)
-    into = product(dq, entry.q) + dS[..., 0].transpose(1, 2) @ through_key + product(dv, entry.v)
-    return _norm_vjp(entry.norm1, trace.query_before[index], into)
+def before_layer(layer: PathLayer, passing: Passing, inside: Within) -> Tensor:
+    """The gradient (B, k, D) at the queries before a layer: past its attention, and through their query, key and value."""
+    entry, keys, own = layer.entry, passing.keys, passing.own
+    assert entry is not None  # a learned query has no layer below
+    assert keys is not None
+    assert own is not None
+    A, D, n_heads = passing.attention, inside.D.transpose(1, 2), inside.D.shape[2]
+    dS = entry.scale * A * (D - (A * D).sum(-1, keepdim=True))  # B H k N
+    dq = (dS @ by_head(keys, n_heads).transpose(1, 2).float()).transpose(1, 2).flatten(2)
+    dk = (_of_own(dS, own) * by_head(passing.q, n_heads)).flatten(2)
+    dv = (_of_own(A, own) * inside.G_o).flatten(2)
+    into = product(dq, entry.q) + product(dk, entry.k) + product(dv, entry.v)
+    return inside.G_y + _norm_vjp(entry.norm1, passing.before, into)
+
+
+def _of_own(rows: Tensor, own: Tensor) -> Tensor:
+    """Rows over tokens (B, H, k, N) -> their values at the token that each query is, (B, k, H, 1)."""
+    index = own[:, None, :, None].expand(-1, rows.shape[1], rows.shape[2], 1)
+    return rows.gather(-1, index).transpose(1, 2)
 
 
 def mlp_vjp(layer: PathLayer, after: Tensor, slope: Tensor, G: Tensor) -> Tensor:
-    """J_LN2' J_MLP' G (B, k, D) at tokens `after` (B, D), between a layer's attention and its MLP; `slope` (B, 4 D)."""
-    back = product(product(G, layer.mlp.fc2.weight) * slope[:, None], layer.mlp.fc1.weight)
+    """J_LN2' J_MLP' G (B, k, D) at streams `after` (B, q, D), between a layer's attention and its MLP; `slope` (B, q, 4 D)."""
+    back = product(product(G, layer.mlp.fc2.weight) * slope, layer.mlp.fc1.weight)
     return _norm_vjp(layer.norm2, after, back)
 
 
@@ -107,13 +159,13 @@ def slope(layer: PathLayer, inner: Tensor) -> Tensor:
 
 
 def _norm_vjp(norm: nn.LayerNorm, x: Tensor, g: Tensor) -> Tensor:
-    """J' g of a LayerNorm at x (B, D), for g (B, k, D)."""
+    """J' g of a LayerNorm at x (B, q, D), for g (B, k, D)."""
     x, g = x.float(), g * norm.weight.float()
     centred = x - x.mean(-1, keepdim=True)
     deviation = (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt()
-    normed = (centred / deviation)[:, None]
+    normed = centred / deviation
     g = g - g.mean(-1, keepdim=True) - normed * (g * normed).mean(-1, keepdim=True)
-    return g / deviation[:, None]
+    return g / deviation
 
 
 def product(g: Tensor, weight: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from saecore.methods import Options
 from saecore.pipeline.inference import Inference
@@ -68,20 +67,20 @@ def forgets_the_norm(right: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def forgets_the_query(right: Callable[..., Any]) -> Callable[..., Any]:
-    def wrong(tower: ImageTower, trace: Any, *more: Any) -> Tensor:
-        return right(tower, trace._replace(keys=[torch.zeros_like(k) for k in trace.keys]), *more)
+    def wrong(layer: Any, passing: Any, inside: Any) -> Any:
+        return right(layer, passing._replace(keys=torch.zeros_like(passing.keys)), inside)
 
     return wrong
 
 
 def forgets_all_below(right: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda tower, trace, index, entry, inside: torch.zeros_like(inside.G_y)
+    return lambda layer, passing, inside: inside.G_y
 
 
 WRONG = {
     "slope": forgets_the_activation,
     "_norm_vjp": forgets_the_norm,
-    "_before_attention": forgets_the_query,
+    "before_layer": forgets_the_query,
     "attention": forgets_all_below,
 }
 
@@ -89,7 +88,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_gradient_adds_up_and_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, tower = random_tower()
-    part = {"attention": "_before_attention"}.get(name, name)
+    part = {"attention": "before_layer"}.get(name, name)
     monkeypatch.setattr(cls_path, part, WRONG[name](getattr(cls_path, part)))
     of_sum, of_gradient = errors(tower, random_sae())
     assert of_sum < 1e-5, "the sum is no judge of a gradient"
