@@ -32,7 +32,7 @@ from benchmarks.precision import Precision
 from benchmarks.speed import Job, Peers, Steps
 from benchmarks.storage import Storage
 from jobs import commands, console, origin
-from saecore.methods import DEFAULT_OPTIONS, METHODS, Options, parse_methods
+from saecore.methods import DEFAULT_OPTIONS, OF_EMBEDDING, Options, parse_methods
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Maps:
 
     shapes: tuple[str, ...] = ("B/32", "B/16", "L/14")
     """Shapes of image towers: B/32, B/16, L/14, or demo, the embedded model's."""
-    method: Annotated[str, tyro.conf.arg(aliases=["--methods"])] = ",".join(METHODS)
+    method: Annotated[str, tyro.conf.arg(aliases=["--methods"])] = ",".join(OF_EMBEDDING)
     """Methods, joined by commas; those that run the model again (rollout, occlusion) take most of the time."""
     k: int = 32
     """Latents explained of each image; 32 is what bounds are on."""
@@ -255,7 +255,7 @@ class Truth:
 
     scenes: int = 2000
     """Scenes to measure on; as many others choose the latents."""
-    method: str = ",".join(METHODS)
+    method: str = ",".join(OF_EMBEDDING)
     """Methods, joined by commas; those that run the model again (rollout, occlusion) take most of the time."""
     options: tyro.conf.OmitArgPrefixes[Options] = DEFAULT_OPTIONS
     json: bool = False

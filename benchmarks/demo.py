@@ -28,7 +28,7 @@ from saecore.demo import drawing, scenes, writing
 from saecore.demo.build import CLIP_FOLDER, SAE_FOLDER, ClipBuild, train_clip
 from saecore.demo.figures import embed, sae_figures, zero_shot
 from saecore.demo.lessons import photo
-from saecore.methods import METHODS
+from saecore.methods import METHODS, OF_EMBEDDING
 from saecore.relevance.explain import explain_latents
 from saecore.report import display
 from saecore.sae.checkpoints import load_folder
@@ -96,12 +96,12 @@ def draw_methods(config: DrawMethods) -> None:
     latents = [following[thing.colour] for thing in scene.things if thing.colour in following]
     pixels = torch.from_numpy(photo(scene)[None])
     values = sae.pre_activations(tower.embed(pixels))[0, latents].tolist()
-    by_method = explain_latents(tower, sae, pixels, torch.tensor([latents]), tuple(METHODS)).values()
+    by_method = explain_latents(tower, sae, pixels, torch.tensor([latents]), OF_EMBEDDING).values()
     sheet = display.sheet(
         [drawing.render(scene, 4 * config.side)] * len(latents),
         [f"latent {latent}   {value:.2f}" for latent, value in zip(latents, values, strict=True)],
-        tuple(METHODS),
-        [method.units or None for method in METHODS.values()],
+        OF_EMBEDDING,
+        [METHODS[name].units or None for name in OF_EMBEDDING],
         np.stack([maps.relevance[0].unflatten(-1, tower.grid).numpy() for maps in by_method], 1),
         np.stack([maps.remainder[0].numpy() for maps in by_method], 1),
         config.side,

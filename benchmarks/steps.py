@@ -212,6 +212,7 @@ def remembering(stage: Explain, decoded: pa.Table) -> Explain:
     """The same stage, whose model computes nothing again."""
     shape = (len(decoded), *stage.infer.tower.preprocess.size, 3)
     other: Any = copy.copy(stage)
+    assert isinstance(stage.infer, Inference)
     other.infer = Remembered(stage.infer, transfer(decoded).reshape(shape).numpy())
     return other
 

@@ -25,7 +25,7 @@ from saecore.demo.lessons import FACETS, WORDS, photo
 from saecore.demo.scenes import SEED_EVALUATION, Scene, scenes_of
 from saecore.evaluation import localisation
 from saecore.evaluation.localisation import Mean, mean_over_images
-from saecore.methods import DEFAULT_OPTIONS, METHODS, Options
+from saecore.methods import DEFAULT_OPTIONS, OF_EMBEDDING, Options
 from saecore.relevance.explain import explain_latents
 from saecore.relevance.targets import word_targets
 from saecore.sae.model import SAE
@@ -156,7 +156,7 @@ def measure(
     tower: ImageTower,
     sae: SAE,
     n_scenes: int,
-    listed: Sequence[Row] = tuple(rows(tuple(METHODS))),
+    listed: Sequence[Row] = tuple(rows(OF_EMBEDDING)),
     tell: Callable[[int], object] = nothing,
 ) -> Measured:
     """Maps of every latent that follows a word, and of every colour and shape as a text, in `n_scenes` scenes.

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import tyro
 
 from saecore.demo.writing import write_shards
-from saecore.methods import DEFAULT_OPTIONS, Options, check_precision, parse_methods, parse_targets
+from saecore.methods import AUTO, DEFAULT_OPTIONS, Options, check_precision, methods_for, parse_methods, parse_targets
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.config import ExplainConfig, ModelDigests, keeps_results
 from saecore.pipeline.models import check_latents, check_words, load_word_targets, tower_at
@@ -67,16 +67,20 @@ class Arguments(collection.Arguments):
     """SAE: a folder, an MSAE .pth file, either on s3:// or gs:// too, hf://OWNER/REPOSITORY[/PATH][@REVISION], or `demo`."""
     site: str = ""
     """Where the SAE reads, if its files do not say: embedding; embedding:l2 if it was trained on embeddings of length 1; or
-    layerN.residual:cls, the residual stream of CLS after layer N."""
+    layerN.residual:cls, layerN.residual:patches or layerN.residual:all, the residual streams after layer N."""
+    pool: str = ""
+    """Of an SAE that reads patches or all tokens: how a latent's values there become one for the image: max, mean, sum, or cls
+    (of all tokens only). There is no default, since projects differ."""
     any_clip: bool = dataclasses.field(default=False, metadata=keeps_results("it lets a model pass, and changes none"))
     """Run an SAE whose files name another model than --clip."""
     allow_poor_fit: bool = dataclasses.field(default=False, metadata=keeps_results("it lets a run go on"))
     """Go on although the SAE reconstructs half of the images or more poorly (fvu at least 0.9)."""
     k: int = 0
     """Latents kept of each image. 0 is 32, or as many as the SAE lets fire if these are fewer."""
-    method: str = dataclasses.field(default="contrib", metadata=keeps_results("`ExplainConfig.methods` holds it"))
+    method: str = dataclasses.field(default=AUTO, metadata=keeps_results("`ExplainConfig.methods` holds it"))
     """How maps are computed: one or several of contrib (exact), contrib_grad (exact gradient), chefer, legrad, gradeclip,
-    rollout, dense, occlusion, attention, joined by commas."""
+    rollout, dense, occlusion, attention, joined by commas. Of an SAE that reads tokens: activation, contrib, contrib_grad,
+    occlusion, attention. `auto` is contrib, and for tokens contrib,activation."""
     targets: tuple[str, ...] = ("kept",)
     """What the maps explain, one or several: `kept`, the latents kept of each image; text:A PHRASE and concept:A WORD, which
     are added to these; latents:NUMBER[,NUMBER] in place of these; `no-kept` for maps of texts and concepts only."""
@@ -150,10 +154,14 @@ def advice(fit: Fit, record: Record) -> str:
     """One sentence on a poor fit: what was counted, and what to check."""
     sae = record.sae
     reads = f"{sae['site']}, {sae['n_inputs']} wide" + (f", of {sae['model']}" if sae["model"] else "")
+    place = (
+        "on its final embedding, and whether on embeddings of length 1 (--site embedding:l2)"
+        if record.has_words
+        else f"at this layer and on these tokens, and whether on vectors of length 1 (--site {record.site}:l2)"
+    )
     return (
         f"{fit.words()}: the SAE, taken to read {reads}, does not fit --clip {record.clip}; "
-        "check that it was trained on this model, on its final embedding, and whether on embeddings of length 1 "
-        "(--site embedding:l2), or let it pass with --allow-poor-fit"
+        f"check that it was trained on this model, {place}, or let it pass with --allow-poor-fit"
     )
 
 
@@ -232,13 +240,17 @@ def load(arguments: Arguments) -> Loaded:
 def configure(arguments: Arguments, loaded: Loaded) -> ExplainConfig:
     """The configuration of the replicas, without their device; ValueError for what these models cannot do."""
     from saecore.relevance.explain import check_fits
+    from saecore.relevance.pooling import check_pool
 
-    sae, methods, targets = loaded.sae.config, parse_methods(arguments.method), parse_targets(arguments.targets)
-    if arguments.k > sae.most_firing:
-        raise ValueError(
-            f"--k {arguments.k}: this SAE lets {sae.most_firing} latents fire, so at most that many can be kept"
-        )
+    sae, targets = loaded.sae.config, parse_targets(arguments.targets)
+    reads_tokens = sites.reads_tokens(sae.site)
+    most = sae.n_latents if reads_tokens else sae.most_firing
+    if arguments.k > most:
+        raise ValueError(f"--k {arguments.k}: this SAE lets {most} latents fire, so at most that many can be kept")
     with commands.given_fields(arguments, arguments.options):
+        methods = methods_for(arguments.method, reads_tokens)
+        check_precision(arguments.precision, methods)
+        check_pool(arguments.pool, sites.parse(sae.site).tokens)
         check_latents(targets, loaded.sae)
         check_words(targets, sae.site)
         check_fits(loaded.tower, methods, arguments.options)
@@ -246,7 +258,8 @@ def configure(arguments: Arguments, loaded: Loaded) -> ExplainConfig:
         clip=loaded.clip_address,
         sae=loaded.sae_address,
         site=arguments.site,
-        k=arguments.k or min(DEFAULT_K, sae.most_firing),
+        pool=arguments.pool,
+        k=arguments.k or min(DEFAULT_K, most),
         batch_size=arguments.batch_size,
         precision=arguments.precision,
         methods=methods,
@@ -264,7 +277,8 @@ def configure(arguments: Arguments, loaded: Loaded) -> ExplainConfig:
 def in_words(config: ExplainConfig, loaded: Loaded) -> list[str]:
     """What would be computed, for --dry-run."""
     return [
-        f"with CLIP {config.clip} and SAE {config.sae}, which reads {loaded.sae.config.site}",
+        f"with CLIP {config.clip} and SAE {config.sae}, which reads {loaded.sae.config.site}"
+        + (f", pooled by {config.pool}" if config.pool else ""),
         f"{config.k} latents per image, maps of {', '.join(config.targets.specs())} by {', '.join(config.methods)}",
     ]
 
@@ -278,6 +292,7 @@ def tags(config: ExplainConfig, loaded: Loaded) -> dict[str, str]:
         "sae": config.sae,
         "sae_sha256": loaded.digests.sae,
         "site": loaded.digests.site,
+        **({"pool": config.pool} if config.pool else {}),
         "methods": ",".join(config.methods),
         "norms": ", ".join(f"{method} {config.options.norm_of(method)}" for method in config.methods),
         "grid_height": str(height),

@@ -41,6 +41,10 @@ class Method:
     """Whether it takes the gradient along the CLS path, which needs the keys of every layer below the last."""
     has_own_forwards: bool = False
     """Whether it runs the tower itself and needs nothing from the forward that the other methods share."""
+    of_embedding: bool = True
+    """Whether it explains read-outs of one vector of an image: of the embedding, or of CLS after a layer."""
+    of_tokens: bool = False
+    """Whether it explains what an SAE reads of an image's tokens."""
     needs_float32: bool = False
     """Whether it subtracts two forwards. The rounding of bfloat16 is as large as the effect of one patch: on the embedded
     models such maps were 6 % off in bfloat16, and those of the other methods 1 %."""
@@ -57,6 +61,7 @@ METHODS = {
         units=PRE_ACTIVATION,
         decomposes=True,
         takes_layers=True,
+        of_tokens=True,
     ),
     "contrib_grad": Method(
         gives="attention times its exact gradient along the CLS path",
@@ -67,6 +72,7 @@ METHODS = {
         follows_path=True,
         units=PRE_ACTIVATION,
         decomposes=True,
+        of_tokens=True,
     ),
     "chefer": Method(
         gives="Transformer-MM-Explainability's rule",
@@ -117,6 +123,7 @@ METHODS = {
         units=PRE_ACTIVATION,
         has_own_forwards=True,
         needs_float32=True,
+        of_tokens=True,
     ),
     "attention": Method(
         gives="CLS attention, which knows nothing of the target",
@@ -124,9 +131,28 @@ METHODS = {
         layers=1,
         target="none",
         is_cause=False,
+        of_tokens=True,
+    ),
+    "activation": Method(
+        gives="the latent's activation at each patch: where it is active, not what causes it",
+        norm="none",
+        layers=None,
+        target="patch",
+        units="activation at each patch",
+        is_cause=False,
+        of_embedding=False,
+        of_tokens=True,
     ),
 }
 """Every method, by name."""
+
+OF_EMBEDDING = tuple(name for name, method in METHODS.items() if method.of_embedding)
+OF_TOKENS = tuple(name for name, method in METHODS.items() if method.of_tokens)
+
+AUTO = "auto"
+
+DEFAULT_METHODS = {"embedding": ("contrib",), "tokens": ("contrib", "activation")}
+"""The methods of a run that names none, by what its SAE reads."""
 
 UNKNOWN = Method(gives="", norm="none", layers=None, target="none", is_cause=False)
 """Stands for the methods of another version, whose runs can still be read, and for a run without maps."""
@@ -226,8 +252,24 @@ def _need_float32(methods: Sequence[str]) -> list[str]:
     return [method for method in methods if METHODS[method].needs_float32]
 
 
+def methods_for(names: str, reads_tokens: bool) -> tuple[str, ...]:
+    """`parse_methods` for an SAE that reads tokens, or one vector of an image; `auto` is what suits it. ValueError for a method
+    that has no meaning there."""
+    if names == AUTO:
+        return DEFAULT_METHODS["tokens" if reads_tokens else "embedding"]
+    methods = parse_methods(names)
+    known, reads = (OF_TOKENS, "the tokens of a layer") if reads_tokens else (OF_EMBEDDING, "one vector for each image")
+    if unknown := [name for name in methods if name not in known]:
+        raise ValueError(
+            f"method {unknown[0]}: has no meaning for an SAE that reads {reads}; for it there are {', '.join(known)}"
+        )
+    return methods
+
+
 def parse_methods(names: str) -> tuple[str, ...]:
-    """`contrib,chefer` -> each method once, in that order; ValueError for a name that is no method."""
+    """`contrib,chefer` -> each method once, in that order; `auto` is none yet. ValueError for a name that is no method."""
+    if names == AUTO:
+        return ()
     methods = _once(name.strip() for name in names.split(","))
     if unknown := [name for name in methods if name not in METHODS]:
         raise ValueError(f"method {unknown[0]}: must be one or several, joined by commas, of {', '.join(METHODS)}")

@@ -29,12 +29,13 @@ from PIL import Image
 
 from saecore.images.decode import Decoded, ImageError, decode_image, open_rgb
 from saecore.images.preprocess import default_resize
-from saecore.methods import DEFAULT_OPTIONS, METHODS, Options, parse_methods, parse_targets
+from saecore.methods import DEFAULT_OPTIONS, METHODS, Options, methods_for, parse_targets
 from saecore.pipeline.config import ExplainConfig
 from saecore.pipeline.models import check_latents, load_models, load_word_targets
 from saecore.relevance.explain import check_fits, explain_forward, trace_needs
 from saecore.relevance.targets import TargetAxis, Targets, no_word_targets
 from saecore.report import display
+from saecore.sae import sites
 from saecore.sae.model import SAE
 from saecore.towers.tower import ImageTower
 
@@ -130,17 +131,21 @@ def explain_image(
     """Explain one picture: a path, the bytes of a file, or a PIL image.
 
     k: how many of the strongest latents are kept; at most as many as the SAE lets fire. method: one of
-    `saecore.methods.METHODS`. targets: what the maps explain, as `saecore.methods.parse_targets` reads it: `kept`,
+    `saecore.methods.OF_EMBEDDING`. targets: what the maps explain, as `saecore.methods.parse_targets` reads it: `kept`,
     `latents:3,17`, `text:a red square`, `concept:red`. names: the names of latents, by number. ValueError for a picture that
     cannot be decoded, or for a wrong argument.
     """
-    (name, *others), request = parse_methods(method), parse_targets(targets)
+    (name, *others), request = methods_for(method, reads_tokens=False), parse_targets(targets)
     if others:
         raise ValueError(f"method {method}: give one method, and explain the picture again for another")
     if k < 1:
         raise ValueError(f"k {k}: must be at least 1")
     options.check()
     clip, tower, sae = models
+    if sites.reads_tokens(sae.config.site):
+        raise ValueError(
+            f"the SAE reads {sae.config.site}: this takes SAEs that read one vector; jobs.explain takes both"
+        )
     check_fits(tower, (name,), options)
     check_latents(request, sae)
     device = sae.encoder.device

@@ -36,6 +36,7 @@ Glossary. One word, one meaning, in code, columns, logs and pages:
     commit          the file that says that a chunk is done, and which files hold its rows
     preview         a picture of a run's first images, each with its strongest maps
     site            where an SAE reads: the embedding, or a layer's residual stream or MLP, on CLS or patch tokens
+    pool            how what an SAE makes of tokens becomes one value for an image: max, mean, sum, or CLS's own
     replica         one actor that holds the models
     fingerprint     the hash of what changes results
 
@@ -113,10 +114,36 @@ ACTIVATIONS = pa.schema(
 )
 
 
-def maps_schema(n_patches: int) -> pa.Schema:
+# The same where the SAE reads tokens; the activation is then pooled over them.
+TOKEN_ACTIVATIONS = pa.schema(
+    [
+        *ACTIVATIONS,
+        pa.field(
+            "patch", pa.int16()
+        ),  # where it is most active, row-major; null if that is CLS, or if it fires nowhere
+        pa.field("patches", pa.int16(), nullable=False),  # at how many it fires
+    ]
+)
+
+_AGREEMENT = [
+    pa.field(
+        "rank_correlation", pa.float32()
+    ),  # of the map, before it is rounded, with the latent's activation at each patch; null where it has no meaning
+    pa.field("peak_distance", pa.float32()),  # of the largest values of the two, in patches; likewise
+]
+
+
+def activations_schema(reads_tokens: bool) -> pa.Schema:
+    """Of the kept latents of each image."""
+    return TOKEN_ACTIVATIONS if reads_tokens else ACTIVATIONS
+
+
+def maps_schema(n_patches: int, reads_tokens: bool = False) -> pa.Schema:
     """Relevance maps of an image's targets, for each method; value = int8 x `scale`, in the method's units.
 
     A target is a latent, kept or asked for by number, or a text or concept that `target` names: "text: a red square".
+
+    Where the SAE reads tokens, two more columns say how far a map lies from the latent's activation.
 
     `map` is fixed-size binary because Parquet stores 8-bit list elements as 32-bit integers (35 to 40 % larger, 15 times
     slower to write). One line of NumPy decodes it: `np.frombuffer(map, np.int8).reshape(grid_height, grid_width) * scale`.
@@ -134,6 +161,7 @@ def maps_schema(n_patches: int) -> pa.Schema:
             ),  # what the map and its remainder add up to; of a text, the cosine
             pa.field("remainder", pa.float32(), nullable=False),  # NaN if the method is no decomposition
             pa.field("sink_share", pa.float32(), nullable=False),  # the part of sum |map| that lies on sinks, in [0, 1]
+            *(_AGREEMENT if reads_tokens else []),
         ]
     )
 
@@ -224,7 +252,7 @@ def growths_of(plan: pa.Table) -> list[dict[str, Any]]:
     return growths
 
 
-def explained_schema(n_patches: int) -> pa.Schema:
+def explained_schema(n_patches: int, reads_tokens: bool = False) -> pa.Schema:
     """One row per image: the IMAGES columns, and its rows of ACTIVATIONS and MAPS, nested (null if the image is refused).
 
     `completeness` is the worst `saecore.relevance.maps.completeness_error` of the image's maps, before these are rounded to
@@ -234,8 +262,8 @@ def explained_schema(n_patches: int) -> pa.Schema:
         [
             *IMAGES,
             pa.field("completeness", pa.float32()),
-            pa.field("activations", pa.list_(nested(ACTIVATIONS))),
-            pa.field("maps", pa.list_(nested(maps_schema(n_patches)))),
+            pa.field("activations", pa.list_(nested(activations_schema(reads_tokens)))),
+            pa.field("maps", pa.list_(nested(maps_schema(n_patches, reads_tokens)))),
         ]
     )
 

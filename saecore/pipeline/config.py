@@ -78,6 +78,10 @@ def _concepts(config: "ExplainConfig", _: ModelDigests) -> list[Any]:
     return [config.concept_latents, config.concept_positive] if config.targets.concepts else []
 
 
+def _site(config: "ExplainConfig", models: ModelDigests) -> str:
+    return " pooled by ".join(filter(None, (models.site, config.pool)))
+
+
 def _norms(config: "ExplainConfig", _: ModelDigests) -> dict[str, str]:
     return {method: config.options.norm_of(method) for method in config.methods}
 
@@ -118,8 +122,11 @@ class ExplainConfig(EmbedConfig):
 
     sae: str = dataclasses.field(metadata=changes_results(Part("sae", lambda _, models: models.sae)))
     """SAE: a folder, a file, a Hub address, or `demo`."""
-    site: str = dataclasses.field(default="", metadata=changes_results(Part("site", lambda _, models: models.site)))
+    site: str = dataclasses.field(default="", metadata=changes_results(Part("site", _site)))
     """Where the SAE reads, if its files do not say."""
+    pool: str = dataclasses.field(default="", metadata=changes_results(Part("site", _site)))
+    """How what it makes of tokens becomes one value for an image, see `saecore.relevance.pooling`. Empty where it reads one
+    vector: the part `site` is then as it was before there was this field."""
     k: int = dataclasses.field(metadata=changes_results(Part("k")))
     """Latents kept per image."""
     methods: tuple[str, ...] = dataclasses.field(

@@ -8,7 +8,7 @@ Shapes: B images, E embedding width, k kept latents, M methods, n targets of map
 import sys
 import time
 from collections.abc import Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -64,7 +64,8 @@ class Embedded(NamedTuple):
     """float32 (B, E), not L2-normalised."""
 
 
-Columns = TypeVar("Columns", Embedded, Inferred)
+Columns = TypeVar("Columns", bound=Any)
+"""A NamedTuple of NumPy arrays, each with a row for every image."""
 
 
 def bfloat16_gain(rounds: int = 4) -> float:
@@ -86,7 +87,7 @@ def bfloat16_gain(rounds: int = 4) -> float:
     return seconds[0] / seconds[1]
 
 
-class _OnDevice(Generic[Columns]):
+class OnDevice(Generic[Columns]):
     """CLIP on its device, in the precision that `dtype_of` says. A subclass computes the columns."""
 
     def __init__(self, tower: ImageTower, device: str, methods: Sequence[str] = (), precision: str = "auto") -> None:
@@ -124,7 +125,8 @@ class _OnDevice(Generic[Columns]):
         """Pixels, uint8 (B, height, width, 3), -> columns. B may be 0."""
         if not len(pixels):  # Empty batch: run one blank image and keep zero rows.
             blank = self(np.zeros((1, *pixels.shape[1:]), np.uint8))
-            return type(blank)(*(column[:0] for column in blank))
+            empty: Columns = type(blank)(*(column[:0] for column in blank))
+            return empty
         with torch.inference_mode():
             # .copy(), because Arrow's buffers are read-only, and PyTorch does not share such memory.
             return self._infer(torch.from_numpy(pixels.copy()).to(self.device, non_blocking=True))
@@ -133,14 +135,14 @@ class _OnDevice(Generic[Columns]):
         raise NotImplementedError
 
 
-class Embedder(_OnDevice[Embedded]):
+class Embedder(OnDevice[Embedded]):
     """CLIP without an SAE."""
 
     def _infer(self, pixels: torch.Tensor) -> Embedded:
         return Embedded(self.tower.embed(pixels).cpu().numpy())
 
 
-class Inference(_OnDevice[Inferred]):
+class Inference(OnDevice[Inferred]):
     """CLIP, SAE and methods. The SAE and the sums of maps are in float32 on every device."""
 
     def __init__(
@@ -174,7 +176,7 @@ class Inference(_OnDevice[Inferred]):
         columns = {
             "embedding": embedding,
             **self._reconstruction(embedding, code),
-            "completeness": _worst_error(by_method, values),
+            "completeness": worst_error(by_method, values),
             "sinks": trace.sinks,
             "latent": kept.int(),
             "activation": code.activations[:, : self.k],
@@ -199,7 +201,7 @@ class Inference(_OnDevice[Inferred]):
         }
 
 
-def _worst_error(by_method: dict[str, Maps], values: torch.Tensor) -> torch.Tensor:
+def worst_error(by_method: dict[str, Maps], values: torch.Tensor) -> torch.Tensor:
     """(B,): the largest completeness error of each image's maps; NaN if no method decomposes."""
     errors = [completeness_error(maps, values).amax(-1) for name, maps in by_method.items() if METHODS[name].decomposes]
     return torch.stack(errors).amax(0) if errors else values.new_full((len(values),), torch.nan)

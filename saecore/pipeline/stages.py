@@ -26,7 +26,7 @@ from saecore.pipeline.decoder import Limited
 from saecore.pipeline.models import load_models, load_word_targets
 
 if TYPE_CHECKING:
-    from saecore.pipeline.inference import Embedder, Inference
+    from saecore.pipeline.inference import OnDevice
 
 
 class StoppedError(BaseException):
@@ -110,15 +110,22 @@ class Explain:
 
     def __init__(self, config: ExplainConfig) -> None:
         from saecore.pipeline.inference import Inference
+        from saecore.pipeline.token_inference import TokenInference
+        from saecore.towers.tokens import TokenTower
 
         _use_threads(config.threads)
         self.config = config
         tower, sae = load_models(config.clip, config.sae, config.site)
-        words = load_word_targets(config, tower, sae)
-        how = (config.methods, config.device, config.targets, words, config.options, config.precision)
-        self.infer = Inference(tower, sae, config.k, *how)
+        self.infer: Inference | TokenInference
+        if isinstance(tower, TokenTower):
+            asked = (config.targets, config.options, config.precision)
+            self.infer = TokenInference(tower, sae, config.k, config.methods, config.device, config.pool, *asked)
+        else:
+            words = load_word_targets(config, tower, sae)
+            how = (config.methods, config.device, config.targets, words, config.options, config.precision)
+            self.infer = Inference(tower, sae, config.k, *how)
         self.n_patches = tower.grid[0] * tower.grid[1]
-        self.schema = schema.explained_schema(self.n_patches)
+        self.schema = schema.explained_schema(self.n_patches, isinstance(tower, TokenTower))
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
         shown, batch = _in_batches(self.infer, decoded, at_once(self.config.batch_size, self.config.device))
@@ -132,10 +139,17 @@ class Explain:
         position = pa.array(np.cumsum(shown) - 1, mask=~shown)
         for name in ("l0", "cosine", "fvu", "completeness"):
             columns[name] = pa.array(batch[name]).take(position)
-        kept = {
+        kept: dict[str, Any] = {
             "rank": np.tile(np.arange(k, dtype=np.int16), n_shown),
-            **{name: batch[name].ravel() for name in ("latent", "activation", "pre_activation")},
+            **{
+                name: batch[name].ravel()
+                for name in ("latent", "activation", "pre_activation", "patches")
+                if name in batch
+            },
         }
+        if "patch" in batch:
+            patch = batch["patch"].ravel()
+            kept["patch"] = pa.array(patch, mask=patch < 0)
         columns["activations"] = self._nested("activations", kept, shown, np.full(n_shown, k))
         columns["maps"] = self._maps(batch, shown)
         sinks = pa.array(np.nonzero(batch["sinks"])[1], pa.int16())
@@ -152,7 +166,7 @@ class Explain:
         latent, label = axis.columns(latents)
         of_targets = pa.array(image * axis.n_targets(latents) + target)
         maps = np.ascontiguousarray(batch["map"][written])
-        flat = {
+        flat: dict[str, Any] = {
             "latent": latent.take(of_targets),
             "target": label.take(of_targets),
             "method": pa.array(self.config.methods, pa.string()).take(pa.array(method)),
@@ -161,6 +175,11 @@ class Explain:
             ),
             "pre_activation": batch["map_pre_activation"][image, target],
             **{name: batch[name][written] for name in ("scale", "remainder", "sink_share")},
+            **{
+                name: pa.array(batch[name][written], from_pandas=True)  # null for NaN
+                for name in ("rank_correlation", "peak_distance")
+                if name in batch
+            },
         }
         return self._nested("maps", flat, shown, written.sum((1, 2)))
 
@@ -168,8 +187,12 @@ class Explain:
         """Columns of the nested table `name` -> one list per row, with these lengths for the shown images."""
         kind = self.schema.field(name).type
         fields = list(kind.value_type)
-        columns = [pa.array(flat[field.name], field.type) for field in fields]
+        columns = [_typed(flat[field.name], field.type) for field in fields]
         return _lists(pa.StructArray.from_arrays(columns, fields=fields), shown, lengths, kind)
+
+
+def _typed(values: Any, kind: pa.DataType) -> pa.Array:
+    return values.cast(kind) if isinstance(values, pa.Array) else pa.array(values, kind)
 
 
 def _use_threads(threads: int) -> None:
@@ -179,9 +202,7 @@ def _use_threads(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-def _in_batches(
-    infer: "Embedder | Inference", decoded: pa.Table, batch_size: int
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def _in_batches(infer: "OnDevice[Any]", decoded: pa.Table, batch_size: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Which rows are shown, that is hold pixels, and the columns inferred for them in batches of `batch_size` images."""
     shown = decoded["error"].is_null().to_numpy()
     pixels = _pixels(decoded, (*infer.tower.preprocess.size, 3))

@@ -84,7 +84,7 @@ def build_segment(
     with _database(budget) as database:
         database.register("activations", held["activations"])
         database.register("images", held["images"])
-        sorted_rows = _Files(uri, by_latent.ROWS, name, held["activations"].schema)
+        sorted_rows = _Files(uri, by_latent.ROWS, name, ACTIVATIONS.with_metadata(held["activations"].schema.metadata))
         rows, first = _write_rows(database, sorted_rows, n_latents, top)
         database.register("first", first)
         schema = by_latent.top_schema({table: dataset.schema for table, dataset in held.items()})

@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from saecore.methods import DEFAULT_OPTIONS, METHODS, Options
-from saecore.relevance import maps
+from saecore.relevance import maps, tokens
 from saecore.relevance.maps import Batch, Maps
 from saecore.relevance.occlusion import occlusion
 from saecore.relevance.rollout import rollout
 from saecore.relevance.targets import Targets, WordTargets, no_word_targets
 from saecore.sae.model import SAE
+from saecore.towers.tokens import TokenTower
 from saecore.towers.tower import ImageTower, Trace
 
 FUNCTIONS: dict[str, Callable[[Batch], Maps]] = {
@@ -32,7 +33,7 @@ FUNCTIONS: dict[str, Callable[[Batch], Maps]] = {
     "occlusion": occlusion,
     "attention": maps.attention,
 }
-"""The function of each method of `saecore.methods.METHODS`. All take one `Batch`, and none changes it."""
+"""The function of each method of `saecore.methods.OF_EMBEDDING`. All take one `Batch`, and none changes it."""
 
 
 def trace_needs(methods: Iterable[str], options: Options, n_layers: int) -> dict[str, int]:
@@ -46,20 +47,23 @@ def trace_needs(methods: Iterable[str], options: Options, n_layers: int) -> dict
         for name in methods
         if not METHODS[name].has_own_forwards
     }
-    keys, tokens = False, 0
+    keys, streams = False, 0
     for name, depth in depths.items():
         if name == "legrad" and options.legrad_target == "mean":
             # Each layer's own target is read from the tokens, and does not follow the CLS path.
-            tokens = max(tokens, depth + 1)
+            streams = max(streams, depth + 1)
         elif (METHODS[name].follows_path and depth > 1) or name == "gradeclip":
             keys = True
         elif name == "dense" and options.dense == "token":
-            tokens = max(tokens, 1)
-    return {"layers": max(depths.values(), default=0), "keys": keys, "tokens": tokens}
+            streams = max(streams, 1)
+    return {"layers": max(depths.values(), default=0), "keys": keys, "tokens": streams}
 
 
 def check_fits(tower: ImageTower, methods: Sequence[str], options: Options) -> None:
     """ValueError if the options name more layers than a method can look at in this tower, or a block of all that it sees."""
+    if isinstance(tower, TokenTower):
+        tokens.check_fits(tower, methods, options)
+        return
     for name in methods:
         # Every layer has a target of its own; the other methods look at the layers that the query passes.
         each_layer = name == "legrad" and options.legrad_target == "mean"

@@ -23,13 +23,13 @@ Shapes: B images, N tokens of the tower, T of them read, P patches, n targets, H
 and a token.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from saecore.methods import Options
+from saecore.methods import METHODS, Options
 from saecore.relevance import tangent
 from saecore.relevance.maps import Maps
 from saecore.relevance.occlusion import losses
@@ -52,6 +52,10 @@ class TokenTargets(NamedTuple):
     weights: Tensor
     """float32 (B, n, N): c, of all tokens of the tower."""
 
+    def of(self, which: slice) -> "TokenTargets":
+        """Some of the targets."""
+        return TokenTargets(self.sae, self.latents[:, which], self.weights[:, which])
+
     def pre_activations(self, streams: Tensor) -> Tensor:
         """Streams (B, R, M, D), R sets of M tokens for each image -> p (B, R, n, M)."""
         B, R, M, _ = streams.shape
@@ -63,6 +67,10 @@ class TokenTargets(NamedTuple):
         """z of R sets of tokens of each image: streams (B, R, M, D) of the tokens with the numbers `present` (R, M) ->
         (B, R, n)."""
         return (self.pre_activations(streams) * self.weights[:, :, present].transpose(1, 2)).sum(-1)
+
+    def whole(self, streams: Tensor) -> Tensor:
+        """z (B, n) of the streams of all tokens, (B, N, D)."""
+        return self.values(streams[:, None], torch.arange(streams.shape[1], device=streams.device)[None])[:, 0]
 
 
 class TokenBatch(NamedTuple):
@@ -104,6 +112,24 @@ def token_targets(sae: SAE, tower: TokenTower, streams: Tensor, code: Pooled, po
     return targets
 
 
+def layers_needed(methods: Iterable[str], options: Options, n_layers: int) -> int:
+    """Of how many last layers a trace must tell, so that these methods can read it."""
+    depths = [options.layers_of(name, n_layers) if METHODS[name].takes_layers else 1 for name in methods]
+    return max(depths, default=1)
+
+
+def check_fits(tower: TokenTower, methods: Iterable[str], options: Options) -> None:
+    """ValueError for options that these methods, or this tower, cannot follow where an SAE reads tokens."""
+    if options.norm == "exact":
+        raise ValueError("norm exact: where the SAE reads tokens, the norms that it takes of them are held constant")
+    if any(METHODS[name].takes_layers for name in methods) and options.layers > tower.n_layers:
+        raise ValueError(f"layers {options.layers}: as far as the SAE's site, this model has {tower.n_layers}")
+    if "occlusion" in methods and options.block >= max(tower.grid) and not tower.n_own:
+        raise ValueError(
+            f"block {options.block}: this model has {max(tower.grid)} patches a side, and nothing else to see"
+        )
+
+
 def explain_tokens(
     methods: tuple[str, ...],
     tower: TokenTower,
@@ -113,12 +139,11 @@ def explain_tokens(
     targets: TokenTargets,
     code: Pooled,
     options: Options,
-) -> tuple[Tensor, dict[str, Maps]]:
-    """z (B, n), and the maps of one forward by every method."""
-    everything = torch.arange(streams.shape[1], device=streams.device)[None]
-    values = targets.values(streams[:, None], everything)[:, 0]
+) -> dict[str, Maps]:
+    """The maps of one forward by every method. `code` is that of the targets' latents."""
+    values = targets.whole(streams)
     batch = TokenBatch(tower, pixels, streams, trace, targets, code.at_tokens, values, options)
-    return values, {method: FUNCTIONS[method](batch) for method in methods}
+    return {method: FUNCTIONS[method](batch) for method in methods}
 
 
 def activation(batch: TokenBatch) -> Maps:

@@ -228,7 +228,7 @@ def made(record: Record) -> dict[str, str]:
         "command": record.command,
         "CLIP": f"{clip} ({record.sha256_of('clip')})" if clip else None,
         "SAE": f"{sae} ({record.sha256_of('sae')})" if sae else None,
-        "site": record.sae.get("site"),
+        "site": " pooled by ".join(filter(None, (record.sae.get("site"), record.pool))),
         "started": record.started,
         "time": durations.waited(record) if record.session_seconds else None,
         "work": durations.worked(record) if record.step_seconds else None,

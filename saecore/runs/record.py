@@ -120,9 +120,24 @@ class Record:
         return str(self.config.get("site", ""))
 
     @property
+    def site(self) -> str:
+        """Where the SAE reads, by its files or as the command said it. Runs from before sites had a name read the embedding."""
+        return str(self.sae.get("site") or "embedding")
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the SAE reads several tokens of an image; its activations are then pooled."""
+        return self.site.partition(":")[2].partition(":")[0] in ("patches", "all")
+
+    @property
+    def pool(self) -> str:
+        """How activations at tokens became one for the image; empty where the SAE reads one vector."""
+        return str(self.config.get("pool", ""))
+
+    @property
     def has_words(self) -> bool:
         """Whether texts have a place where the SAE reads: in the image embedding they do, inside the tower they do not."""
-        return str(self.sae.get("site", "embedding")).startswith("embedding")
+        return self.site.startswith("embedding")
 
     @property
     def inputs(self) -> list[str]:

@@ -11,8 +11,8 @@ Layers count from 0, as in `encoder.layers[N]` of transformers and `blocks.N` of
 the input before the SAE sees it: each vector to length 1, or the mean over these tokens, one vector for an image. Some files
 say less than all of it, so the middle parts may be missing: a layer without its part, a part without its tokens.
 
-SAEs run on the embedding, and on the residual stream of CLS after a layer. Left out: attention outputs, heads, the stream in
-the middle of a layer.
+SAEs run on the embedding, and on the residual stream after a layer: of CLS, of the patches, or of all tokens. Left out:
+attention outputs, heads, the stream in the middle of a layer.
 """
 
 import dataclasses
@@ -100,12 +100,18 @@ def settled(said: str, given: str) -> str:
 def check_runs(site: str, model: str) -> None:
     """ValueError for an SAE that reads where none can run yet, or whose site is not told in full."""
     at = parse(site)
-    if at.layer is None or (at.part, at.tokens, at.first == "mean") == ("residual", "cls", False):
+    if at.layer is None or (at.part == "residual" and at.tokens and at.first != "mean"):
         return
     raise ValueError(
         f"it reads {site}{_of(model)}, inside the tower; SAEs run where they read the image embedding (site embedding or "
-        "embedding:l2), or the residual stream of CLS after a layer (such as layer10.residual:cls)"
+        "embedding:l2), or the residual stream after a layer, of CLS, of the patches or of all tokens (such as "
+        "layer10.residual:cls or layer10.residual:patches)"
     )
+
+
+def reads_tokens(site: str) -> bool:
+    """Whether an SAE there reads several tokens of an image, each by itself, so that their values must be pooled."""
+    return parse(site).tokens in ("patches", "all")
 
 
 def check_embedding(site: str, model: str) -> None:

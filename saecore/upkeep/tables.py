@@ -44,8 +44,8 @@ def wrong_form(file: Mapping[str, Any], table: pa.Table, record: Record) -> str:
     height, width = record.grid
     expected = {
         "images": schema.IMAGES,
-        "activations": schema.ACTIVATIONS,
-        "maps": schema.maps_schema(height * width or 1),
+        "activations": schema.activations_schema(record.reads_tokens),
+        "maps": schema.maps_schema(height * width or 1, record.reads_tokens),
     }
     if table.schema.remove_metadata() != expected.get(file["table"]):
         return "has other columns than the schema of its table"
@@ -78,19 +78,34 @@ def check(held: Mapping[str, pa.Table], ids: np.ndarray, refused: Mapping[str, i
     if len(latents) and not 0 <= latents.min() <= latents.max() < record.n_latents:
         wrong.append(("activations", f"names latents that are none of 0 to {record.n_latents - 1}"))
         return Content(wrong)
-    if "maps" in held and (said := _per_image(held["maps"], good) or _of_methods(held["maps"])):
-        wrong.append(("maps", said))
+    if "maps" in held:
+        fewer = _kept_and_asked(activations, good, record)
+        if said := _per_image(held["maps"], good, fewer=fewer) or _of_methods(held["maps"]):
+            wrong.append(("maps", said))
     fired = latents[activations["activation"].to_numpy() != 0]
     return Content(wrong, digest(activations), np.bincount(fired, minlength=record.n_latents))
 
 
-def _per_image(table: pa.Table, good: np.ndarray, each: int | None = None) -> str:
-    """What is wrong with the number of rows of each image; empty if all good images have the same, and refused ones none."""
+def _kept_and_asked(activations: pa.Table, good: np.ndarray, record: Record) -> np.ndarray:
+    """How many maps each good image has fewer than one whose kept latents were not asked for by number: such a latent has one
+    map by each method, not two."""
+    kept, asked, *_ = record.config.get("targets") or (False, ())
+    latents, images = activations["latent"].to_numpy(), activations["image_id"].to_numpy()
+    twice = images[np.isin(latents, np.array(asked if kept else (), np.int64)) & np.isin(images, good)]
+    return len(record.methods) * np.bincount(np.searchsorted(good, twice), minlength=len(good))
+
+
+def _per_image(table: pa.Table, good: np.ndarray, each: int | None = None, fewer: np.ndarray | None = None) -> str:
+    """What is wrong with the number of rows of each image; empty if all good images have the same, and refused ones none.
+
+    `fewer`: how many of them each good image may lack.
+    """
     ids, counts = np.unique(table["image_id"].to_numpy(), return_counts=True)
     if foreign := len(np.setdiff1d(ids, good)):
         return f"has rows of {foreign:,} images that were refused or are not planned"
     if lacking := len(good) - len(ids):
         return f"has no rows of {lacking:,} images"
+    counts = counts if fewer is None else counts + fewer
     expected = each or (int(counts[0]) if len(counts) else 0)
     if uneven := int((counts != expected).sum()):
         return f"has another number of rows than {expected} for {uneven:,} images"

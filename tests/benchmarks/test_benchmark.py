@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import maps, naive_maps
 from benchmarks.__main__ import main
-from saecore.methods import METHODS
+from saecore.methods import OF_EMBEDDING
 from saecore.relevance.explain import explain_latents
 from tests.helpers.mistakes import mistake
 from tests.helpers.towers import SHAPES, random_pixels, random_sae, random_tower
@@ -109,8 +109,8 @@ def test_a_table_of_every_way(capsys: pytest.CaptureFixture[str]) -> None:
     rows = {row["way"]: row for row in table.pop("rows")}
     assert table == {"shape": "demo", "batch_size": 2, "device": "cpu", "threads": 1}
     assert list(rows)[:2] == ["forward", "transformers"]
-    assert {*METHODS} - {*rows} == {"occlusion"}
-    assert {*rows} - {*METHODS} == {
+    assert {*OF_EMBEDDING} - {*rows} == {"occlusion"}
+    assert {*rows} - {*OF_EMBEDDING} == {
         "forward",
         "transformers",
         "legrad cls, 1 layer",

@@ -10,7 +10,7 @@ from PIL import Image
 from benchmarks import demo
 from saecore.demo import scenes
 from saecore.demo.build import ClipBuild
-from saecore.methods import METHODS
+from saecore.methods import OF_EMBEDDING
 
 
 def test_scenes_are_those_of_the_saes_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,7 +45,7 @@ def test_a_scene_under_every_method(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == f"scene 12: {caption}; written to {tmp_path / 'methods.png'}\n"
     picture = np.asarray(Image.open(tmp_path / "methods.png").convert("RGB"))
     assert picture.shape[0] > 3 * 40  # a row for each of its three objects
-    assert picture.shape[1] > (1 + len(METHODS)) * 40
+    assert picture.shape[1] > (1 + len(OF_EMBEDDING)) * 40
     assert picture.std() > 10
 
 

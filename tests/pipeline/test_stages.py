@@ -11,7 +11,7 @@ from saecore import schema
 from saecore.demo import drawing, scenes
 from saecore.images.decode import decode_image
 from saecore.pipeline.config import ExplainConfig
-from saecore.pipeline.inference import Inferred
+from saecore.pipeline.inference import Inference, Inferred
 from saecore.pipeline.stages import Decode, Explain
 from saecore.relevance.explain import explain_latents
 
@@ -79,6 +79,7 @@ def test_batches_for_which_a_gpu_lacks_memory_are_halved(
 ) -> None:
     explain, suffices, tried = Explain(CONFIG), 3, list[int]()
     decoded = decode(raw(*map(scene, range(7))))
+    assert isinstance(explain.infer, Inference)
     expected, infer = explain(decoded), explain.infer._infer
 
     def scarce(pixels: torch.Tensor) -> Inferred:

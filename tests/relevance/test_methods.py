@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saecore.methods import METHODS, Options, dtype_of, parse_methods, parse_targets
+from saecore.methods import METHODS, OF_EMBEDDING, Options, dtype_of, parse_methods, parse_targets
 from saecore.relevance.explain import explain_latents
 from saecore.relevance.maps import completeness_error
 from saecore.relevance.targets import Targets, concept_weights, word_targets
@@ -255,7 +255,7 @@ def test_concept_weights_by_hand() -> None:
     assert latents.tolist() == [0, 3]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", OF_EMBEDDING)
 def test_a_map_depends_on_its_image_and_its_read_out_only(name: str) -> None:
     """Batch and single, k = 1 and k = 64 agree."""
     _, tower, sae = models(0)
@@ -273,9 +273,9 @@ def test_several_methods_share_one_forward() -> None:
     forwards = []
     tower.register_forward_hook(lambda *_: forwards.append(1))
     with torch.inference_mode():
-        together = explain_latents(tower, sae, pixels, latents, tuple(METHODS))
+        together = explain_latents(tower, sae, pixels, latents, OF_EMBEDDING)
     assert len(forwards) == 1
-    for name in METHODS:
+    for name in OF_EMBEDDING:
         torch.testing.assert_close(
             together[name].relevance, ours(tower, sae, pixels, latents, name), rtol=1e-4, atol=1e-6
         )
@@ -302,7 +302,7 @@ def test_methods_in_bfloat16_are_nearly_the_same() -> None:
         tower, sae = demo_tower(), load_sae("demo")
         tower.run_in(dtype)
         with torch.inference_mode():
-            by_dtype.append(explain_latents(tower, sae, pixels, latents, tuple(METHODS)))
+            by_dtype.append(explain_latents(tower, sae, pixels, latents, OF_EMBEDDING))
     for name in [name for name, method in METHODS.items() if not method.needs_float32]:
         exact, rounded = (maps[name].relevance for maps in by_dtype)
         assert rounded.dtype == torch.float32

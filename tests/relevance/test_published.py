@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, linear
 
-from saecore.methods import DEFAULT_OPTIONS, METHODS, Options
+from saecore.methods import DEFAULT_OPTIONS, METHODS, OF_EMBEDDING, OF_TOKENS, Options
+from saecore.relevance import tokens
 from saecore.relevance.explain import FUNCTIONS, explain_latents
 from saecore.relevance.targets import Targets, WordTargets, word_targets
 from saecore.sae.model import SAE, SAEConfig
@@ -274,7 +275,8 @@ def test_the_table_of_methods_in_the_docs_says_what_the_code_says() -> None:
         name, _, *cells = (cell.strip() for cell in line.split("|")[1:-1])
         table[re.findall(r"`(\w+)`", name)[0]] = cells
     assert list(table) == list(METHODS)
-    assert list(METHODS) == list(FUNCTIONS)
+    assert list(OF_EMBEDDING) == list(FUNCTIONS)
+    assert set(OF_TOKENS) == set(tokens.FUNCTIONS)
     for name, (norm, layers, target, units, published) in table.items():
         method = METHODS[name]
         assert (norm, layers, target) == (method.norm, LAYERS[method.layers], method.target), name
@@ -283,11 +285,11 @@ def test_the_table_of_methods_in_the_docs_says_what_the_code_says() -> None:
 
 
 def test_norms_and_layers_are_the_methods_own_unless_asked_otherwise() -> None:
-    norms = {name: DEFAULT_OPTIONS.norm_of(name) for name in METHODS}
+    norms = {name: DEFAULT_OPTIONS.norm_of(name) for name in OF_EMBEDDING}
     assert {name for name, norm in norms.items() if norm == "exact"} == {"chefer", "legrad", "gradeclip", "rollout"}
     assert {name for name, norm in norms.items() if norm == "frozen"} == {"contrib", "contrib_grad"}
     assert Options(dense="value").norm_of("dense") == "frozen"
-    asked = {name: Options(norm="frozen").norm_of(name) for name in METHODS}
+    asked = {name: Options(norm="frozen").norm_of(name) for name in OF_EMBEDDING}
     assert {name for name, norm in asked.items() if norm != "frozen"} == {"dense", "occlusion", "attention"}
     assert [DEFAULT_OPTIONS.layers_of(name, 12) for name in ("contrib", "chefer", "legrad")] == [12, 1, 2]
     assert DEFAULT_OPTIONS.layers_of("legrad", 1) == 1

@@ -19,13 +19,17 @@ from saecore.towers.tokens import TokenTower, tokens_at
 from tests.helpers.derivations import assert_close
 from tests.helpers.towers import SHAPES, SIGLIP_SHAPES, random_pixels, random_sae, random_siglip, random_tower
 
-TOWERS = {
+TOWERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "clip": (random_tower, SHAPES[0]),
     "deep": (random_tower, SHAPES[2]),
     "siglip": (random_siglip, SIGLIP_SHAPES[2]),
 }
 
-NORMALISED = [{}, {"normalise": "layer_norm"}, {"normalise": "constant_norm"}, {"site": "layer1.residual:all:l2"}]
+NORMALISED: list[dict[str, Any]] = [
+    {"normalise": "layer_norm"},
+    {"normalise": "constant_norm"},
+    {"site": "layer1.residual:all:l2"},
+]
 
 K = 6
 
@@ -56,7 +60,7 @@ class Explained:
             self.code: Pooled = pool_tokens(sae, read, pool, K, torch.tensor([3, 17]))
             self.targets: TokenTargets = token_targets(sae, tower, self.streams, self.code, pool)
             what = (self.pixels, self.streams, trace, self.targets, self.code, how)
-            self.values, self.maps = explain_tokens(tuple(FUNCTIONS), tower, *what)
+            self.values, self.maps = self.targets.whole(self.streams), explain_tokens(tuple(FUNCTIONS), tower, *what)
 
     def __getitem__(self, method: str) -> Maps:
         return self.maps[method]
@@ -178,8 +182,10 @@ def of_patches(tower: TokenTower, by_token: Tensor) -> Tensor:
 
 
 def cases() -> list[tuple[str, str, str, dict[str, Any]]]:
-    plain = [(which, reads, pool, {}) for which in TOWERS for reads, pool in WAYS if which == "clip" or pool != "cls"]
-    return plain + [("clip", "all", pool, config) for config in NORMALISED[1:] for pool in ("max", "mean")]
+    """SigLIP's tokens are all patches, none of them CLS."""
+    ways = [(which, *way) for which in TOWERS for way in WAYS if which != "siglip" or way[1] != "cls"]
+    normalised = [("clip", "all", pool, config) for config in NORMALISED for pool in ("max", "mean")]
+    return [(*way, {}) for way in ways] + normalised
 
 
 WAYS = [("patches", "max"), ("patches", "mean"), ("all", "max"), ("all", "sum"), ("all", "cls")]
@@ -322,7 +328,10 @@ def _alone(together: Explained, image: int, pool: str) -> Explained:
         explained.code = pool_tokens(together.sae, streams[:, tower.reads_from :], pool, K, torch.tensor([3, 17]))
         explained.targets = token_targets(together.sae, tower, streams, explained.code, pool)
         what = (together.pixels[image : image + 1], streams, trace, explained.targets, explained.code, Options())
-        explained.values, explained.maps = explain_tokens(tuple(FUNCTIONS), tower, *what)
+        explained.values, explained.maps = (
+            explained.targets.whole(streams),
+            explain_tokens(tuple(FUNCTIONS), tower, *what),
+        )
     return explained
 
 

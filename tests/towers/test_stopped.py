@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from saecore.methods import METHODS, Options
+from saecore.methods import METHODS, OF_EMBEDDING, Options
 from saecore.relevance.explain import explain_latents
 from saecore.relevance.maps import completeness_error
 from saecore.towers.stopped import stopped_at
@@ -57,7 +57,7 @@ def test_every_method_runs_there_and_sums_add_up(layer: int, norm: str) -> None:
     tower = stopped_at(whole, layer)
     sae, pixels, latents = random_sae(tower.n_outputs), random_pixels(tower, 3), torch.arange(20).expand(3, -1)
     with torch.inference_mode():
-        made = explain_latents(tower, sae, pixels, latents, tuple(METHODS), Options(norm=norm))
+        made = explain_latents(tower, sae, pixels, latents, OF_EMBEDDING, Options(norm=norm))
         pre = sae.pre_activations(tower.embed(pixels)).gather(1, latents)
     for name, maps in made.items():
         assert maps.relevance.isfinite().all(), name

@@ -1,0 +1,125 @@
+"""Pixels -> all that a run computes about an image, where the SAE reads the tokens of a layer.
+
+    pixels -> streams of all tokens -> kept latents (SAE, pooled) -> maps of the targets (methods) -> 8 bits a patch
+
+Shapes: B images, k kept latents, M methods, n targets of maps, P patches.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from saecore import heatmaps
+from saecore.methods import DEFAULT_OPTIONS, KEPT, METHODS, Options, TargetRequest
+from saecore.pipeline.inference import OnDevice, worst_error
+from saecore.relevance.agreement import peak_distance, rank_correlation
+from saecore.relevance.maps import Maps, sink_share
+from saecore.relevance.pooling import Pooled, pool_tokens
+from saecore.relevance.targets import TargetAxis
+from saecore.relevance.tokens import explain_tokens, layers_needed, token_targets
+from saecore.sae.model import SAE
+from saecore.towers.tokens import TokenTower
+
+
+class InferredTokens(NamedTuple):
+    """Columns of a run's tables for B images: those of `saecore.pipeline.inference.Inferred`, and four more."""
+
+    l0: np.ndarray
+    cosine: np.ndarray
+    fvu: np.ndarray
+    completeness: np.ndarray
+    sinks: np.ndarray
+    latent: np.ndarray
+    activation: np.ndarray
+    pre_activation: np.ndarray
+    patch: np.ndarray
+    """int32 (B, k): the patch where the latent is most active; -1 if that is no patch, or if it fires at no token."""
+    patches: np.ndarray
+    """int32 (B, k): at how many patches it fires."""
+    target_latent: np.ndarray
+    map: np.ndarray
+    scale: np.ndarray
+    map_pre_activation: np.ndarray
+    remainder: np.ndarray
+    sink_share: np.ndarray
+    rank_correlation: np.ndarray
+    """float32 (B, M, n): between a map and the latent's activation at each patch; NaN where it is not defined."""
+    peak_distance: np.ndarray
+    """float32 (B, M, n): between their largest values, in patches; likewise."""
+
+
+class TokenInference(OnDevice[InferredTokens]):
+    """A tower as far as a layer, an SAE for its tokens, and methods. The SAE and the sums of maps are in float32."""
+
+    def __init__(
+        self,
+        tower: TokenTower,
+        sae: SAE,
+        k: int,
+        methods: tuple[str, ...],
+        device: str,
+        pool: str,
+        request: TargetRequest = KEPT,
+        options: Options = DEFAULT_OPTIONS,
+        precision: str = "auto",
+    ) -> None:
+        super().__init__(tower, device, methods, precision)
+        self.tokens = tower
+        self.sae = sae.to(self.device)
+        self.k, self.methods, self.pool, self.options = k, methods, pool, options
+        self.axis = TargetAxis.of(request, k)
+        self.asked = torch.tensor(request.latents, dtype=torch.int64, device=self.device)
+        self.layers = layers_needed(methods, options, tower.n_layers)
+
+    def _infer(self, pixels: torch.Tensor) -> InferredTokens:
+        tower, k = self.tokens, self.k
+        streams, trace = tower.streams(pixels, self.layers)
+        code = pool_tokens(self.sae, streams[:, tower.reads_from :], self.pool, k, self.asked)
+        targets = token_targets(self.sae, tower, streams, code, self.pool)
+        values = targets.whole(streams)
+        # The kept latents may be no targets of maps.
+        first = k - self.axis.n_kept
+        shown = Pooled(code.latents[:, first:], code.pooled[:, first:], code.at_tokens[:, first:], *code[3:])
+        explained = targets.of(slice(first, None))
+        by_method = explain_tokens(self.methods, tower, pixels, streams, trace, explained, shown, self.options)
+        maps = list(by_method.values())
+        stored, scale = heatmaps.encode(torch.stack([m.relevance for m in maps], 1))
+        at_patches = code.at_tokens[..., tower.n_own - tower.reads_from :]
+        columns = {
+            "l0": code.l0,
+            "cosine": code.cosine,
+            "fvu": code.fvu,
+            "completeness": worst_error(by_method, values[:, first:]),
+            "sinks": trace.sinks,
+            "latent": code.latents[:, :k].int(),
+            "activation": code.pooled[:, :k],
+            "pre_activation": values[:, :k],
+            "patch": _patch(code.at_tokens[:, :k], tower, self.pool),
+            "patches": (at_patches[:, :k] != 0).sum(-1, dtype=torch.int32),
+            "target_latent": shown.latents.int(),
+            "map": stored,
+            "scale": scale,
+            "map_pre_activation": values[:, first:],
+            "remainder": torch.stack([m.remainder for m in maps], 1),
+            "sink_share": torch.stack([sink_share(m, trace.sinks) for m in maps], 1),
+            **self._agreement(by_method, at_patches[:, first:]),
+        }
+        return InferredTokens(**{name: tensor.cpu().numpy() for name, tensor in columns.items()})
+
+    def _agreement(self, by_method: dict[str, Maps], active: torch.Tensor) -> dict[str, torch.Tensor]:
+        """How far each cause lies from the activation, (B, M, n); NaN of what is no cause."""
+        grid, none = self.tokens.grid, torch.full_like(active[..., 0], torch.nan)
+        causes = [m.relevance if METHODS[name].is_cause else None for name, m in by_method.items()]
+        return {
+            "rank_correlation": torch.stack([none if m is None else rank_correlation(m, active) for m in causes], 1),
+            "peak_distance": torch.stack([none if m is None else peak_distance(m, active, grid) for m in causes], 1),
+        }
+
+
+def _patch(at_tokens: torch.Tensor, tower: TokenTower, pool: str) -> torch.Tensor:
+    """Activations (B, k, T) -> int32 (B, k): see `InferredTokens.patch`."""
+    sizes = at_tokens.abs()
+    patch = sizes.argmax(-1) + tower.reads_from - tower.n_own
+    nowhere = (sizes.amax(-1) == 0) | (patch < 0) | (pool == "cls")
+    return patch.masked_fill(nowhere, -1).int()
