@@ -130,10 +130,10 @@ def _read_file(path: Path) -> SAE:
         return from_tensors(*formats.read_saev(path), path.name)
     content = read_torch(path)
     if _CHECKPOINT.fullmatch(path.name):
-        for file in (hooks.named_path(path), path.resolve()):  # where it is named, and where a link leads
-            for folder in file.parents[:2]:
+        for weights in (hooks.named_path(path), path.resolve()):  # where it is named, and where a link leads
+            for folder in weights.parents[:2]:
                 if (folder / CONFIG_FILE).is_file():
-                    return from_tensors(*formats.read_dictionary_learning(folder, file), path.name)
+                    return from_tensors(*formats.read_dictionary_learning(folder, weights), path.name)
     if {"model_state_dict", "n_features"} <= content.keys():
         return from_tensors(*formats.read_clipscope(path, content), path.name)
     if "bpre" in content:
