@@ -25,7 +25,7 @@ from torch import Tensor
 
 from saecore import storage
 from saecore.hub import DEMO_SAE, embedded, snapshot
-from saecore.sae import embedding_formats, formats, sites
+from saecore.sae import embedding_formats, formats, hooks, sites
 from saecore.sae.config import SAEConfig, from_fields
 from saecore.sae.model import CONFIG_FILE, SAE, WEIGHTS_FILE
 from saecore.sae.soundness import check_sae
@@ -89,15 +89,19 @@ def _load(address: str) -> SAE:
 
 
 def _read_store(address: str) -> SAE:
-    """Our own folder, or a single file, on an object store. It is copied for as long as it is read: readers take paths."""
-    name = PurePosixPath(storage.split_settings(address)[0]).name
+    """Our own folder, or a single file, on an object store. It is copied for as long as it is read: readers take paths.
+
+    A single file keeps the names of the two folders around it, which may say where its SAE reads.
+    """
+    *around, name = PurePosixPath(storage.split_settings(address)[0]).parts[-3:]
     is_single = name.endswith(_SINGLE)
     base = storage.parent(address) if is_single else address
     needed = (name,) if is_single else (CONFIG_FILE, WEIGHTS_FILE)
     if missing := [file for file in needed if not storage.is_file(storage.join_uri(base, file))]:
         raise ValueError(f"no {missing[0]} there; of a folder in another format than ours, make a copy on a disk first")
     with tempfile.TemporaryDirectory() as copied:
-        folder = Path(copied)
+        folder = Path(copied, *(part for part in around if part != ".."))
+        folder.mkdir(parents=True, exist_ok=True)
         for file in (*needed, f"{name}.json"):  # what an MSAE file's name does not say stands in a file besides it
             if file in needed or storage.is_file(storage.join_uri(base, file)):
                 (folder / file).write_bytes(storage.read_bytes(storage.join_uri(base, file)))
@@ -126,10 +130,11 @@ def _read_file(path: Path) -> SAE:
         return from_tensors(*formats.read_saev(path), path.name)
     content = read_torch(path)
     if _CHECKPOINT.fullmatch(path.name):
-        for folder in path.resolve().parents[:2]:
-            if (folder / CONFIG_FILE).is_file():
-                return from_tensors(*formats.read_dictionary_learning(folder, path.resolve()), path.name)
-    if "model_state_dict" in content:
+        for weights in (hooks.named_path(path), path.resolve()):  # where it is named, and where a link leads
+            for folder in weights.parents[:2]:
+                if (folder / CONFIG_FILE).is_file():
+                    return from_tensors(*formats.read_dictionary_learning(folder, weights), path.name)
+    if {"model_state_dict", "n_features"} <= content.keys():
         return from_tensors(*formats.read_clipscope(path, content), path.name)
     if "bpre" in content:
         return from_tensors(*embedding_formats.read_sem(path, content), path.name)

@@ -50,8 +50,8 @@ def read_msae(path: Path, content: dict[str, Any]) -> Converted:
     missing = {"model", "mean_center", "scaling_factor"} - content.keys()
     if missing:
         raise ValueError(
-            f"{path.name} lacks {', '.join(sorted(missing))}: not an MSAE checkpoint; "
-            "if a config.json in the same folder describes it, give the folder"
+            f"{path.name} lacks {', '.join(sorted(missing))}: not an MSAE checkpoint, nor a single file of another format "
+            "that is read; if a config.json in the same folder describes it, give the folder"
         )
     spec = Path(f"{path}.json")
     config = _msae_spec(spec) if spec.is_file() else _msae_name(path)

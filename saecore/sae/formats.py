@@ -14,8 +14,8 @@ where the decoder's bias b is not taken off the input, c + bE is the latent bias
 norms, encoder and decoder take them up. BatchTopK thresholds that were never calibrated stay NaN.
 
 Readers say at which site an SAE reads (`saecore.sae.sites`) and of which model, as far as its files do, and nothing where
-they do not: saev never, dictionary_learning as sae-for-vlm writes it neither. What a training pipeline did to activations
-before its SAE saw them is in none of these files.
+they do not: saev, clipscope, sparsify and sae-for-vlm say it in the names of folders only. What a training pipeline did to
+activations before its SAE saw them is in none of these files.
 
 Left out, and refused by name: gated, temporal, transcoders, group-max; pickled configs and whole modules (legacy ViT-Prisma,
 patchSAE, overcomplete). SAEs that read the embedding, such as MSAE, are in `saecore.sae.embedding_formats`.
@@ -159,7 +159,7 @@ def read_saev(path: Path) -> Converted:
         threshold = calibrated(stored, path.name, least=torch.finfo(torch.float32).tiny)
     tensors = convert(*take(state, w_shapes(d, n), path.name), threshold=threshold, subtracts=schema is None)
     output = "signed" if architecture == "topk" else "relu"  # its TopK knows no ReLU
-    return SAEConfig(d, n, k, architecture, output, source=f"saev {path.name}", site=""), tensors
+    return SAEConfig(d, n, k, architecture, output, source=f"saev {path.name}", site=hooks.of_saev(path).site), tensors
 
 
 NORMALISERS = {
@@ -198,6 +198,7 @@ DICTIONARIES = {
     "AutoEncoderTopK": "topk",
     "BatchTopKSAE": "batchtopk",
     "MatryoshkaBatchTopKSAE": "batchtopk",
+    "MatroyshkaBatchTopKSAE": "batchtopk",  # its first spelling, which sae-for-vlm's files have
     "JumpReluAutoEncoder": "jumprelu",
 }
 
@@ -217,6 +218,7 @@ def read_dictionary_learning(folder: Path, weights_file: Path | None = None) -> 
     trainer = ask(read_json((folder / "config.json").read_bytes(), where), "trainer", where)
     name = ask(trainer, "dict_class", where)
     architecture = choose("dict_class", name, DICTIONARIES, where)
+    has_groups = name in ("MatryoshkaBatchTopKSAE", "MatroyshkaBatchTopKSAE")
     if "transcoder" in str(trainer.get("trainer_class")).lower():
         raise ValueError(f"{where}: expected an autoencoder, found one trained by {trainer['trainer_class']}")
     d, n = ask(trainer, "activation_dim", where), ask(trainer, "dict_size", where)
@@ -229,7 +231,7 @@ def read_dictionary_learning(folder: Path, weights_file: Path | None = None) -> 
             raise ValueError(f"{where} says k = {trainer['k']}, {file} says {k}")
         state.pop("k")
         stored = state.pop("threshold", stored)
-    if name == "MatryoshkaBatchTopKSAE":
+    if has_groups:
         nested = group_ends(ask(state, "group_sizes", file), f"{file}: group_sizes")
         if nested[-1:] != (n,):
             raise ValueError(f"{file}: expected group sizes that sum to {n} latents, found {sum(nested[-1:])}")
@@ -243,7 +245,7 @@ def read_dictionary_learning(folder: Path, weights_file: Path | None = None) -> 
                 "versions of JumpReluAutoEncoder disagree on whether activations are multiplied by it"
             )
         tensors = convert(*weights, threshold=threshold, subtracts=False)
-    elif name == "MatryoshkaBatchTopKSAE":
+    elif has_groups:
         tensors = convert(*take(state, w_shapes(d, n), file), threshold=calibrated(stored, file))
     else:  # two nn.Linear: both weights are transposed
         shapes = {"encoder.weight": (n, d), "encoder.bias": (n,), "decoder.weight": (d, n)}
@@ -253,7 +255,7 @@ def read_dictionary_learning(folder: Path, weights_file: Path | None = None) -> 
         kept = calibrated(stored, file) if architecture == "batchtopk" else None
         tensors = convert(encoder.T, latent_bias, decoder.T, bias, threshold=kept)
     nesting, source = "prefixes" if nested else "none", f"dictionary_learning {folder.name}"
-    site, model = hooks.of_dictionary(trainer, where)
+    site, model = hooks.of_dictionary(trainer, where, folder)
     config = SAEConfig(d, n, k, architecture, nesting=nesting, nested=nested, source=source, site=site, model=model)
     return config, tensors
 

@@ -4,10 +4,13 @@
     blocks.10.hook_resid_pre                                       layer9.residual: what goes into a layer left the one before
     blocks.3.hook_mlp_out, layers.3.mlp                            layer3.mlp
     blocks.3.attn.hook_z, layers.3.attention                       no place that has a name here: refused
+    22_resid, layers.3.mlp, layer_23/RUN                           folders of clipscope, sparsify, saev
+    DATA_activations_MODEL_22_post_mlp_residual_RULE/trainer_0     folder of sae-for-vlm; -1_post_projection is the embedding
 
 What a file leaves empty it does not say: each function then gives less of a site, or none.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,23 +72,44 @@ def of_saelens(metadata: Mapping[str, Any], where: str) -> Place:
     return Place(site, _text(metadata, "model_name"))
 
 
-def of_dictionary(trainer: Mapping[str, Any], where: str) -> Place:
-    """dictionary_learning's trainer. sae-for-vlm leaves all three of its names empty."""
-    module = _text(trainer, "submodule_name")
+_ACTIVATIONS = re.compile(
+    r".+_activations_(?P<model>.+)_(?:(?P<layer>\d+)_post_mlp_residual|-?\d+_post_projection)(?:_.+)?"
+)
+"""What sae-for-vlm calls activations, and the folder of an SAE that was trained on them."""
+
+
+def of_dictionary(trainer: Mapping[str, Any], where: str, folder: Path) -> Place:
+    """dictionary_learning's trainer. sae-for-vlm leaves its three names empty, and names the folder around it instead."""
+    module, model = _text(trainer, "submodule_name"), _text(trainer, "lm_name")
     site = of_hook(module, where) if module else _of_layer(trainer.get("layer"))
-    return Place(site, _text(trainer, "lm_name"))
+    named = None if site else _ACTIVATIONS.fullmatch(named_path(folder).parent.name)
+    if named is not None:
+        at = sites.EMBEDDING if named["layer"] is None else Site(int(named["layer"]), "residual")
+        site, model = str(at), model or named["model"]
+    return Place(site, model)
 
 
 def of_sparsify(folder: Path) -> Place:
     """sparsify makes a folder for each hook point, such as layers.3 or layers.3.mlp."""
-    name = folder.resolve().name
+    name = named_path(folder).name
     return Place(of_hook(name, f"the folder {name}") if re.search(r"(^|\.)(layers|h)\.\d", name) else "")
 
 
 def of_clipscope(path: Path) -> Place:
     """clipscope's folders are called 22_resid: the hook is on the whole of that layer."""
-    layer = re.fullmatch(r"(\d+)_resid", path.resolve().parent.name)
+    layer = re.fullmatch(r"(\d+)_resid", named_path(path).parent.name)
     return Place(str(Site(int(layer[1]), "residual")) if layer else "")
+
+
+def of_saev(path: Path) -> Place:
+    """saev's repositories of many SAEs have layer_23/RUN/sae.pt; those of one SAE say nothing."""
+    layer = re.fullmatch(r"layer_(\d+)", named_path(path).parent.parent.name)
+    return Place(_of_layer(int(layer[1])) if layer else "")
+
+
+def named_path(path: Path) -> Path:
+    """The path in full, with its own names: a file in the cache of the Hub is a link to one whose folder is called blobs."""
+    return Path(os.path.abspath(path))
 
 
 def _of_layer(layer: Any) -> str:

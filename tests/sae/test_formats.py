@@ -152,7 +152,7 @@ def write_dictionary(folder: Path, kind: str = "BatchTopKSAE", threshold: float 
         state, a = tensors(b_dec=w["b"], **linear) | batch, relu(p) * top(p)
     elif kind == "BatchTopKSAE":
         state, a = tensors(b_dec=w["b"], **linear) | batch, p * (relu(p) > np.float32(threshold))
-    elif kind == "MatryoshkaBatchTopKSAE":
+    elif kind in ("MatryoshkaBatchTopKSAE", "MatroyshkaBatchTopKSAE"):
         state, a = plain | batch | {"group_sizes": torch.tensor([4, 6, 30])}, p * (relu(p) > np.float32(threshold))
     else:  # JumpReluAutoEncoder: no bias off the input, rows of norm 1
         w["D"] /= np.linalg.norm(w["D"], axis=-1, keepdims=True)
@@ -281,6 +281,7 @@ CASES: dict[str, Callable[[Path], Written]] = {
     "dictionary topk": lambda folder: write_dictionary(folder, "AutoEncoderTopK"),
     "dictionary batchtopk": write_dictionary,
     "dictionary matryoshka": lambda folder: write_dictionary(folder, "MatryoshkaBatchTopKSAE"),
+    "dictionary matryoshka in its first spelling": lambda folder: write_dictionary(folder, "MatroyshkaBatchTopKSAE"),
     "dictionary jumprelu": lambda folder: write_dictionary(folder, "JumpReluAutoEncoder"),
     "saelens standard": lambda folder: write_saelens(folder, "standard", k="absent"),
     "saelens topk": write_saelens,
@@ -329,8 +330,9 @@ def test_the_cases_differ_where_rules_do(tmp_path: Path) -> None:
         assert 0 < counts.min() < counts.max() < N
 
 
-def test_prefixes_are_the_sums_of_group_sizes(tmp_path: Path) -> None:
-    config = load(CASES["dictionary matryoshka"](tmp_path)[0]).config
+@pytest.mark.parametrize("kind", ["MatryoshkaBatchTopKSAE", "MatroyshkaBatchTopKSAE"])
+def test_prefixes_are_the_sums_of_group_sizes(tmp_path: Path, kind: str) -> None:
+    config = load(write_dictionary(tmp_path, kind)[0]).config
     assert (config.nesting, config.nested, config.k) == ("prefixes", (4, 10, 40), K)
 
 
