@@ -367,6 +367,7 @@ def test_every_argument_is_known_as_a_place_or_as_none() -> None:
         "targets",
         "templates",
         "dataset",
+        "pool",
         "split",
         "by",
     }

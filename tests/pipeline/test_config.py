@@ -32,6 +32,7 @@ OTHERS: dict[str, Any] = {
     "targets": parse_targets(["kept", "concept:green"]),
     "concept_latents": 9,
     "concept_positive": True,
+    "pool": "max",
     "options": Options(layers=2),
     "embeddings": True,
     "device": "cuda",

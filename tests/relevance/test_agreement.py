@@ -24,7 +24,7 @@ def test_rank_correlation_is_scipy_s_with_ties(distinct: int) -> None:
 def test_peaks() -> None:
     one, other = np.zeros((2, 3, 4), np.float32)
     one[0, 1], other[2, 3], other[0, 0] = 1, 2, -9
-    distance = peak_distance(*(torch.from_numpy(m).flatten()[None] for m in (one, other)), (3, 4))
+    distance = peak_distance(torch.from_numpy(one).flatten()[None], torch.from_numpy(other).flatten()[None], (3, 4))
     assert distance.tolist() == pytest.approx([8**0.5])
 
 

@@ -89,8 +89,9 @@ def test_places_without_a_name_here_are_refused(name: str) -> None:
         ("layer10.residual:cls", True),
         ("layer0.residual:cls:l2", True),
         ("layer10.residual:cls:mean", False),
-        ("layer10.residual:patches", False),
-        ("layer10.residual:all", False),
+        ("layer10.residual:patches", True),
+        ("layer10.residual:all:l2", True),
+        ("layer10.residual:all:mean", False),
         ("layer10.residual", False),  # it does not say which tokens
         ("layer10:cls", False),
         ("layer10.mlp:cls", False),
