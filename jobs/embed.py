@@ -30,14 +30,17 @@ import pyarrow as pa
 from saecore import schema
 from saecore.naming.vocabulary import read_vocabulary
 from saecore.pipeline.clock import Clock
-from saecore.pipeline.config import EmbedConfig, ModelDigests, at_once
+from saecore.pipeline.config import EmbedConfig, ModelDigests, SiteConfig, at_once
+from saecore.pipeline.models import as_far_as
 from saecore.pipeline.stages import Embed
 from saecore.runs.files import ROW_GROUP_ROWS, parquet_bytes
 from saecore.runs.refusals import refusals
 from saecore.runs.run import listing_hash, refuse_other
+from saecore.sae import sites
 from saecore.schema import TEXTS_FILE
 from saecore.storage import Place, exists, join_uri, read_parquet, write_atomic
 from saecore.training import memmaps
+from saecore.training.embeddings import WIDTH
 from saecore.upkeep.lock import Lock
 
 from . import cluster, collection, commands, console, decoding, locks, pipeline
@@ -46,6 +49,7 @@ from .summaries import outline, refused_images, run_summary
 
 if TYPE_CHECKING:
     from saecore.towers.text import TextTower
+    from saecore.towers.tower import ImageTower
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +63,13 @@ class Arguments(collection.Arguments):
     """Embed this vocabulary, one word a line, instead of images; in this process, without Ray. --limit counts words."""
     templates: tuple[str, ...] = ("{}",)
     """With --text: texts into which each word is put, at {}. Several give the mean of their L2-normalised embeddings."""
+    site: str = "embedding"
+    """What is written of images: the embedding, or vectors inside the tower to train an SAE on. layerN.residual:cls is the
+    residual stream of CLS after layer N, counted from 0; layerN.residual:patches and layerN.residual:all those of tokens."""
+    tokens_per_image: int = 0
+    """With a site of tokens: how many are drawn of each image. 0 takes all."""
+    seed: int = 0
+    """Seed of these draws."""
     dataset: str = ""
     """First field of the memory map's file name. The default is the name of the out folder or of the vocabulary."""
     split: str = "train"
@@ -73,6 +84,15 @@ class Arguments(collection.Arguments):
         if not self.clip:
             raise ValueError("give --clip")
         commands.check_templates(self.templates)
+        if self.text and self.site != "embedding":
+            raise ValueError("--site is for --images")
+        with commands.given("--site"):
+            sites.check_vectors(self.site)
+        commands.at_least(self, tokens_per_image=0, seed=0)
+        if self.tokens_per_image and not sites.reads_tokens(self.site):
+            raise ValueError(
+                f"--tokens-per-image {self.tokens_per_image}: --site {self.site} has one vector for each image"
+            )
         if self.templates != ("{}",) and not self.text:
             raise ValueError("--templates is for --text")
         if self.text and self.precision == "bfloat16":
@@ -107,9 +127,11 @@ def embed(argv: list[str]) -> int:
         worked = pipeline.complete(job, arguments, clock)
         record = job.run.record()
         shape = record.images - record.n_refused, record.n_outputs
-        said = write_memory_map(
-            arguments, record.clip, arguments.split, "image", shape, memmaps.image_rows(job.run.uri)
-        )
+        if arguments.site == "embedding":
+            rows = memmaps.image_rows(job.run.uri)
+            said = write_memory_map(arguments, record.clip, arguments.split, "image", shape, rows)
+        else:
+            said = f"next          {commands.line('train', '--embeddings', arguments.out, '--out', 'SAE')}"
         if worked:
             record = pipeline.close(job, clock)
     print(run_summary(arguments.out, record))
@@ -130,8 +152,8 @@ def prepare(arguments: Arguments, argv: list[str], locked: contextlib.ExitStack 
     clip = collection.address(arguments.clip)
     with commands.given("--clip"):
         tower = load_tower(clip)
+    config = configure(arguments, clip, tower)
     inputs = collection.Inputs(arguments, arguments.images)
-    config = EmbedConfig(clip=clip, batch_size=arguments.batch_size, precision=arguments.precision)
     digests = ModelDigests(tower.sha256()[:16])
 
     def parts_on(device: str) -> dict[str, Any]:
@@ -142,16 +164,35 @@ def prepare(arguments: Arguments, argv: list[str], locked: contextlib.ExitStack 
         collection.check_run(inputs, list(map(parts_on, DEVICES)))
     pool = collection.make_pool(arguments, inputs, tower.preprocess.bytes)
     config, parts = dataclasses.replace(config, device=pool.device, threads=pool.threads), parts_on(pool.device)
+    width = as_far_as(sites.parse(arguments.site), tower).n_outputs
     tags = {"clip": clip, "clip_sha256": parts["clip"]}
+    if isinstance(config, SiteConfig):
+        tags |= {"site": config.site, WIDTH.decode(): str(width)}
     if arguments.dry_run:
-        how = [f"with CLIP {clip}, {tower.n_outputs} numbers per image"]
+        how = [f"with CLIP {clip}, {width} numbers for each vector of the site {arguments.site}"]
         print(outline(inputs.plan, "embed", arguments.out, how))
         return None
-    made_by = collection.made_by("embed", argv, config, inputs, pool) | {"n_outputs": tower.n_outputs}
+    made_by = collection.made_by("embed", argv, config, inputs, pool) | {"n_outputs": width}
     lock = Lock() if locked is None else locked.enter_context(locks.held("--out", arguments.out, "embed"))
     run = collection.begin_run(inputs, parts, made_by)
     decode = decoding.decoder(arguments, tower.preprocess, inputs.run)
     return pipeline.Job(run, decode, functools.partial(Embed, config), tags, pool, lock)
+
+
+def configure(arguments: Arguments, clip: str, tower: "ImageTower") -> EmbedConfig:
+    """The configuration of the replicas, without their device; ValueError if the model lacks the site, or so many tokens."""
+    how: dict[str, Any] = {"clip": clip, "batch_size": arguments.batch_size, "precision": arguments.precision}
+    site = sites.parse(arguments.site)
+    if site.layer is None:
+        return EmbedConfig(**how)
+    try:
+        at = as_far_as(site, tower)
+    except ValueError as error:
+        raise ValueError(f"--site {site}, which the model {clip} does not have: {error}") from None
+    n_tokens = at.grid[0] * at.grid[1] + at.n_own * (site.tokens == "all")
+    if arguments.tokens_per_image > n_tokens:
+        raise ValueError(f"--tokens-per-image {arguments.tokens_per_image}: an image has {n_tokens} there")
+    return SiteConfig(**how, site=str(site), tokens_per_image=arguments.tokens_per_image, seed=arguments.seed)
 
 
 def embed_vocabulary(arguments: Arguments) -> int:

@@ -26,6 +26,7 @@ from saecore.storage import names_in, resolved
 from saecore.training.embeddings import Embeddings, open_embeddings
 from saecore.training.recipe import doubled
 from saecore.training.survey import draw, unit_length
+from saecore.untrusted import about
 
 from . import commands
 from .summaries import measuring_summary
@@ -92,6 +93,8 @@ def measure(argv: list[str]) -> int:
             source = open_embeddings(arguments.embeddings, arguments.column)
         words, classes = list[str](), np.zeros((0, 0), np.float32)
         if arguments.texts:
+            if source.site != "embedding":
+                raise ValueError(f"--texts {arguments.texts}: words have no place in vectors of {source.site}")
             with commands.given("--texts"):
                 words, classes, _ = read_texts(arguments.texts)
         labels = read_labels(arguments.labels, source, words) if arguments.labels else None
@@ -152,10 +155,13 @@ def measure(argv: list[str]) -> int:
 
 def load(arguments: Arguments, flag: str, address: str, site: str, source: Embeddings) -> "tuple[SAE, str]":
     """The SAE at `address`, and what remains unsure of its model; ValueError if there is none for these embeddings."""
-    from saecore.sae.checkpoints import load_embedding_sae  # slow: PyTorch comes with it
+    from saecore.sae.checkpoints import load_sae  # slow: PyTorch comes with it
+    from saecore.sae.sites import check_reads
 
     with commands.given(flag):
-        sae = load_embedding_sae(address, site)
+        sae = load_sae(address, site)
+        with about(address):
+            check_reads(sae.config.site, sae.config.model, source.site)
     embeddings = f"--embeddings {arguments.embeddings}"
     if sae.config.n_inputs != source.width:
         raise ValueError(

@@ -52,6 +52,9 @@ class Method:
 
 PRE_ACTIVATION = "pre-activation units"
 
+ACTIVATION = "activation"
+"""The method that shows where a latent of an SAE that reads tokens is active."""
+
 METHODS = {
     "contrib": Method(
         gives="exact contribution of each patch to the CLS token",
@@ -64,7 +67,7 @@ METHODS = {
         of_tokens=True,
     ),
     "contrib_grad": Method(
-        gives="attention times its exact gradient along the CLS path",
+        gives="attention times its exact gradient along the path of the CLS token",
         norm="frozen",
         layers=0,
         target="embedding",
@@ -126,14 +129,14 @@ METHODS = {
         of_tokens=True,
     ),
     "attention": Method(
-        gives="CLS attention, which knows nothing of the target",
+        gives="attention of the CLS token, which knows nothing of the target",
         norm="none",
         layers=1,
         target="none",
         is_cause=False,
         of_tokens=True,
     ),
-    "activation": Method(
+    ACTIVATION: Method(
         gives="the latent's activation at each patch: where it is active, not what causes it",
         norm="none",
         layers=None,
@@ -151,7 +154,7 @@ OF_TOKENS = tuple(name for name, method in METHODS.items() if method.of_tokens)
 
 AUTO = "auto"
 
-DEFAULT_METHODS = {"embedding": ("contrib",), "tokens": ("contrib", "activation")}
+DEFAULT_METHODS = {"embedding": ("contrib",), "tokens": ("contrib", ACTIVATION)}
 """The methods of a run that names none, by what its SAE reads."""
 
 UNKNOWN = Method(gives="", norm="none", layers=None, target="none", is_cause=False)

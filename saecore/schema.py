@@ -183,6 +183,15 @@ IMAGES = pa.schema(
 )
 
 
+# The same of a run that writes vectors of tokens: an image's `embedding` has one after the other.
+TOKEN_IMAGES = pa.schema(
+    [
+        *IMAGES,
+        pa.field("tokens", pa.list_(pa.int16())),  # which tokens of those that the site has, from 0
+    ]
+)
+
+
 TEXTS_FILE = "texts.parquet"
 
 # One row per word of a vocabulary, in the vocabulary's order. The embedding is CLIP's, not normalised if one template made it.
@@ -217,6 +226,16 @@ LATENTS = pa.schema(
         pa.field("co_latents", pa.list_(pa.int32())),  # latents that fire for the same images, by Jaccard index
         pa.field("co_share", pa.list_(pa.float32())),  # share of this latent's images for which the other fires too
         pa.field("co_lift", pa.list_(pa.float32())),  # how many times as often as if the two were independent
+    ]
+)
+
+
+# The same where the SAE reads tokens.
+TOKEN_LATENTS = pa.schema(
+    [
+        *LATENTS,
+        pa.field("patches", pa.float32()),  # at how many patches it fires: mean of the images for which it fires
+        *_AGREEMENT,  # means of its maps by the run's first method that shows causes
     ]
 )
 

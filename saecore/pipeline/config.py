@@ -117,6 +117,18 @@ class EmbedConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SiteConfig(EmbedConfig):
+    """The same where vectors of a site inside the tower are written, in place of the embedding."""
+
+    site: str = dataclasses.field(metadata=changes_results(Part("site")))
+    """In the text form of `saecore.sae.sites`."""
+    tokens_per_image: int = dataclasses.field(default=0, metadata=changes_results(Part("tokens-per-image")))
+    """How many of an image's tokens are drawn; 0 is all that the site has."""
+    seed: int = dataclasses.field(default=0, metadata=changes_results(Part("seed")))
+    """Of the draws."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ExplainConfig(EmbedConfig):
     """Everything `saecore.pipeline.stages.Explain` needs, which begins with the embedding."""
 
@@ -160,7 +172,7 @@ def restored(kind: str, held: Mapping[str, Any]) -> EmbedConfig:
 
     Keys that are no fields, such as those of older versions, are passed over.
     """
-    form = ExplainConfig if kind == "explain" else EmbedConfig
+    form = ExplainConfig if kind == "explain" else SiteConfig if "tokens_per_image" in held else EmbedConfig
     known = {field.name: held[field.name] for field in dataclasses.fields(form) if field.name in held}
     if "methods" in known:
         known["methods"] = tuple(known["methods"])

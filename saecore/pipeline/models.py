@@ -33,15 +33,10 @@ def tower_at(sae_address: str, sae: "SAE", clip: str, tower: "ImageTower") -> "I
     ValueError if the model has no such site, or if the SAE takes vectors of another width.
     """
     site = sites.parse(sae.config.site)
-    if site.layer is not None:
-        from saecore.towers.stopped import stopped_at
-        from saecore.towers.tokens import tokens_at
-
-        try:
-            at = site.layer
-            tower = stopped_at(tower, at) if site.tokens == "cls" else tokens_at(tower, at, site.tokens)
-        except ValueError as error:
-            raise ValueError(f"{sae_address} reads {site}, which the model {clip} does not have: {error}") from None
+    try:
+        tower = as_far_as(site, tower)
+    except ValueError as error:
+        raise ValueError(f"{sae_address} reads {site}, which the model {clip} does not have: {error}") from None
     if sae.config.n_inputs != tower.n_outputs:
         what = "embeddings" if site.layer is None else f"vectors ({site})"
         raise ValueError(
@@ -49,6 +44,16 @@ def tower_at(sae_address: str, sae: "SAE", clip: str, tower: "ImageTower") -> "I
             f"{tower.n_outputs} wide: they do not belong together"
         )
     return tower
+
+
+def as_far_as(site: sites.Site, tower: "ImageTower") -> "ImageTower":
+    """The tower whose embedding is what there is at a site; ValueError if it has no such site."""
+    from saecore.towers.stopped import stopped_at
+    from saecore.towers.tokens import tokens_at
+
+    if site.layer is None:
+        return tower
+    return stopped_at(tower, site.layer) if site.tokens == "cls" else tokens_at(tower, site.layer, site.tokens)
 
 
 def check_words(request: TargetRequest, site: str) -> None:

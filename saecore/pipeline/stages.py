@@ -21,9 +21,10 @@ from saecore import schema
 from saecore.images.decode import Decoded, ImageError, decode_image
 from saecore.images.effort import MAX_PIXELS
 from saecore.images.preprocess import Preprocess, Resize
-from saecore.pipeline.config import EmbedConfig, ExplainConfig, at_once
+from saecore.pipeline.config import EmbedConfig, ExplainConfig, SiteConfig, at_once
 from saecore.pipeline.decoder import Limited
-from saecore.pipeline.models import load_models, load_word_targets
+from saecore.pipeline.models import as_far_as, load_models, load_word_targets
+from saecore.sae import sites
 
 if TYPE_CHECKING:
     from saecore.pipeline.inference import OnDevice
@@ -83,7 +84,7 @@ class Decode:
 
 
 class Embed:
-    """DECODED -> IMAGES with the embedding, without the columns of an SAE. Holds CLIP."""
+    """DECODED -> IMAGES with the embedding, or vectors inside the tower, without the columns of an SAE. Holds CLIP."""
 
     step = "embed"
 
@@ -93,11 +94,35 @@ class Embed:
 
         _use_threads(config.threads)
         self.config = config
-        self.infer = Embedder(load_tower(config.clip), config.device, precision=config.precision)
+        tower = load_tower(config.clip)
+        if isinstance(config, SiteConfig):
+            tower = as_far_as(sites.parse(config.site), tower)
+        self.infer = Embedder(tower, config.device, precision=config.precision)
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
         shown, batch = _in_batches(self.infer, decoded, at_once(self.config.batch_size, self.config.device))
-        return _table({"embedding": _embeddings(batch["embedding"], shown)}, decoded, schema.IMAGES)
+        vectors, config = batch["embedding"], self.config
+        if not isinstance(config, SiteConfig) or vectors.ndim == 2:
+            return _table({"embedding": _embeddings(vectors, shown)}, decoded, schema.IMAGES)
+        ids, n_tokens = decoded["image_id"].to_numpy()[shown].tolist(), vectors.shape[1]
+        n = config.tokens_per_image or n_tokens
+        drawn = np.array([drawn_tokens(config.seed, image_id, n_tokens, n) for image_id in ids], np.int64).reshape(
+            -1, n
+        )
+        vectors = np.take_along_axis(vectors, drawn[:, :, None], 1)
+        columns = {
+            "embedding": _embeddings(vectors.reshape(len(vectors), -1), shown),
+            "tokens": _lists(pa.array(drawn.ravel(), pa.int16()), shown, np.full(*drawn.shape), pa.list_(pa.int16())),
+        }
+        return _table(columns, decoded, schema.TOKEN_IMAGES)
+
+
+def drawn_tokens(seed: int, image_id: int, n_tokens: int, n: int) -> np.ndarray:
+    """n of an image's tokens, in their order, int64 (n,): drawn without replacement, whatever its chunk, batch or replica."""
+    if n == n_tokens:
+        return np.arange(n_tokens)
+    draw = np.random.Generator(np.random.Philox(key=[seed, image_id]))
+    return np.sort(draw.choice(n_tokens, n, replace=False))
 
 
 class Explain:

@@ -12,12 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from saecore.methods import METHODS, UNKNOWN
 from saecore.query.by_latent import Index
 from saecore.query.results import Results
 from saecore.runs import latents
 from saecore.runs.files import of_chunks
 from saecore.runs.latents import lookup
-from saecore.schema import LATENTS
+from saecore.schema import LATENTS, TOKEN_LATENTS
 
 QUANTILES = {"q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95}
 LISTED_IMAGES, LISTED_LATENTS = 20, 10
@@ -61,7 +62,7 @@ def _of(index: Index) -> bytes:
 
 
 def statistics(run: Results, index: Index, limits: Limits = DEFAULT_LIMITS) -> pa.Table:
-    """LATENTS of an indexed run, with a row for every latent."""
+    """LATENTS of an indexed run, with a row for every latent; TOKEN_LATENTS where the SAE reads tokens."""
     fired = run.sql(
         """SELECT latent, count(*) AS images, avg(activation) AS mean, max(activation) AS max
         FROM by_latent WHERE activation <> 0 GROUP BY latent"""
@@ -81,9 +82,22 @@ def statistics(run: Results, index: Index, limits: Limits = DEFAULT_LIMITS) -> p
         }
     )
     others = fired.drop_columns("images"), quantiles(run, images, limits), top_images(run), co_firing(run, limits)
-    for columns in others:
+    schema = TOKEN_LATENTS if run.record.reads_tokens else LATENTS
+    for columns in (*others, *(_of_tokens(run) if run.record.reads_tokens else ())):
         table = lookup(table, columns, "latent")
-    return table.select(LATENTS.names).cast(LATENTS)
+    return table.select(schema.names).cast(schema)
+
+
+def _of_tokens(run: Results) -> tuple[pa.Table, pa.Table]:
+    """At how many patches each latent fires, and how far its causes lie from its activation: means over images."""
+    patches = run.sql("SELECT latent, avg(patches) AS patches FROM activations WHERE activation <> 0 GROUP BY latent")
+    causes = [method for method in run.methods if METHODS.get(method, UNKNOWN).is_cause]
+    apart = run.sql(
+        """SELECT latent, avg(rank_correlation) AS rank_correlation, avg(peak_distance) AS peak_distance
+        FROM maps WHERE method = ? GROUP BY latent""",
+        causes[0] if causes else "",
+    )
+    return patches, apart
 
 
 def quantiles(run: Results, images: np.ndarray, limits: Limits) -> pa.Table:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from saecore.methods import METHODS, PRE_ACTIVATION, UNKNOWN
+from saecore.methods import ACTIVATION, METHODS, PRE_ACTIVATION, UNKNOWN, Method
 from saecore.query.histograms import Bins, alike
 from saecore.query.results import Results
 from saecore.report.views import Map, Tile
@@ -66,10 +66,17 @@ def _places(one: Map, write: Callable[[float], str]) -> str:
     return "; ".join(said) or "nothing anywhere"
 
 
+def gives(method: Method, reads_tokens: bool) -> str:
+    """What a method's maps show. Where the SAE reads tokens, these stand in the place of CLS."""
+    return method.gives.replace("the CLS token", "the tokens that make the value") if reads_tokens else method.gives
+
+
 def meaning(method: str, kind: str) -> str:
     """What the colours of a method's maps mean, and in which units."""
     if method == "attention":
         return "orange: attention, whatever the target; no units"
+    if method == ACTIVATION:
+        return "orange: the latent is active there; activation"
     if not has_signs(method):
         return "orange: the target depends on it; no units"
     colours = (
@@ -125,8 +132,8 @@ def value(kind: str) -> str:
 
 
 def has_signs(method: str) -> bool:
-    """Whether a method's maps have values below zero; those with units do."""
-    return bool(METHODS.get(method, UNKNOWN).units)
+    """Whether a method's maps have values below zero; those with units do, but for activations."""
+    return method != ACTIVATION and bool(METHODS.get(method, UNKNOWN).units)
 
 
 class Bar(NamedTuple):

@@ -3,7 +3,7 @@
 import json
 from typing import Any, NamedTuple
 
-from saecore.methods import KEPT, METHODS, TargetRequest
+from saecore.methods import KEPT, OF_EMBEDDING, OF_TOKENS, TargetRequest
 from saecore.query.results import Results
 
 LISTED = 6
@@ -79,7 +79,7 @@ def _targets(run: Results) -> Holding:
 
 
 def _methods(run: Results) -> Holding:
-    others = [name for name in METHODS if name not in run.methods]
+    others = [name for name in (OF_TOKENS if run.record.reads_tokens else OF_EMBEDDING) if name not in run.methods]
     complete = (*run.methods, *others[:1]) if others else ()
     return Holding("Methods", _listed(run.methods) or "none", ", ".join(others), complete)
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from saecore.methods import METHODS
+from saecore.methods import ACTIVATION, METHODS
 from saecore.query import search
 from saecore.query.finding import find_images, find_targets, index, numbered, strongest_images
 from saecore.report import captions
@@ -50,6 +50,8 @@ class Figure(NamedTuple):
     tile: Tile
     label: str
     caption: str
+    active: str
+    """What the map of its activation shows, in words; empty if there is none beside the map."""
 
 
 class Group(NamedTuple):
@@ -60,6 +62,8 @@ class Group(NamedTuple):
     figures: list[Figure]
     has_maps: bool
     meaning: str
+    active: str
+    """The same of the activation, if it is shown beside the maps."""
     row: dict[str, Any] | None
     """On the first page: the row of the latent that the group is about."""
 
@@ -90,7 +94,10 @@ class Site:
         self.name = self.uri.rstrip("/").rpartition("/")[2]
         self.day = run.record.started[:10]
         self.grid = run.grid
-        self.methods = run.methods
+        self.beside = ACTIVATION if run.record.reads_tokens and ACTIVATION in run.methods[1:] + run.methods[:-1] else ""
+        """The method whose maps are shown beside all others': of an SAE that reads tokens, where a latent is active."""
+        self.methods = [method for method in run.methods if method != self.beside]
+        """From which readers choose."""
         self.images = f"{run.n_images:,}"
         self.n_latents = f"{run.n_latents:,}"
         self.targets = run.targets
@@ -146,7 +153,7 @@ class Site:
             charts=charts,
             view=view,
             figures=captions.FIGURES,
-            methods={name: method.gives for name, method in METHODS.items()},
+            methods={name: captions.gives(method, record.reads_tokens) for name, method in METHODS.items()},
             decompose=[name for name, method in METHODS.items() if method.decomposes],
             refused=record.refused,
             holdings=holdings(self.run),
@@ -257,14 +264,15 @@ class Site:
                     method: (captions.label(tile, one), captions.caption(one, method))
                     for method, one in tile.maps.items()
                 }
-                figures.append(Figure(len(maps), tile, *said.get(shown, ("", ""))))
+                active = said.get(self.beside, ("", ""))[0]
+                figures.append(Figure(len(maps), tile, *said.get(shown, ("", "")), active))
                 by_method = {
                     method: [base64.b64encode(one.values).decode(), one.scale, *said[method]]
                     for method, one in tile.maps.items()
                 }
                 maps.append({"section": place, "sinks": tile.image.get("sinks") or [], "by": by_method})
-            meaning = captions.meaning(shown, section.kind)
-            groups.append(Group(place, section.title, figures, bool(section.limits), meaning, None))
+            meaning, active = (captions.meaning(method, section.kind) for method in (shown, self.beside))
+            groups.append(Group(place, section.title, figures, bool(section.limits), meaning, active, None))
         held = [
             {
                 "limits": section.limits,
@@ -273,10 +281,11 @@ class Site:
             }
             for section in sections
         ]
-        with_signs = [method for method in self.methods if captions.has_signs(method)]
+        with_signs = [method for method in self.run.methods if captions.has_signs(method)]
         if not any(group.has_maps for group in groups):
             maps = []  # then the page loads no script that draws
-        data = {"grid": self.grid, "methods": self.methods, "signed": with_signs, "sections": held, "maps": maps}
+        data = {"grid": self.grid, "methods": self.methods, "beside": self.beside, "signed": with_signs}
+        data |= {"sections": held, "maps": maps}
         return groups, data
 
     @functools.cached_property

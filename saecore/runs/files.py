@@ -23,6 +23,9 @@ TABLES = ("images", "activations", "maps")
 # The rows of one image should be one small read, the scan of a table few large reads.
 ROW_GROUP_ROWS = {"images": 4096, "activations": 131_072, "maps": 2048}
 
+ROW_GROUP_BYTES = 1 << 26
+"""A row group has fewer rows where these would be larger in memory: vectors of 197 tokens are 600 kB an image."""
+
 MANIFEST = pa.schema(
     [
         pa.field("chunk_id", pa.int64(), nullable=False),
@@ -68,7 +71,14 @@ def scan_table(uri: str, table: str, columns: list[str]) -> Iterator[pa.RecordBa
     manifest = read_manifest(uri)
     for name in manifest.filter(pc.equal(manifest["table"], table))["path"].to_pylist():
         with Place(join_uri(uri, name)).open_parquet() as file:
-            yield from file.iter_batches(ROW_GROUP_ROWS[table], columns=columns)
+            for group in range(file.num_row_groups):
+                yield from file.iter_batches(ROW_GROUP_ROWS[table], row_groups=[group], columns=columns)
+
+
+def row_group_rows(name: str, table: pa.Table) -> int:
+    """How many of its rows make a row group of the table of that name."""
+    of_one = max(1, table.nbytes // max(1, table.num_rows))
+    return min(ROW_GROUP_ROWS[name], max(1, ROW_GROUP_BYTES // of_one))
 
 
 def chunk_file(table: str, chunk_id: int, again: int = 0) -> str:

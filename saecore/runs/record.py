@@ -130,6 +130,11 @@ class Record:
         return self.site.partition(":")[2].partition(":")[0] in ("patches", "all")
 
     @property
+    def embeds_tokens(self) -> bool:
+        """Whether a run of jobs.embed wrote several vectors of each image."""
+        return self.kind == "embed" and str(self.parts.get("site", "")).endswith((":patches", ":all"))
+
+    @property
     def pool(self) -> str:
         """How activations at tokens became one for the image; empty where the SAE reads one vector."""
         return str(self.config.get("pool", ""))

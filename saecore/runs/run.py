@@ -43,7 +43,6 @@ from saecore import schema
 from saecore.runs import card
 from saecore.runs.commits import ADDED_UP, Commit, commit_file, completed, manifest_of, worst_error
 from saecore.runs.files import (
-    ROW_GROUP_ROWS,
     TABLES,
     chunk_file,
     parquet_bytes,
@@ -51,6 +50,7 @@ from saecore.runs.files import (
     read_manifest,
     read_plan,
     replaced,
+    row_group_rows,
     write_plan,
 )
 from saecore.runs.fit import judged
@@ -144,7 +144,7 @@ class Run:
             seconds = dict(Counter(seconds) + Counter(before.seconds))
         files = []
         for name, table in tables.items():
-            data = parquet_bytes(table, ROW_GROUP_ROWS[name])
+            data = parquet_bytes(table, row_group_rows(name, table))
             path = chunk_file(name, chunk_id, self.again)
             write_atomic(join_uri(self.uri, path), data)
             digest = hashlib.sha256(data).hexdigest()

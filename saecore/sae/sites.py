@@ -114,6 +114,30 @@ def reads_tokens(site: str) -> bool:
     return parse(site).tokens in ("patches", "all")
 
 
+def check_vectors(site: str) -> None:
+    """ValueError for a site whose vectors cannot be written to train on."""
+    at = parse(site)
+    if at.first:
+        raise ValueError(
+            f"{site}: vectors are written as they are; an SAE that is trained on vectors of length 1, or on means over tokens, "
+            "is not made this way"
+        )
+    if at.layer is not None and (at.part != "residual" or not at.tokens):
+        raise ValueError(
+            f"{site}: vectors are written of the embedding, and of the residual stream after a layer, of cls, patches or all "
+            "tokens (such as layer10.residual:patches)"
+        )
+
+
+def check_reads(site: str, model: str, at: str) -> None:
+    """ValueError for an SAE that reads elsewhere than `at`, the site of the vectors that it is to be given."""
+    reads, given = parse(site), parse(at)
+    if given.layer is None:
+        check_embedding(site, model)
+    elif dataclasses.replace(reads, first="") != given:
+        raise ValueError(f"it reads {site}{_of(model)}, and these are vectors of {at}")
+
+
 def check_embedding(site: str, model: str) -> None:
     """ValueError for an SAE that reads inside the tower, where it takes one that reads the image embedding."""
     if parse(site).layer is not None:

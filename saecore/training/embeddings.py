@@ -1,7 +1,8 @@
 """Embeddings to train an SAE on, at an address: how they lie there, and how they are read in blocks.
 
     NAME_rows_width.npy    float32, raw (MSAE's memory maps, no header) or a true .npy; mapped, never loaded whole
-    RUN                    a run of jobs.embed, or of jobs.explain that kept embeddings; refused images have none
+    RUN                    a run of jobs.embed, or of jobs.explain that kept embeddings; refused images have none. Vectors of
+                           tokens lie one after the other in an image's list, and are a row each
     *.parquet, FOLDER      Parquet files with a column of lists; any pyarrow filesystem
 
 A block is 1,024 rows of a memory map, or a row group of Parquet.
@@ -30,6 +31,12 @@ from saecore.storage import Place, exists, is_file, join_uri
 # openai~clip-vit-base-patch16.
 _MSAE_MAP = re.compile(r".+_(?P<model>[^_]+)_[^_]+_(?:image|text)_\d+_\d+")
 
+EMBEDDING = "embedding"
+"""The site of what has no other."""
+
+WIDTH = b"width"
+"""The key of the metadata that says how many numbers a vector has, where a list may hold several."""
+
 MAPPED_BLOCK = 1024
 """Rows that are read at once from a memory map: 3 MB at width 768."""
 
@@ -44,6 +51,8 @@ class Embeddings(Protocol):
     """Hash of the files' names and sizes, which differs for other data."""
     model: Model
     """The model that made them, as far as the files or their names tell."""
+    site: str
+    """Where in it they were taken, in the text form of `saecore.sae.sites`."""
 
     def read(self, block: int) -> np.ndarray:
         """float32 (rows, width), finite; ValueError if it is not."""
@@ -58,6 +67,8 @@ def open_embeddings(address: str, column: str = "embedding") -> Embeddings:
 
 
 class _MemoryMap:
+    site = EMBEDDING
+
     def __init__(self, path: Path) -> None:
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
@@ -99,7 +110,9 @@ class _ParquetColumn:
         self._groups: list[tuple[str, int]] = []
         self.width = 0
         rows: list[int] = []
-        sizes, models = [], set[Model]()
+        self._length = 0
+        """Of each list: the width, or several times it."""
+        sizes, models, sites = [], set[Model](), set[str]()
         for path in paths:
             file = self._place.open_parquet(path)
             for group, n_rows in enumerate(self._rows_of(file, path)):
@@ -109,7 +122,12 @@ class _ParquetColumn:
             sizes.append([path, file.metadata.num_rows, self._place.info(path).size])
             metadata = file.schema_arrow.metadata or {}
             models.add(Model(metadata.get(b"clip", b"").decode(), metadata.get(b"clip_sha256", b"").decode()))
+            # Files of jobs.explain have the site of its SAE, and no width: their embeddings are the tower's all the same.
+            sites.add(metadata.get(b"site", b"").decode() if WIDTH in metadata else EMBEDDING)
         self.model = models.pop() if len(models) == 1 else Model()
+        if len(sites) > 1:
+            raise ValueError(f"{address} holds vectors of several sites: {', '.join(sorted(sites))}")
+        self.site = sites.pop() if sites else EMBEDDING
         if not rows:
             raise ValueError(f"{address}: no embedding in column {column!r}; jobs.embed writes them")
         self.block_rows = np.array(rows)
@@ -125,29 +143,32 @@ class _ParquetColumn:
         leaf = [file.schema.column(i).path.split(".")[0] for i in range(len(file.schema))].index(self._column)
         counts = []
         for group in range(file.metadata.num_row_groups):
-            if not self.width:
+            if not self._length:
                 lists = file.read_row_group(group, columns=[self._column])[self._column].drop_null()
-                self.width = len(lists[0]) if len(lists) else 0
-                if len(lists) and self.width < 2:
-                    raise ValueError(f"{self._address}: the lists in {path} are {self.width} long")
-            if not self.width:
+                self._length = len(lists[0]) if len(lists) else 0
+                self.width = int((file.schema_arrow.metadata or {}).get(WIDTH, self._length))
+                if len(lists) and (self.width < 2 or self._length % self.width):
+                    raise ValueError(f"{self._address}: the lists in {path} are {self._length} long")
+            if not self._length:
                 counts.append(0)
                 continue
-            # A list of `width` numbers counts as `width` values, and a null as one.
+            # A list of so many numbers counts as so many values, and a null as one.
             statistics = file.metadata.row_group(group)
             n_values = statistics.column(leaf).num_values
-            n_lists, rest = divmod(n_values - statistics.num_rows, self.width - 1)
+            n_lists, rest = divmod(n_values - statistics.num_rows, self._length - 1)
             if rest or n_lists < 0:
-                raise ValueError(f"{self._address}: the lists in {path} are not all {self.width} long, as the first is")
-            counts.append(n_lists)
+                raise ValueError(
+                    f"{self._address}: the lists in {path} are not all {self._length} long, as the first is"
+                )
+            counts.append(n_lists * (self._length // self.width))
         return counts
 
     def read(self, block: int) -> np.ndarray:
         path, group = self._groups[block]
         table = self._place.open_parquet(path).read_row_group(group, columns=[self._column])
         lists = table[self._column].drop_null().combine_chunks()
-        if set(pc.list_value_length(lists).to_pylist()) != {self.width}:
-            raise ValueError(f"{path}: the lists in {self._column!r} are not all {self.width} long")
+        if set(pc.list_value_length(lists).to_pylist()) != {self._length}:
+            raise ValueError(f"{path}: the lists in {self._column!r} are not all {self._length} long")
         values = lists.flatten().to_numpy(zero_copy_only=False)
         return _checked(values.astype(np.float32, copy=False).reshape(-1, self.width), path)
 

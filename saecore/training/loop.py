@@ -29,7 +29,7 @@ import torch
 
 from saecore.evaluation.quality import quality, recovery
 from saecore.sae.model import CONFIG_FILE, SAE
-from saecore.sae.sites import Site
+from saecore.sae.sites import parse
 from saecore.spellings import published
 from saecore.storage import exists, join_uri, names_in, read_bytes, read_json, write_atomic
 from saecore.training.batches import Batches
@@ -132,7 +132,7 @@ class Training:
         self.plan, self.worker = plan, worker
         recipe, held_out = plan.recipe, plan.parts["held-out"]
         source = open_embeddings(plan.embeddings, plan.column)
-        self.seen, self.model = survey(source, held_out, recipe.seed), source.model
+        self.seen, self.model, self.site = survey(source, held_out, recipe.seed), source.model, parse(source.site)
         self.batches = Batches(source, self.seen.held_out, recipe.batch_size, recipe.seed)
         self.total = math.ceil(recipe.epochs * self.batches.steps_per_epoch)
         self.trainer = Trainer(recipe, source.width, self.seen, worker)
@@ -173,7 +173,7 @@ class Training:
         )
         sae, k = self.trainer.finished(sample, made_by.get("command", "")), self.plan.recipe.k
         # If all embeddings have length 1, the SAE has to bring others to length 1 too.
-        site = Site(first="l2" if self.seen.unit_norm else "")
+        site = dataclasses.replace(self.site, first="l2") if self.seen.unit_norm else self.site
         name, digest = published(self.model.name), self.model.sha256
         sae.config = dataclasses.replace(sae.config, site=str(site), model=name, model_sha256=digest)
         save_sae(sae, self.plan.out)

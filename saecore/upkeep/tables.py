@@ -43,7 +43,7 @@ def wrong_form(file: Mapping[str, Any], table: pa.Table, record: Record) -> str:
     """What is wrong with the form of a chunk's table; empty if columns, fingerprint and number of rows are as written."""
     height, width = record.grid
     expected = {
-        "images": schema.IMAGES,
+        "images": schema.TOKEN_IMAGES if record.embeds_tokens else schema.IMAGES,
         "activations": schema.activations_schema(record.reads_tokens),
         "maps": schema.maps_schema(height * width or 1, record.reads_tokens),
     }

@@ -260,7 +260,7 @@ def pixels(page: Page, number: int) -> np.ndarray:
 
 def test_maps_are_drawn_as_in_python(watched: Watched) -> None:
     page = watched.open(PAGES["image"])
-    limit = page.evaluate("limitOf(0)")
+    limit = page.evaluate("limitOf(0, choice.method)")
     for number in (0, 1):
         relevance = stored(page, number, "contrib")
         spread = display.interpolate(relevance, 192, 192)

@@ -8,8 +8,10 @@ const GROUND = 228; // grey under the pale picture, as in style.css
 
 const page = JSON.parse(document.getElementById("maps").textContent);
 const [ROWS, COLUMNS] = page.grid;
-const DEFAULTS = { method: page.methods[0], scale: 50, sign: 0, shown: true, smooth: true, mask: false };
-const choice = { ...DEFAULTS, ...recall("maps") };
+// Activations of tokens are one number for each patch, and stand beside the maps of their causes: neither is smoothed unasked.
+const DEFAULTS = { method: page.methods[0], scale: 50, sign: 0, shown: true, smooth: !page.beside, mask: false };
+const STORED = page.beside ? "token-maps" : "maps";
+const choice = { ...DEFAULTS, ...recall(STORED) };
 if (!page.methods.includes(choice.method)) choice.method = DEFAULTS.method;
 
 // ---- Numbers.
@@ -84,10 +86,12 @@ function paint(canvas, spread, limit, hatched = () => false) {
   canvas.getContext("2d").putImageData(image, 0, 0);
 }
 
-const limitOf = (section) => (page.sections[section].limits[choice.method] ?? 0) * (choice.scale / 100);
+// The method of a map or a legend: its own, or the one that is chosen.
+const methodOf = (element) => element.dataset.method ?? choice.method;
+const limitOf = (section, method) => (page.sections[section].limits[method] ?? 0) * (choice.scale / 100);
 
-function drawMap(canvas, one) {
-  const given = one.by[choice.method];
+function drawMap(canvas, one, method) {
+  const given = one.by[method];
   canvas.getContext("2d").clearRect(0, 0, canvas.width, canvas.height);
   if (!given || !choice.shown) return;
   const { width, height } = canvas;
@@ -95,7 +99,7 @@ function drawMap(canvas, one) {
   const values = masked.size ? without(decode(given), one.sinks) : decode(given);
   const patch = (pixel) => patchAt(Math.floor(pixel / width), pixel % width, height, width);
   const spread = choice.smooth ? interpolate(values, height, width) : Float32Array.from({ length: width * height }, (_, pixel) => values[patch(pixel)]);
-  paint(canvas, spread, limitOf(one.section), masked.size ? (pixel) => masked.has(patch(pixel)) : undefined);
+  paint(canvas, spread, limitOf(one.section, method), masked.size ? (pixel) => masked.has(patch(pixel)) : undefined);
 }
 
 // Writes numbers as saecore/report/captions.py does.
@@ -108,8 +112,9 @@ function format(value) {
 function drawLegend(legend) {
   const section = Number(legend.dataset.section);
   const { meanings } = page.sections[section];
-  const signed = page.signed.includes(choice.method);
-  const limit = limitOf(section);
+  const method = methodOf(legend);
+  const signed = page.signed.includes(method);
+  const limit = limitOf(section, method);
   const canvas = legend.querySelector("canvas");
   const ramp = Float32Array.from({ length: canvas.width * canvas.height }, (_, pixel) => {
     const share = (pixel % canvas.width) / (canvas.width - 1);
@@ -120,7 +125,7 @@ function drawLegend(legend) {
   legend.querySelector(".low").textContent = signed ? `${beyond ? "≤ " : ""}${format(-limit)}` : "0";
   legend.querySelector(".zero").textContent = signed ? "0" : "";
   legend.querySelector(".high").textContent = `${beyond ? "≥ " : ""}${format(limit)}`;
-  legend.querySelector("p").textContent = meanings[choice.method] ?? "";
+  legend.querySelector("p").textContent = meanings[method] ?? "";
 }
 
 // ---- The page.
@@ -128,12 +133,13 @@ function drawLegend(legend) {
 function drawPage() {
   document.querySelectorAll("button.map").forEach((button) => {
     const one = page.maps[button.dataset.map];
-    const given = one.by[choice.method];
+    const method = methodOf(button);
+    const given = one.by[method];
     const canvas = button.querySelector("canvas");
-    canvas.setAttribute("aria-label", given ? given[2] : `no map by ${choice.method}`);
+    canvas.setAttribute("aria-label", given ? given[2] : `no map by ${method}`);
     const words = button.closest("figure").querySelector(".words");
-    if (words) words.textContent = given ? given[3] : `no map by ${choice.method}`;
-    drawMap(canvas, one);
+    if (words && !button.dataset.method) words.textContent = given ? given[3] : `no map by ${method}`;
+    drawMap(canvas, one, method);
   });
   document.querySelectorAll(".legend").forEach(drawLegend);
   document.documentElement.classList.toggle("plain-pictures", !choice.shown);
@@ -154,7 +160,7 @@ function controls(form) {
     for (const name of ["shown", "smooth", "mask"]) choice[name] = form.elements[name].checked;
     if (form.elements.method) choice.method = form.elements.method.value;
     form.querySelector("output").textContent = `${choice.scale} %`;
-    remember("maps", choice);
+    remember(STORED, choice);
     drawPage();
   };
   form.addEventListener("input", read);
@@ -171,7 +177,8 @@ function controls(form) {
 
 function enlarge(button) {
   const one = page.maps[button.dataset.map];
-  const given = one.by[choice.method];
+  const method = methodOf(button);
+  const given = one.by[method];
   if (!given) return;
   const values = decode(given);
   const picture = button.querySelector("img");
@@ -194,7 +201,7 @@ function enlarge(button) {
   const read = () => {
     const [row, column] = [Math.floor(place / COLUMNS), place % COLUMNS];
     const sink = one.sinks.includes(place) ? ", a sink" : "";
-    dialog.querySelector(".readout").textContent = `row ${row + 1}, column ${column + 1}: ${format(values[place])} ${page.sections[one.section].units[choice.method]}${sink}`;
+    dialog.querySelector(".readout").textContent = `row ${row + 1}, column ${column + 1}: ${format(values[place])} ${page.sections[one.section].units[method]}${sink}`;
     const context = marker.getContext("2d");
     const [height, width] = [marker.height / ROWS, marker.width / COLUMNS];
     context.clearRect(0, 0, marker.width, marker.height);
@@ -226,7 +233,7 @@ function enlarge(button) {
     button.focus();
   });
   document.body.append(dialog);
-  drawMap(canvas, one);
+  drawMap(canvas, one, method);
   read();
   dialog.showModal();
   large.focus();
