@@ -33,6 +33,7 @@ from benchmarks.speed import Job, Peers, Steps
 from benchmarks.storage import Storage
 from jobs import commands, console, origin
 from saecore.methods import DEFAULT_OPTIONS, OF_EMBEDDING, Options, parse_methods
+from saecore.sae import sites
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,6 +258,8 @@ class Truth:
     """Scenes to measure on; as many others choose the latents."""
     method: str = ",".join(OF_EMBEDDING)
     """Methods, joined by commas; those that run the model again (rollout, occlusion) take most of the time."""
+    pool: str = ""
+    """Measure the demo's SAE of patch tokens instead, pooled so, by every method that explains tokens: max, mean or sum."""
     options: tyro.conf.OmitArgPrefixes[Options] = DEFAULT_OPTIONS
     json: bool = False
     """Print one JSON object instead of tables."""
@@ -266,6 +269,8 @@ class Truth:
         with commands.given_fields(self, self.options):
             parse_methods(self.method)
             self.options.check()
+            if self.pool:
+                sites.check_pool(self.pool, "patches")
         if self.scenes < 50:
             raise ValueError(
                 f"--scenes {self.scenes}: at least 50, since as many others say which latents follow a word"
@@ -273,27 +278,32 @@ class Truth:
 
     def tell(self) -> None:
         """Measure and print."""
-        from benchmarks import truth
+        from benchmarks import token_truth, truth
         from saecore.pipeline.models import load_models
         from saecore.relevance.explain import check_fits
+        from saecore.towers.tokens import TokenTower
 
         console.hush()
         methods = parse_methods(self.method)
         with commands.mistakes():
-            tower, sae = load_models("demo", "demo")
+            tower, sae = load_models("demo", "demo-patches" if self.pool else "demo")
             with commands.given_fields(self.options):
                 check_fits(tower, methods, self.options)
         progress = console.Progress(self.scenes, 0, "scenes")
         tell = truth.nothing if self.json else lambda count: progress.add(count, 0)
-        measured = truth.measure(tower, sae, self.scenes, truth.rows(methods, self.options), tell)
+        if isinstance(tower, TokenTower):
+            followers, by_title = token_truth.measure(tower, sae, self.pool, self.scenes, tell)
+        else:
+            measured = truth.measure(tower, sae, self.scenes, truth.rows(methods, self.options), tell)
+            followers, by_title = measured.followers, measured.tables()
         if self.json:
-            tables = {title: truth.table(cases) for title, cases in measured.tables().items()}
-            print(json.dumps({"config": dataclasses.asdict(self), "followers": measured.followers, "tables": tables}))
+            tables = {title: truth.table(cases) for title, cases in by_title.items()}
+            print(json.dumps({"config": dataclasses.asdict(self), "followers": followers, "tables": tables}))
             return
         progress.close()
-        words = ", ".join(f"{latent} {word}" for latent, word in measured.followers.items())
-        print(f"{len(measured.followers)} latents follow a word: {words}")
-        for title, cases in measured.tables().items():
+        words = ", ".join(f"{latent} {word}" for latent, word in followers.items())
+        print(f"{len(followers)} latents follow a word: {words}")
+        for title, cases in by_title.items():
             print(f"\n{title}: {len(cases.image):,} cases\n\n{truth.markdown(cases)}")
 
 

@@ -34,6 +34,7 @@ from saecore.pipeline.config import EmbedConfig, ModelDigests, SiteConfig, at_on
 from saecore.pipeline.models import as_far_as
 from saecore.pipeline.stages import Embed
 from saecore.runs.files import ROW_GROUP_ROWS, parquet_bytes
+from saecore.runs.record import Record
 from saecore.runs.refusals import refusals
 from saecore.runs.run import listing_hash, refuse_other
 from saecore.sae import sites
@@ -131,7 +132,7 @@ def embed(argv: list[str]) -> int:
             rows = memmaps.image_rows(job.run.uri)
             said = write_memory_map(arguments, record.clip, arguments.split, "image", shape, rows)
         else:
-            said = f"next          {commands.line('train', '--embeddings', arguments.out, '--out', 'SAE')}"
+            said = vectors_summary(arguments, record)
         if worked:
             record = pipeline.close(job, clock)
     print(run_summary(arguments.out, record))
@@ -193,6 +194,17 @@ def configure(arguments: Arguments, clip: str, tower: "ImageTower") -> EmbedConf
     if arguments.tokens_per_image > n_tokens:
         raise ValueError(f"--tokens-per-image {arguments.tokens_per_image}: an image has {n_tokens} there")
     return SiteConfig(**how, site=str(site), tokens_per_image=arguments.tokens_per_image, seed=arguments.seed)
+
+
+def vectors_summary(arguments: Arguments, record: Record) -> str:
+    """How many vectors of which site there are, and what to do with them."""
+    n_images, n = record.images - record.n_refused, arguments.tokens_per_image
+    count = "one" if not sites.reads_tokens(arguments.site) else f"{n} drawn tokens" if n else "all tokens"
+    next_command = commands.line("train", "--embeddings", arguments.out, "--out", "SAE")
+    return (
+        f"vectors       of {arguments.site}, {count} of each of {n_images:,} images, {record.n_outputs:,} numbers each\n"
+        f"next          {next_command}"
+    )
 
 
 def embed_vocabulary(arguments: Arguments) -> int:

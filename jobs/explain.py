@@ -64,7 +64,8 @@ class Arguments(collection.Arguments):
 
     # Those that have their names in `ExplainConfig` say there whether they change results.
     sae: str = ""
-    """SAE: a folder, an MSAE .pth file, either on s3:// or gs:// too, hf://OWNER/REPOSITORY[/PATH][@REVISION], or `demo`."""
+    """SAE: a folder, an MSAE .pth file, either on s3:// or gs:// too, hf://OWNER/REPOSITORY[/PATH][@REVISION], or
+    `demo` or `demo-patches`."""
     site: str = ""
     """Where the SAE reads, if its files do not say: embedding; embedding:l2 if it was trained on embeddings of length 1; or
     layerN.residual:cls, layerN.residual:patches or layerN.residual:all, the residual streams after layer N."""
@@ -240,7 +241,6 @@ def load(arguments: Arguments) -> Loaded:
 def configure(arguments: Arguments, loaded: Loaded) -> ExplainConfig:
     """The configuration of the replicas, without their device; ValueError for what these models cannot do."""
     from saecore.relevance.explain import check_fits
-    from saecore.relevance.pooling import check_pool
 
     sae, targets = loaded.sae.config, parse_targets(arguments.targets)
     reads_tokens = sites.reads_tokens(sae.site)
@@ -250,7 +250,7 @@ def configure(arguments: Arguments, loaded: Loaded) -> ExplainConfig:
     with commands.given_fields(arguments, arguments.options):
         methods = methods_for(arguments.method, reads_tokens)
         check_precision(arguments.precision, methods)
-        check_pool(arguments.pool, sites.parse(sae.site).tokens)
+        sites.check_pool(arguments.pool, sites.parse(sae.site).tokens)
         check_latents(targets, loaded.sae)
         check_words(targets, sae.site)
         check_fits(loaded.tower, methods, arguments.options)

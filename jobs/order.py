@@ -18,7 +18,7 @@ WRITTEN = ("out", "save", "pages", "npy", "log_json")
 MODELS = ("clip", "sae", "against")
 """Arguments of commands that name places: to read, to write, and models, which may also be names on the Hugging Face Hub."""
 
-NO_PLACES = ("", "demo", "-")
+NO_PLACES = ("", "demo", "demo-patches", "-")
 """Values of these that name nothing, what every machine has, and the output of the job."""
 
 

@@ -10,6 +10,7 @@ from saecore.images.chunks import count_images
 from saecore.runs import durations, latents
 from saecore.runs.record import Record, Unread
 from saecore.runs.refusals import Refusal
+from saecore.sae.sites import reads_tokens
 from saecore.storage import join_uri, split_settings
 
 from . import commands
@@ -117,7 +118,8 @@ def training_summary(record: Mapping[str, Any], out: str) -> str:
     figures, recipe = record["figures"], record["recipe"]
     curve = ", ".join(f"{row['fvu']:.4f} at k = {row['k']}" for row in record["recovery"])
     lines = [
-        f"SAE           {recipe['architecture']}, {recipe['latents']:,} latents on width {record['width']}",
+        f"SAE           {recipe['architecture']}, {recipe['latents']:,} latents on width {record['width']}, "
+        f"site {record.get('site', 'embedding')}",
         f"trained on    {record['rows'] - record['held-out']:,} embeddings, "
         f"{record['steps']:,} steps of {recipe['batch_size']:,} in {record['seconds']:.0f} s",
         f"held out      {figures['images']:,}: FVU {figures['fvu']:.4f}, cosine {figures['cosine']:.4f}, "
@@ -126,7 +128,8 @@ def training_summary(record: Mapping[str, Any], out: str) -> str:
     ]
     if record["unit_norm"]:
         lines.append(UNIT_NORM_SITE)
-    return "\n".join([*lines, f"\nUse it: --sae {out}"])
+    pooled = " --pool max, mean or sum" if reads_tokens(record.get("site") or "embedding") else ""
+    return "\n".join([*lines, f"\nUse it: --sae {out}{pooled}"])
 
 
 MEANINGS = {

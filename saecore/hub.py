@@ -30,6 +30,9 @@ _DEMO = Path(__file__).parent / "demo"
 DEMO_CLIP, DEMO_SAE, DEMO_VOCABULARY = _DEMO / "clip", _DEMO / "sae", _DEMO / "vocabulary.txt"
 """What the address `demo` stands for: a model, an SAE for it, and the words of the drawn world that both know."""
 
+DEMO_PATCHES = _DEMO / "patches"
+"""What the address `demo-patches` stands for: an SAE for patch tokens of the same model."""
+
 PATIENCE = 8.0
 """Seconds to wait for the Hub's answer, which is a few kilobytes. With the second or two in which Python loads its modules, a
 command without a network ends within ten."""

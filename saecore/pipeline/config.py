@@ -137,7 +137,7 @@ class ExplainConfig(EmbedConfig):
     site: str = dataclasses.field(default="", metadata=changes_results(Part("site", _site)))
     """Where the SAE reads, if its files do not say."""
     pool: str = dataclasses.field(default="", metadata=changes_results(Part("site", _site)))
-    """How what it makes of tokens becomes one value for an image, see `saecore.relevance.pooling`. Empty where it reads one
+    """How what it makes of tokens becomes one value for an image, one of `saecore.sae.sites.POOLS`. Empty where it reads one
     vector: the part `site` is then as it was before there was this field."""
     k: int = dataclasses.field(metadata=changes_results(Part("k")))
     """Latents kept per image."""

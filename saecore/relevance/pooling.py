@@ -17,8 +17,6 @@ from torch import Tensor
 
 from saecore.sae.model import SAE
 
-POOLS = ("max", "mean", "sum", "cls")
-
 ENTRIES_AT_ONCE = {"cpu": 1 << 23, "cuda": 1 << 28}
 """Tokens times latents that are encoded at once: 32 MB, which stay in a processor's caches for a part, and 1 GB."""
 
@@ -38,21 +36,6 @@ class Pooled(NamedTuple):
     """float32 (B,): between tokens and their reconstructions, mean over tokens."""
     fvu: Tensor
     """float32 (B,): of all tokens of the image together."""
-
-
-def check_pool(pool: str, tokens: str) -> None:
-    """ValueError unless `pool` says how the tokens of a site become one value, or is empty where the site reads none."""
-    if tokens not in ("patches", "all"):
-        if pool:
-            raise ValueError(f"pool {pool}: the SAE reads one vector for each image, so there is nothing to pool")
-        return
-    choices = POOLS if tokens == "all" else POOLS[:-1]
-    if pool not in choices:
-        given = f"pool {pool!r}" if pool else "pool"
-        raise ValueError(
-            f"{given}: the SAE reads {tokens} tokens, and one value of each image must be made of them; must be one of "
-            f"{', '.join(choices)}"
-        )
 
 
 def pool_tokens(sae: SAE, streams: Tensor, pool: str, k: int, asked: Tensor) -> Pooled:

@@ -130,7 +130,8 @@ class Run:
         started = time.perf_counter()
         metadata = {**tags, "fingerprint": self.fingerprint}
         nested = [name for name in TABLES if name in payload.column_names]
-        tables = {"images": payload.select(schema.IMAGES.names).cast(schema.IMAGES)}
+        of_images = schema.TOKEN_IMAGES if "tokens" in payload.column_names else schema.IMAGES
+        tables = {"images": payload.select(of_images.names).cast(of_images)}
         tables |= {name: schema.unnest(payload, name) for name in nested}
         tables = {name: table.replace_schema_metadata(metadata) for name, table in tables.items()}
         worst = worst_error(payload)

@@ -1,6 +1,6 @@
 """SAEs by address: the embedded one, our own folders, and other people's files.
 
-    demo                                        the embedded SAE
+    demo, demo-patches                          the embedded SAEs: of the embedding, and of patch tokens
     FOLDER                                      our config.json and sae.safetensors (`SAE.save` writes them), or another format
     FILE.pth, FILE.pt                           an MSAE checkpoint, or a single file of another format
     s3://..., gs://...                          our own folder, or a single file, on an object store
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from saecore import storage
-from saecore.hub import DEMO_SAE, embedded, snapshot
+from saecore.hub import DEMO_PATCHES, DEMO_SAE, embedded, snapshot
 from saecore.sae import embedding_formats, formats, hooks, sites
 from saecore.sae.config import SAEConfig, from_fields
 from saecore.sae.model import CONFIG_FILE, SAE, WEIGHTS_FILE
@@ -72,7 +72,7 @@ def load_embedding_sae(address: str, site: str = "") -> SAE:
 
 def _load(address: str) -> SAE:
     """The SAE at `address`; its site is empty where the files do not say it."""
-    address = embedded(address, DEMO_SAE)
+    address = embedded(address, DEMO_SAE) if address != "demo-patches" else str(DEMO_PATCHES)
     remote = address.startswith("hf://")
     if (address.partition("@")[0] if remote else address).endswith(".safetensors"):
         raise ValueError("a safetensors file does not say what its tensors are; give its folder")

@@ -22,6 +22,9 @@ PARTS = ("residual", "mlp")
 TOKENS = ("cls", "patches", "all")
 FIRST = ("l2", "mean")
 
+POOLS = ("max", "mean", "sum", "cls")
+"""How what an SAE makes of an image's tokens becomes one value, see `saecore.relevance.pooling`; `cls` of all tokens only."""
+
 GRAMMAR = "embedding[:l2] or layerN[.residual|.mlp][:cls|:patches|:all][:l2|:mean]"
 
 EXAMPLES = "embedding, embedding:l2, layer10.residual:patches"
@@ -112,6 +115,21 @@ def check_runs(site: str, model: str) -> None:
 def reads_tokens(site: str) -> bool:
     """Whether an SAE there reads several tokens of an image, each by itself, so that their values must be pooled."""
     return parse(site).tokens in ("patches", "all")
+
+
+def check_pool(pool: str, tokens: str) -> None:
+    """ValueError unless `pool` says how the tokens of a site become one value, or is empty where the site reads none."""
+    if tokens not in ("patches", "all"):
+        if pool:
+            raise ValueError(f"pool {pool}: the SAE reads one vector for each image, so there is nothing to pool")
+        return
+    choices = POOLS if tokens == "all" else POOLS[:-1]
+    if pool not in choices:
+        given = f"pool {pool!r}" if pool else "pool"
+        raise ValueError(
+            f"{given}: the SAE reads {tokens} tokens, and one value of each image must be made of them; must be one of "
+            f"{', '.join(choices)}"
+        )
 
 
 def check_vectors(site: str) -> None:

@@ -12,9 +12,10 @@ from torch import Tensor
 from saecore.methods import Options
 from saecore.relevance import pooling
 from saecore.relevance.maps import Maps, completeness_error
-from saecore.relevance.pooling import Pooled, check_pool, pool_tokens
+from saecore.relevance.pooling import Pooled, pool_tokens
 from saecore.relevance.tokens import FUNCTIONS, TokenTargets, explain_tokens, token_targets
 from saecore.sae.model import SAE
+from saecore.sae.sites import POOLS, check_pool
 from saecore.towers.tokens import TokenTower, tokens_at
 from tests.helpers.derivations import assert_close
 from tests.helpers.towers import SHAPES, SIGLIP_SHAPES, random_pixels, random_sae, random_siglip, random_tower
@@ -97,7 +98,7 @@ def plain_sae(sae: SAE, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("architecture", ["topk", "relu", "jumprelu"])
-@pytest.mark.parametrize("pool", pooling.POOLS)
+@pytest.mark.parametrize("pool", POOLS)
 def test_pooled_latents_are_those_of_a_numpy_sae(pool: str, architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tower = made("clip", 1, "all")
     config = dataclasses.replace(
@@ -290,7 +291,7 @@ def test_a_wrong_gradient_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert completeness_error(wrong, explained.values).max() > 0.01
 
 
-@pytest.mark.parametrize("pool", pooling.POOLS)
+@pytest.mark.parametrize("pool", POOLS)
 def test_what_is_explained_and_where_it_is_active(pool: str) -> None:
     """z is the pooled activation itself where a ReLU gives it, and the control's rows are attention's."""
     tower = made("clip", 1, "all")[1]
