@@ -130,11 +130,13 @@ def test_the_files_of_each_wing_stand_in_architecture() -> None:
 
 FOLDER = ROOT / "docs" / "run-folder.md"
 
+TOKENS_MORE = pa.schema([field for field in schema.TOKEN_LATENTS if field.name not in schema.LATENTS.names])
+
 SCHEMAS = {
-    "images": [schema.IMAGES],
+    "images": [schema.TOKEN_IMAGES],
     "activations": [schema.activations_schema(reads_tokens=True)],
     "maps": [schema.maps_schema(64, reads_tokens=True)],
-    "latents.parquet": [schema.LATENTS, schema.NAMES],
+    "latents.parquet": [schema.LATENTS, TOKENS_MORE, schema.NAMES],
     "by_latent and top_images": [
         by_latent.top_schema(
             {"images": schema.IMAGES, "activations": schema.ACTIVATIONS, "maps": schema.maps_schema(64)}

@@ -254,7 +254,11 @@ def test_a_map_opens_at_its_strongest_patch(watched: Watched) -> None:
 def pixels(page: Page, number: int) -> np.ndarray:
     """uint8 (height, width, 4): colours and opacity of what is drawn over a picture."""
     canvas = f"document.querySelector('[data-map=\"{number}\"] canvas')"
-    png = base64.b64decode(page.evaluate(f"{canvas}.toDataURL()").partition(",")[2])
+    return drawn_over(base64.b64decode(page.evaluate(f"{canvas}.toDataURL()").partition(",")[2]))
+
+
+def drawn_over(png: bytes) -> np.ndarray:
+    """The same of a canvas that was saved as PNG."""
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
 
 
