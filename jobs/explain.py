@@ -94,7 +94,8 @@ class Arguments(collection.Arguments):
     keep_embeddings: bool = dataclasses.field(
         default=False, metadata=keeps_results("`ExplainConfig.embeddings` holds it")
     )
-    """Write the CLIP embeddings too. With them jobs.name finds better names."""
+    """Write the CLIP embeddings too. With them jobs.name finds better names. For an SAE inside the tower, all of the tower is
+    run."""
     demo: bool = dataclasses.field(default=False, metadata=keeps_results("it stands for other arguments"))
     """Explain 512 drawn scenes with the embedded CLIP and SAE, and write their embeddings."""
 
@@ -186,10 +187,6 @@ def prepare(arguments: Arguments, argv: list[str], locked: contextlib.ExitStack 
     config = dataclasses.replace(config, device=pool.device, threads=pool.threads)
     if loaded.remark:
         print(loaded.remark)
-    if arguments.keep_embeddings and not config.embeddings:
-        print(
-            f"no embeddings are kept: the SAE reads {loaded.sae.config.site}, so the tower is run no further than there"
-        )
     if arguments.dry_run:
         print(outline(inputs.plan, "explain", arguments.out, in_words(config, loaded)))
         return None
@@ -267,7 +264,7 @@ def configure(arguments: Arguments, loaded: Loaded) -> ExplainConfig:
         concept_latents=arguments.concept_latents,
         concept_positive=arguments.concept_positive,
         options=arguments.options,
-        embeddings=(arguments.keep_embeddings or arguments.demo) and sites.parse(sae.site).layer is None,
+        embeddings=arguments.keep_embeddings or arguments.demo,
     )
     with commands.given("--clip"):
         load_word_targets(config, loaded.tower, loaded.sae)  # so that a text tower that cannot be had is told now

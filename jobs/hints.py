@@ -28,7 +28,7 @@ def after_explain(uri: str, record: Record) -> str:
     pages = ("--out", "report") if "://" in uri else ()
     words = "words for the latents" if clip == "demo" else "words for the latents, from a file with one word a line"
     steps = {commands.line("index", "--run", uri): "questions about one latent become fast"}
-    if record.has_words:
+    if record.can_be_named:
         steps[commands.line("name", "--run", uri, *vocabulary)] = words
     steps[commands.line("report", "--run", uri, *pages)] = "pages to look at"
     width = max(map(len, steps))
@@ -39,7 +39,7 @@ def after_explain(uri: str, record: Record) -> str:
 def after_index(uri: str, record: Record) -> str:
     """What to do with an indexed run: give its latents names, or look at them."""
     table = latents.read(uri)
-    named = not record.has_words or (table is not None and "name" in table.column_names)
+    named = not record.can_be_named or (table is not None and "name" in table.column_names)
     return f"next          {commands.line('query', 'latents', uri) if named else commands.line('name', '--run', uri)}"
 
 

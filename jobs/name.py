@@ -2,7 +2,6 @@
 
     python -m jobs.name --run runs/demo
     python -m jobs.name --run runs/photos --vocabulary words.txt --templates 'a photo of a {}' 'a drawing of a {}'
-    python -m jobs.name --run runs/photos --interpreter Concept_Interpreter_....npy --vocabulary clip_disect_20k.txt
     python -m jobs.name --sae SAE --clip openai/clip-vit-large-patch14 --vocabulary words.txt --out names.parquet
 
     vocabulary -> text embeddings -> scores, a block of words at a time -> the nearest words -> names
@@ -212,7 +211,11 @@ def choose_way(arguments: Arguments, run: results.Results | None) -> tuple[str, 
     """How names are found, and a remark on it; ValueError if it is to be by data and there are no embeddings."""
     if arguments.interpreter:
         return "interpreter", ""
-    if has_embeddings(run):
+    kept = run is not None and run.has_embeddings
+    if run is not None and not run.record.has_words and (not kept or arguments.by not in ("", "data")):
+        where = f"--run {arguments.run}: its SAE reads {run.record.site}, inside the tower"
+        raise ValueError(f"{where}, where names are by data only; that needs a run of jobs.explain --keep-embeddings")
+    if kept:
         return arguments.by or "data", ""
     if arguments.by == "data":
         raise ValueError("--by data needs a run of jobs.explain --keep-embeddings; --by decoder needs none")
@@ -221,22 +224,17 @@ def choose_way(arguments: Arguments, run: results.Results | None) -> tuple[str, 
     return "decoder", NO_EMBEDDINGS
 
 
-def has_embeddings(run: results.Results | None) -> bool:
-    """Whether the run keeps the embeddings of some images."""
-    return run is not None and run.record.keeps_embeddings and run.n_images > 0
-
-
 # ---- Models.
 
 
 def load_sae(arguments: Arguments, run: results.Results | None) -> "SAE":
     """The SAE; ValueError if there is none, or it is not the run's."""
-    from saecore.sae.checkpoints import load_embedding_sae
+    from saecore.sae.checkpoints import load_embedding_sae, load_running_sae
 
     address = arguments.sae or (run.record.sae_address if run else "")
     site = arguments.site or (run.record.given_site if run else "")
     with commands.given("--sae"):
-        sae = load_embedding_sae(address, site)
+        sae = load_embedding_sae(address, site) if run is None else load_running_sae(address, site)
     check_of_run("sae", address, sae.sha256(), run)
     return sae
 
@@ -249,7 +247,7 @@ def clip_words(arguments: Arguments, clip: str, sae: "SAE", run: results.Results
         digest_of_images = load_tower(clip).sha256() if run else ""
         tower = load_text_tower(clip)
     check_of_run("clip", clip, digest_of_images, run)
-    if tower.n_outputs != sae.config.n_inputs:
+    if tower.n_outputs != sae.config.n_inputs and (run is None or run.record.has_words):
         widths = f"makes embeddings of width {tower.n_outputs}, and the SAE is for {sae.config.n_inputs}"
         raise ValueError(f"--clip {clip} {widths}: it is another CLIP's")
     if run is None:
@@ -313,8 +311,8 @@ def names(job: Job, arguments: Arguments) -> pa.Table:
     return names_table(words, *nearest_words(job, arguments), job.way == "data", job.valid)
 
 
-def nearest_words(job: Job, arguments: Arguments) -> "tuple[Nearest, Nearest | None]":
-    """The nearest words by direction and, if the run keeps embeddings, by data."""
+def nearest_words(job: Job, arguments: Arguments) -> "tuple[Nearest | None, Nearest | None]":
+    """The nearest words by direction, in the space of the embedding, and by data, if the run keeps embeddings."""
     import torch
 
     from saecore.naming.evidence import gather
@@ -325,12 +323,14 @@ def nearest_words(job: Job, arguments: Arguments) -> "tuple[Nearest, Nearest | N
     texts_VE = torch.from_numpy(text_embeddings(job.vocabulary, arguments.templates, device)).to(device)
     if arguments.subtract_mean:
         texts_VE = centred(texts_VE)
-    towards = directions(job.sae.to(device), job.way if job.way in DIRECTIONS else "decoder")
-    direction = nearest(by_direction(towards, texts_VE), arguments.words)
-    if job.run is None or not has_embeddings(job.run):
-        return direction, None
-    scores = by_data(*gather(job.run, arguments.seed).to(device), texts_VE)
-    return direction, nearest(console.with_progress(scores, len(job.vocabulary.words), "words"), arguments.words)
+    data = direction = None
+    if job.run is None or job.run.record.has_words:
+        towards = directions(job.sae.to(device), job.way if job.way in DIRECTIONS else "decoder")
+        direction = nearest(by_direction(towards, texts_VE), arguments.words)
+    if job.run is not None and job.run.has_embeddings:
+        scores = by_data(*gather(job.run, arguments.seed).to(device), texts_VE)
+        data = nearest(console.with_progress(scores, len(job.vocabulary.words), "words"), arguments.words)
+    return direction, data
 
 
 def text_embeddings(vocabulary: Vocabulary, templates: tuple[str, ...], device: str) -> np.ndarray:

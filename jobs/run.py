@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 from saecore.naming.vocabulary import read_vocabulary
 from saecore.pipeline.config import keeps_results
-from saecore.runs.record import read_record
 
 from . import cluster, commands, exits, explain, index, name, report
 
@@ -84,9 +83,6 @@ def run(argv: list[str]) -> int:
     end = exits.COMPLETE
     for place, step in enumerate(steps, 1):
         print(f"{'' if place == 1 else chr(10)}{place} of {len(steps)}  {step.name}: {step.what}", flush=True)
-        if step.name == "name" and not read_record(arguments.out).has_words:
-            print("no names      the SAE reads inside the tower, where words have no place yet")
-            continue
         code = take(step)
         if code == exits.REFUSED:  # the run is complete, and the other steps have their work
             end = code
@@ -100,8 +96,7 @@ def run(argv: list[str]) -> int:
     if not arguments.names:
         adds = commands.line("name", "--run", arguments.out, "--vocabulary", "WORDS.txt")
         print(f"no names      latents get some from a file with one word a line, by --vocabulary or {adds}")
-    named = arguments.names and read_record(arguments.out).has_words
-    ask = commands.line("query", *(("find", arguments.out, "WORD") if named else ("latents", arguments.out)))
+    ask = commands.line("query", *(("find", arguments.out, "WORD") if arguments.names else ("latents", arguments.out)))
     print(f"next          {ask}")
     return end
 

@@ -79,14 +79,17 @@ def nearest(scores: Iterable[Tensor], n: int) -> Nearest:
 
 
 def names_table(
-    words: Sequence[str], direction: Nearest, data: Nearest | None, by_data: bool, valid: Valid
+    words: Sequence[str], direction: Nearest | None, data: Nearest | None, by_data: bool, valid: Valid
 ) -> pa.Table:
     """schema.NAMES. With `by_data`, a latent that data cannot name has its name by direction, which is never called valid.
 
-    words: the vocabulary. direction, data: at least two nearest words for each latent, and the same number in both.
+    words: the vocabulary. direction, data: at least two nearest words for each latent, and the same number in both; one of
+    the two may be None.
     """
-    if data is None:
-        data = Nearest(direction.words, torch.full_like(direction.scores, -torch.inf))
+    known = direction or data
+    assert known is not None
+    nothing = Nearest(known.words, torch.full_like(known.scores, -torch.inf))
+    direction, data = direction or nothing, data or nothing
     is_by_data = (data.scores[:, 0] > -torch.inf) & by_data
     best = Nearest(*(torch.where(is_by_data[:, None], *both) for both in zip(data, direction, strict=True)))
     is_valid = _passes(best, valid) & (is_by_data == by_data)

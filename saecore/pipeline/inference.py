@@ -19,6 +19,8 @@ from saecore.relevance.explain import explain_forward, trace_needs
 from saecore.relevance.maps import Maps, completeness_error, sink_share
 from saecore.relevance.targets import TargetAxis, Targets, WordTargets, no_word_targets
 from saecore.sae.model import SAE, Code
+from saecore.towers.stopped import StoppedTower
+from saecore.towers.tokens import TokenTower
 from saecore.towers.tower import ImageTower
 
 
@@ -26,7 +28,7 @@ class Inferred(NamedTuple):
     """Columns of a run's tables for B images."""
 
     embedding: np.ndarray
-    """float32 (B, E), not L2-normalised."""
+    """float32 (B, E), not L2-normalised; where the SAE reads CLS after a layer and no embeddings are asked for, CLS there."""
     l0: np.ndarray
     """int32 (B,)."""
     cosine: np.ndarray
@@ -156,6 +158,7 @@ class Inference(OnDevice[Inferred]):
         words: WordTargets | None = None,
         options: Options = DEFAULT_OPTIONS,
         precision: str = "auto",
+        embeddings: bool = False,
     ) -> None:
         super().__init__(tower, device, methods, precision)
         self.sae = sae.to(self.device)
@@ -163,6 +166,10 @@ class Inference(OnDevice[Inferred]):
         self.axis = TargetAxis.of(request, k)
         self.words = (words or no_word_targets(sae)).to(self.device)
         self.needs = trace_needs(methods, options, len(tower.path()))
+        self.above = tower if embeddings and isinstance(tower, StoppedTower) else None
+        """The tower, if it stops before the image embedding, and that is asked for too."""
+        if self.above is not None:
+            self.needs["tokens"] = max(1, self.needs["tokens"])
 
     def _infer(self, pixels: torch.Tensor) -> Inferred:
         embedding, trace = self.tower(pixels, **self.needs)
@@ -174,7 +181,7 @@ class Inference(OnDevice[Inferred]):
         maps = list(by_method.values())
         stored, scale = heatmaps.encode(torch.stack([m.relevance for m in maps], 1))
         columns = {
-            "embedding": embedding,
+            "embedding": embedding if self.above is None else image_embedding(self.above, trace.tokens[-1]),
             **self._reconstruction(embedding, code),
             "completeness": worst_error(by_method, values),
             "sinks": trace.sinks,
@@ -199,6 +206,11 @@ class Inference(OnDevice[Inferred]):
             "cosine": torch.cosine_similarity(embedding, reconstruction),
             "fvu": squared_error / self.sae.deviation(embedding).square().sum(-1),
         }
+
+
+def image_embedding(tower: "StoppedTower | TokenTower", streams: torch.Tensor) -> torch.Tensor:
+    """Streams of all tokens (B, N, D) where they leave the last layer that an SAE needs -> the image embedding (B, E)."""
+    return tower.whole.embed_tokens(streams, tower.start)
 
 
 def worst_error(by_method: dict[str, Maps], values: torch.Tensor) -> torch.Tensor:

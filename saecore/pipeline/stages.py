@@ -143,11 +143,19 @@ class Explain:
         tower, sae = load_models(config.clip, config.sae, config.site)
         self.infer: Inference | TokenInference
         if isinstance(tower, TokenTower):
-            asked = (config.targets, config.options, config.precision)
+            asked = (config.targets, config.options, config.precision, config.embeddings)
             self.infer = TokenInference(tower, sae, config.k, config.methods, config.device, config.pool, *asked)
         else:
             words = load_word_targets(config, tower, sae)
-            how = (config.methods, config.device, config.targets, words, config.options, config.precision)
+            how = (
+                config.methods,
+                config.device,
+                config.targets,
+                words,
+                config.options,
+                config.precision,
+                config.embeddings,
+            )
             self.infer = Inference(tower, sae, config.k, *how)
         self.n_patches = tower.grid[0] * tower.grid[1]
         self.schema = schema.explained_schema(self.n_patches, isinstance(tower, TokenTower))

@@ -12,7 +12,7 @@ import torch
 
 from saecore import heatmaps
 from saecore.methods import DEFAULT_OPTIONS, KEPT, METHODS, Options, TargetRequest
-from saecore.pipeline.inference import OnDevice, worst_error
+from saecore.pipeline.inference import OnDevice, image_embedding, worst_error
 from saecore.relevance.agreement import peak_distance, rank_correlation
 from saecore.relevance.maps import Maps, sink_share
 from saecore.relevance.pooling import Pooled, pool_tokens
@@ -25,6 +25,8 @@ from saecore.towers.tokens import TokenTower
 class InferredTokens(NamedTuple):
     """Columns of a run's tables for B images: those of `saecore.pipeline.inference.Inferred`, and four more."""
 
+    embedding: np.ndarray
+    """float32 (B, E), not L2-normalised; (B, 0) unless it is asked for."""
     l0: np.ndarray
     cosine: np.ndarray
     fvu: np.ndarray
@@ -63,9 +65,10 @@ class TokenInference(OnDevice[InferredTokens]):
         request: TargetRequest = KEPT,
         options: Options = DEFAULT_OPTIONS,
         precision: str = "auto",
+        embeddings: bool = False,
     ) -> None:
         super().__init__(tower, device, methods, precision)
-        self.tokens = tower
+        self.tokens, self.embeddings = tower, embeddings
         self.sae = sae.to(self.device)
         self.k, self.methods, self.pool, self.options = k, methods, pool, options
         self.axis = TargetAxis.of(request, k)
@@ -87,6 +90,7 @@ class TokenInference(OnDevice[InferredTokens]):
         stored, scale = heatmaps.encode(torch.stack([m.relevance for m in maps], 1))
         at_patches = code.at_tokens[..., tower.n_own - tower.reads_from :]
         columns = {
+            "embedding": image_embedding(tower, trace.leaving) if self.embeddings else values[:, :0],
             "l0": code.l0,
             "cosine": code.cosine,
             "fvu": code.fvu,

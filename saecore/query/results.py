@@ -79,6 +79,11 @@ class Results:
         return by_latent.methods(self.tables.schemas["maps"]) if "maps" in self.tables.schemas else []
 
     @property
+    def has_embeddings(self) -> bool:
+        """Whether it keeps the embeddings of some images."""
+        return self.record.keeps_embeddings and self.n_images > 0
+
+    @property
     def latents(self) -> pa.Table:
         """One row per latent: `schema.LATENTS` and the columns of jobs.name, as far as they were written."""
         return self.tables.latents

@@ -87,14 +87,12 @@ def _methods(run: Results) -> Holding:
 def _embeddings(run: Results) -> Holding:
     if run.record.keeps_embeddings:
         return Holding("Embeddings", "of every image", "")
-    if not run.record.has_words:
-        return Holding("Embeddings", "none: the SAE reads inside the tower", "")
     return Holding("Embeddings", "none", "CLIP's embeddings of the images, which make names of latents better")
 
 
 def _names(run: Results) -> Holding:
-    if not run.record.has_words:
-        return Holding("Names", "none: the SAE reads inside the tower, where words have no place yet", "")
+    if not run.record.can_be_named:
+        return Holding("Names", "none: the SAE reads inside the tower, where names need embeddings", "")
     if "name" not in run.latents.column_names:
         return Holding("Names", "none", "words for what each latent is")
     sure = run.latents["valid"].to_pylist().count(True) if "valid" in run.latents.column_names else 0

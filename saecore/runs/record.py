@@ -145,6 +145,11 @@ class Record:
         return self.site.startswith("embedding")
 
     @property
+    def can_be_named(self) -> bool:
+        """Whether words for the latents can be found: by data, which needs embeddings, or in the space of the embedding."""
+        return self.has_words or self.keeps_embeddings
+
+    @property
     def inputs(self) -> list[str]:
         """The images as the command named them."""
         return list(self.config.get("images", []))

@@ -76,10 +76,13 @@ class SiglipTower(ImageTower):
         """The pooling of tokens (B, N, D) as they stand, without the LayerNorm that comes before it in the model."""
         return self._pool_normed(tokens, tokens)
 
-    def _steps(self, hidden: Tensor, whole: bool = False, weights: "list[Tensor] | None" = None) -> Iterator[Step]:
-        for step in super()._steps(hidden, whole, weights):
+    def _steps(
+        self, hidden: Tensor, whole: bool = False, weights: "list[Tensor] | None" = None, start: int = 0
+    ) -> Iterator[Step]:
+        for step in super()._steps(hidden, whole, weights, start):
             yield step
-        yield self._pool(step.leaving, weights)
+            hidden = step.leaving
+        yield self._pool(hidden, weights)
 
     def _pool(self, hidden: Tensor, weights: "list[Tensor] | None" = None) -> Step:
         """Residual streams (B, N, D) -> the pooling, as a step with one query."""

@@ -28,7 +28,13 @@ class StoppedTower(ClipTower):
     def __init__(self, whole: ClipTower, layer: int) -> None:
         ImageTower.__init__(self, until(whole.vision, layer), whole.preprocess)
         self.n_outputs = whole.vision.config.hidden_size
-        self._whole = [whole]  # in a list, so that PyTorch does not take it for a part of this one
+        self.whole = whole
+        self.start = layer + 1
+        """The layer of the whole tower that comes next."""
+
+    def run_in(self, dtype: torch.dtype) -> None:
+        """See `ImageTower.run_in`: the whole tower, so that its embedding can be had too."""
+        self.whole.run_in(dtype)
 
     def embed_query(self, final: Tensor) -> Tensor:
         """See `ImageTower.embed_query`: the stream is the embedding."""
@@ -44,7 +50,7 @@ class StoppedTower(ClipTower):
 
     def sha256(self) -> str:
         """Hash of the whole tower: it names the model, and an SAE's site names the layer."""
-        return self._whole[0].sha256()
+        return self.whole.sha256()
 
 
 def stopped_at(tower: ImageTower, layer: int) -> StoppedTower:

@@ -49,11 +49,13 @@ class TokenTower(ImageTower):
         self.n_outputs = whole.vision.config.hidden_size
         self.reads_from = self.n_own if reads == "patches" else 0
         """The first token that the site reads; it reads all that follow."""
-        self._whole = [whole]  # in a list, so that PyTorch does not take it for a part of this one
+        self.whole = whole
+        self.start = layer + 1
+        """The layer of the whole tower that comes next."""
 
     def run_in(self, dtype: torch.dtype) -> None:
-        """See `ImageTower.run_in`: all of it."""
-        self.vision.to(dtype)
+        """See `ImageTower.run_in`: the whole tower, so that its embedding can be had too."""
+        self.whole.run_in(dtype)
 
     def first_tokens(self, pixels: Tensor) -> Tensor:
         """See `ImageTower.first_tokens`."""
@@ -88,11 +90,11 @@ class TokenTower(ImageTower):
         """The streams of the tokens that the site reads, float32 (B, T, D)."""
         return self.embed_tokens(self.first_tokens(pixels))[:, self.reads_from :]
 
-    def embed_tokens(self, tokens: Tensor) -> Tensor:
+    def embed_tokens(self, tokens: Tensor, start: int = 0) -> Tensor:
         """First tokens (B, n, D), any of them -> their streams, float32 (B, n, D)."""
-        for step in self._steps(tokens, whole=True):
-            leaving = step.leaving
-        return leaving.float()
+        for step in self._steps(tokens, whole=True, start=start):
+            tokens = step.leaving
+        return tokens.float()
 
     def attention(self, q: Tensor, k: Tensor) -> Tensor:
         """softmax(s q k') of queries (B, Q, D) over keys (B, N, D): float32 (B, H, Q, N)."""
@@ -101,7 +103,7 @@ class TokenTower(ImageTower):
 
     def sha256(self) -> str:
         """Hash of the whole tower: it names the model, and an SAE's site names the layer."""
-        return self._whole[0].sha256()
+        return self.whole.sha256()
 
 
 def tokens_at(tower: ImageTower, layer: int, reads: str) -> TokenTower:

@@ -237,9 +237,15 @@ class ImageTower(nn.Module):
         """Only the embedding: the plain forward that the cost of maps is measured against."""
         return self.embed_tokens(self.first_tokens(pixels))
 
-    def embed_tokens(self, tokens: Tensor) -> Tensor:
-        """First tokens (B, n, D), the tower's own and any of the patches -> the embedding of only these tokens (B, E)."""
-        return self.embed_query(deque(self._steps(tokens), maxlen=1).pop().leaving[:, 0])
+    def embed_tokens(self, tokens: Tensor, start: int = 0) -> Tensor:
+        """First tokens (B, n, D), the tower's own and any of the patches -> the embedding of only these tokens (B, E).
+
+        `start`: the tokens enter this layer, or what follows the layers, in place of the first.
+        """
+        final = tokens[:, 0]
+        for step in self._steps(tokens, start=start):
+            final = step.leaving[:, 0]
+        return self.embed_query(final)
 
     def attend_plainly(self, first: Tensor) -> tuple[Tensor, list[Tensor]]:
         """First tokens -> the query's final residual stream (B, D) and the whole attention of each step (B, H, n, N).
@@ -267,13 +273,16 @@ class ImageTower(nn.Module):
         described = (self.n_heads, vision.layer_norm_eps, vision.hidden_act, vision.patch_size, self.preprocess)
         return hash_of(described, self)
 
-    def _steps(self, hidden: Tensor, whole: bool = False, weights: "list[Tensor] | None" = None) -> Iterator[Step]:
-        """All layers, one after the other.
+    def _steps(
+        self, hidden: Tensor, whole: bool = False, weights: "list[Tensor] | None" = None, start: int = 0
+    ) -> Iterator[Step]:
+        """All layers from `start` on, one after the other.
 
         With CLS, the last layer computes only that token unless `whole`: no other token that leaves it reaches the embedding,
         and about 1/L of a forward is saved. weights: see `_mixed`.
         """
-        for index, layer in enumerate(self.vision.encoder.layers):
+        for index in range(start, self.n_layers):
+            layer = self.vision.encoder.layers[index]
             rows = None if whole or index + 1 < self.n_layers else self.n_own or None
             after, q, k, v = self.attend(index, hidden, rows, weights)
             inner = layer.mlp.fc1(layer.layer_norm2(after))

@@ -80,25 +80,39 @@ def test_maps_add_up_and_the_record_says_where(inner: Path) -> None:
     record = results.open(str(inner)).record
     assert record.sae["site"] == record.parts["site"] == SITE
     assert not record.has_words
-    assert not record.keeps_embeddings
-    assert {row["embedding"] for row in rows(inner, "images")} == {None}
+    assert record.keeps_embeddings
     assert record.worst_completeness_error is not None
     assert 0 < record.worst_completeness_error < 2e-5
     assert {row["method"] for row in rows(inner, "maps")} == {"contrib", "contrib_grad", "occlusion"}
 
 
-def test_the_way_leaves_out_names_and_says_so(inner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`run` was given a vocabulary. Pages are there, and propose no command that would be refused."""
-    assert "name" not in results.open(str(inner)).latents.column_names
+def test_the_embedding_is_the_whole_tower_s(inner: Path, local_run: Path) -> None:
+    ours, theirs = (sorted(rows(run, "images"), key=lambda row: row["image_id"]) for run in (inner, local_run))
+    np.testing.assert_allclose(
+        [row["embedding"] for row in ours], [row["embedding"] for row in theirs], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_latents_there_are_named_by_data_only(
+    inner: Path, sae: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`run` was given a vocabulary. Pages propose no command that would be refused."""
+    latents = results.open(str(inner)).latents.to_pylist()
+    named = [row for row in latents if row["name"]]
+    assert len(named) >= 20
+    assert all(row["by_data"] and row["name"] == row["data_name"] for row in named)
+    assert {row["direction_name"] for row in latents} == {None}
     assert report.main(["--run", str(inner), "--out", str(tmp_path / "pages")]) == 0
     page = (tmp_path / "pages" / "index.html").read_text()
     assert SITE in page
-    assert "inside the tower" in page
-    assert "jobs.name" not in page
     assert "text:A PHRASE" not in page
-    assert "reads layer2.residual:cls of demo, inside the tower; this takes" in mistake(
-        name.main, ["--run", str(inner)], capsys
-    )
+    said = mistake(name.main, ["--run", str(inner), "--by", "decoder"], capsys)
+    assert "inside the tower, where names are by data only" in said
+    given = ["--images", str(shards), "--clip", "demo", "--sae", str(sae), "--out", str(tmp_path / "run"), "--local"]
+    assert explain.main([*given, "--allow-poor-fit", "--limit", "8"]) == 0
+    assert "jobs.name" not in capsys.readouterr().out
+    said = mistake(name.main, ["--run", str(tmp_path / "run")], capsys)
+    assert "that needs a run of jobs.explain --keep-embeddings" in said
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,13 @@ def test_tables_equal_a_numpy_sae_on_hidden_states(by_max: Path, sae: Path) -> N
                 np.testing.assert_allclose(values, a[:, latent], atol=a[:, latent].max() / 250 + 1e-6)
 
 
+def test_the_embedding_is_the_whole_tower_s(by_max: Path, local_run: Path) -> None:
+    ours, theirs = (sorted(rows(run, "images"), key=lambda row: row["image_id"]) for run in (by_max, local_run))
+    np.testing.assert_allclose(
+        [row["embedding"] for row in ours], [row["embedding"] for row in theirs], rtol=1e-4, atol=1e-4
+    )
+
+
 def test_maps_add_up_and_tell_how_far_they_lie_from_the_activation(by_max: Path) -> None:
     record = results.open(str(by_max)).record
     assert (record.site, record.pool, record.reads_tokens) == (SITE, "max", True)
@@ -182,9 +189,11 @@ def test_index_queries_and_pages_take_them(by_max: Path, tmp_path: Path, capsys:
     page = (tmp_path / "pages" / "index.html").read_text()
     assert SITE in page
     assert "pooled by max" in page
-    assert "reads layer2.residual:patches of demo, inside the tower" in mistake(
-        name.main, ["--run", str(by_max)], capsys
-    )
+    named = [row for row in opened.latents.to_pylist() if row["name"]]
+    assert named
+    assert all(row["by_data"] for row in named)
+    said = mistake(name.main, ["--run", str(by_max), "--by", "decoder"], capsys)
+    assert "inside the tower, where names are by data only" in said
 
 
 @pytest.mark.parametrize(
