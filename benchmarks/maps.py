@@ -147,7 +147,7 @@ def cost_of_maps(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        timed = time_in_turn(ways, rounds, _clock(device, threads))
+        timed = time_in_turn(ways, rounds, watch(device, threads))
     finally:
         torch.set_num_threads(before)
     seconds = {name: [taken / shape.batch for taken in times] for name, times in timed.items()}
@@ -232,7 +232,7 @@ def unit(device: str, threads: int) -> str:
     return "CPU time" if device == "cpu" and threads == 1 else "wall time"
 
 
-def _clock(device: str, threads: int) -> Callable[[], float]:
+def watch(device: str, threads: int) -> Callable[[], float]:
     """A clock in seconds. On a GPU it first waits until all work is done."""
     if device == "cpu":
         return time.process_time if unit(device, threads) == "CPU time" else time.perf_counter
