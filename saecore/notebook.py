@@ -29,14 +29,17 @@ from PIL import Image
 
 from saecore.images.decode import Decoded, ImageError, decode_image, open_rgb
 from saecore.images.preprocess import default_resize
-from saecore.methods import DEFAULT_OPTIONS, METHODS, Options, methods_for, parse_targets
+from saecore.methods import ACTIVATION, DEFAULT_OPTIONS, METHODS, Options, methods_for, parse_targets
 from saecore.pipeline.config import ExplainConfig
-from saecore.pipeline.models import check_latents, load_models, load_word_targets
+from saecore.pipeline.models import check_latents, check_words, load_models, load_word_targets
 from saecore.relevance.explain import check_fits, explain_forward, trace_needs
+from saecore.relevance.maps import Maps
 from saecore.relevance.targets import TargetAxis, Targets, no_word_targets
+from saecore.relevance.tokens import explain_pooled
 from saecore.report import display
 from saecore.sae import sites
 from saecore.sae.model import SAE
+from saecore.towers.tokens import TokenTower
 from saecore.towers.tower import ImageTower
 
 LOSSLESS = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
@@ -94,7 +97,9 @@ class ExplainedImage:
         picture = display.resized(np.asarray(self.crop), side)
         limit = display.shared_limit(list(self.maps))
         tile = display.overlay(picture, self.maps[row], limit)
-        bar = display.colour_bar(limit, tile.shape[1], signed=bool(METHODS[self.method].units))
+        bar = display.colour_bar(
+            limit, tile.shape[1], signed=self.method != ACTIVATION and bool(METHODS[self.method].units)
+        )
         caption = f"{self.targets[row]}   {self.pre_activations[row]:.3g}"
         foot = f"{self.method}, {METHODS[self.method].units or 'no units'}"
         return display.mosaic([[(tile, caption)], [(bar, "")]], foot=foot)
@@ -127,59 +132,93 @@ def explain_image(
     targets: Sequence[str] = ("kept",),
     options: Options = DEFAULT_OPTIONS,
     names: Mapping[int, str] | None = None,
+    pool: str = "",
 ) -> ExplainedImage:
     """Explain one picture: a path, the bytes of a file, or a PIL image.
 
     k: how many of the strongest latents are kept; at most as many as the SAE lets fire. method: one of
-    `saecore.methods.OF_EMBEDDING`. targets: what the maps explain, as `saecore.methods.parse_targets` reads it: `kept`,
-    `latents:3,17`, `text:a red square`, `concept:red`. names: the names of latents, by number. ValueError for a picture that
-    cannot be decoded, or for a wrong argument.
+    `saecore.methods.OF_EMBEDDING`, or `OF_TOKENS` for an SAE that reads tokens. targets: what the maps explain, as
+    `saecore.methods.parse_targets` reads it: `kept`, `latents:3,17`, `text:a red square`, `concept:red`. names: the names of
+    latents, by number. pool: how values at tokens become one, `saecore.sae.sites.POOLS`. ValueError for a picture that cannot
+    be decoded, or for a wrong argument.
     """
-    (name, *others), request = methods_for(method, reads_tokens=False), parse_targets(targets)
+    clip, tower, sae = models
+    reads_tokens = sites.reads_tokens(sae.config.site)
+    (name, *others), request = methods_for(method, reads_tokens), parse_targets(targets)
     if others:
         raise ValueError(f"method {method}: give one method, and explain the picture again for another")
     if k < 1:
         raise ValueError(f"k {k}: must be at least 1")
     options.check()
-    clip, tower, sae = models
-    if sites.reads_tokens(sae.config.site):
-        raise ValueError(
-            f"the SAE reads {sae.config.site}: this takes SAEs that read one vector; jobs.explain takes both"
-        )
+    sites.check_pool(pool, sites.parse(sae.config.site).tokens)
     check_fits(tower, (name,), options)
     check_latents(request, sae)
-    device = sae.encoder.device
-    k = min(k, sae.config.most_firing)
-    config = ExplainConfig(clip=clip, sae="", k=k, methods=(name,), targets=request, options=options)
-    words = load_word_targets(config, tower, sae) or no_word_targets(sae)
+    check_words(request, sae.config.site)
+    k = min(k, sae.config.n_latents if reads_tokens else sae.config.most_firing)
+    config = ExplainConfig(clip=clip, sae="", k=k, methods=(name,), targets=request, options=options, pool=pool)
     data = _bytes_of(image)
     decoded = _decoded(data, tower, image)
+    axis = TargetAxis.of(request, k)
     with torch.inference_mode():
-        pixels = torch.from_numpy(decoded.pixels[None].copy()).to(device)
-        embedding, trace = tower(pixels, **trace_needs((name,), options, len(tower.path())))
-        code = sae.encode_sparse(embedding, at_least=k)
-        axis = TargetAxis.of(request, k)
-        explained = Targets(sae, axis.latents(code.latents[:, :k]), words.to(device))
-        maps = explain_forward((name,), tower, pixels, embedding, trace, explained, options)[name]
-        values = explained.values(embedding[:, None])[0, 0]
-    written = axis.written(explained.latents.cpu().numpy())[0]
-    of_latents = [f"latent {latent}" for latent in explained.latents[0].tolist()]
-    kept = code.latents[0, :k].tolist()
+        pixels = torch.from_numpy(decoded.pixels[None].copy()).to(sae.encoder.device)
+        found = (
+            _of_tokens(models, pixels, config, axis) if reads_tokens else _of_embedding(models, pixels, config, axis)
+        )
+    written = axis.written(found.targets.cpu().numpy())[0]
+    of_latents = [f"latent {latent}" for latent in found.targets[0].tolist()]
+    kept = found.latents[0].tolist()
     columns = {
         "latent": pa.array(kept, pa.int32()),
         **({} if names is None else {"name": pa.array([names.get(latent) for latent in kept], pa.string())}),
-        "activation": code.activations[0, :k].cpu().numpy(),
-        "pre_activation": code.pre_activations[0, :k].cpu().numpy(),
+        "activation": found.activations[0].cpu().numpy(),
+        "pre_activation": found.pre_activations[0].cpu().numpy(),
     }
     return ExplainedImage(
         crop=open_rgb(data).image.crop(decoded.crop),
         latents=pa.table(columns),
         targets=[target for target, keep in zip([*of_latents, *axis.labels], written, strict=True) if keep],
-        maps=maps.relevance[0].unflatten(-1, tower.grid).cpu().numpy()[written],
-        remainders=maps.remainder[0].cpu().numpy()[written],
-        pre_activations=values.cpu().numpy()[written],
+        maps=found.maps.relevance[0].unflatten(-1, tower.grid).cpu().numpy()[written],
+        remainders=found.maps.remainder[0].cpu().numpy()[written],
+        pre_activations=found.values[0].cpu().numpy()[written],
         method=name,
     )
+
+
+class _Found(NamedTuple):
+    """What was computed of one picture, each with a leading dimension of 1."""
+
+    latents: torch.Tensor
+    """(1, k), with their activations and pre-activations."""
+    activations: torch.Tensor
+    pre_activations: torch.Tensor
+    targets: torch.Tensor
+    """The targets that are latents."""
+    values: torch.Tensor
+    """(1, n)."""
+    maps: Maps
+
+
+def _of_embedding(models: Models, pixels: torch.Tensor, config: ExplainConfig, axis: TargetAxis) -> _Found:
+    _, tower, sae = models
+    words = load_word_targets(config, tower, sae) or no_word_targets(sae)
+    (name,), options, k = config.methods, config.options, config.k
+    embedding, trace = tower(pixels, **trace_needs((name,), options, len(tower.path())))
+    code = sae.encode_sparse(embedding, at_least=k)
+    targets = Targets(sae, axis.latents(code.latents[:, :k]), words.to(pixels.device))
+    maps = explain_forward((name,), tower, pixels, embedding, trace, targets, options)[name]
+    values = targets.values(embedding[:, None])[:, 0]
+    latents, activations, pre_activations = (part[:, :k] for part in code)
+    return _Found(latents, activations, pre_activations, targets.latents, values, maps)
+
+
+def _of_tokens(models: Models, pixels: torch.Tensor, config: ExplainConfig, axis: TargetAxis) -> _Found:
+    _, tower, sae = models
+    assert isinstance(tower, TokenTower)
+    k = config.k
+    found = explain_pooled(config.methods, tower, sae, pixels, config.pool, k, axis, config.options)
+    latents, values, first = found.code.latents, found.values, found.first
+    of_kept = (latents[:, :k], found.code.pooled[:, :k], values[:, :k])
+    return _Found(*of_kept, latents[:, first:], values[:, first:], found.maps[config.methods[0]])
 
 
 def _bytes_of(image: str | Path | bytes | Image.Image) -> bytes:

@@ -1,6 +1,7 @@
 """One picture explained in Python has the values of a run, unrounded. It is shown, or refused in one sentence."""
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -96,3 +97,38 @@ def test_what_cannot_be_is_one_sentence(models: Models, tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=sentence):
             explain_image(empty.getvalue(), models, **wrong)
+
+
+def test_an_sae_of_patch_tokens(local_run: Path, tmp_path: Path) -> None:
+    """The same latents, activations and maps as a run has, but for their 8 bits."""
+    images = json.loads((local_run / "run.json").read_text())["config"]["images"]
+    given = [
+        "--images",
+        *images,
+        "--clip",
+        "demo",
+        "--sae",
+        "demo-patches",
+        "--pool",
+        "max",
+        "--k",
+        "5",
+        "--limit",
+        "3",
+    ]
+    assert explain.main([*given, "--out", str(tmp_path / "run"), "--local"]) == 0
+    run, models = results.open(str(tmp_path / "run")), load("demo", "demo-patches")
+    for method in ("contrib", "activation"):
+        found = explain_image(run.picture(0), models, k=5, method=method, pool="max")
+        expected, maps = run.latents_of(0), run.maps(0, method)
+        assert found.latents["latent"].to_pylist() == expected["latent"].to_pylist()
+        np.testing.assert_allclose(found.latents["activation"], expected["activation"], rtol=1e-4)
+        assert found.targets == [f"latent {latent}" for latent in maps.latents]
+        for ours, theirs in zip(found.maps, maps.maps, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=np.abs(ours).max() / 200)
+        assert found.overlay().size[0] > 200
+    np.testing.assert_allclose(found.pre_activations, found.maps.max((1, 2)), rtol=1e-4)
+    with pytest.raises(ValueError, match="pool: the SAE reads patches tokens"):
+        explain_image(run.picture(0), models)
+    with pytest.raises(ValueError, match="has no meaning for an SAE that reads the tokens"):
+        explain_image(run.picture(0), models, method="chefer", pool="max")

@@ -15,9 +15,8 @@ from saecore.methods import DEFAULT_OPTIONS, KEPT, METHODS, Options, TargetReque
 from saecore.pipeline.inference import OnDevice, image_embedding, worst_error
 from saecore.relevance.agreement import peak_distance, rank_correlation
 from saecore.relevance.maps import Maps, sink_share
-from saecore.relevance.pooling import Pooled, pool_tokens
 from saecore.relevance.targets import TargetAxis
-from saecore.relevance.tokens import explain_tokens, layers_needed, token_targets
+from saecore.relevance.tokens import explain_pooled
 from saecore.sae.model import SAE
 from saecore.towers.tokens import TokenTower
 
@@ -72,20 +71,11 @@ class TokenInference(OnDevice[InferredTokens]):
         self.sae = sae.to(self.device)
         self.k, self.methods, self.pool, self.options = k, methods, pool, options
         self.axis = TargetAxis.of(request, k)
-        self.asked = torch.tensor(request.latents, dtype=torch.int64, device=self.device)
-        self.layers = layers_needed(methods, options, tower.n_layers)
 
     def _infer(self, pixels: torch.Tensor) -> InferredTokens:
         tower, k = self.tokens, self.k
-        streams, trace = tower.streams(pixels, self.layers)
-        code = pool_tokens(self.sae, streams[:, tower.reads_from :], self.pool, k, self.asked)
-        targets = token_targets(self.sae, tower, streams, code, self.pool)
-        values = targets.whole(streams)
-        # The kept latents may be no targets of maps.
-        first = k - self.axis.n_kept
-        shown = Pooled(code.latents[:, first:], code.pooled[:, first:], code.at_tokens[:, first:], *code[3:])
-        explained = targets.of(slice(first, None))
-        by_method = explain_tokens(self.methods, tower, pixels, streams, trace, explained, shown, self.options)
+        how = (self.pool, k, self.axis, self.options)
+        trace, code, values, first, by_method = explain_pooled(self.methods, tower, self.sae, pixels, *how)
         maps = list(by_method.values())
         stored, scale = heatmaps.encode(torch.stack([m.relevance for m in maps], 1))
         at_patches = code.at_tokens[..., tower.n_own - tower.reads_from :]
@@ -101,7 +91,7 @@ class TokenInference(OnDevice[InferredTokens]):
             "pre_activation": values[:, :k],
             "patch": _patch(code.at_tokens[:, :k], tower, self.pool),
             "patches": (at_patches[:, :k] != 0).sum(-1, dtype=torch.int32),
-            "target_latent": shown.latents.int(),
+            "target_latent": code.latents[:, first:].int(),
             "map": stored,
             "scale": scale,
             "map_pre_activation": values[:, first:],

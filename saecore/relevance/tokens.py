@@ -29,11 +29,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saecore.methods import METHODS, Options
+from saecore.methods import DEFAULT_OPTIONS, METHODS, Options
 from saecore.relevance import tangent
 from saecore.relevance.maps import Maps
 from saecore.relevance.occlusion import losses
-from saecore.relevance.pooling import Pooled
+from saecore.relevance.pooling import Pooled, pool_tokens
+from saecore.relevance.targets import TargetAxis
 from saecore.sae.model import SAE
 from saecore.towers.cls_path import Passing, before_layer, by_head, gradients_along
 from saecore.towers.tokens import TokenTower, TokenTrace
@@ -144,6 +145,42 @@ def explain_tokens(
     values = targets.whole(streams)
     batch = TokenBatch(tower, pixels, streams, trace, targets, code.at_tokens, values, options)
     return {method: FUNCTIONS[method](batch) for method in methods}
+
+
+class Explained(NamedTuple):
+    """What `explain_pooled` makes of B images."""
+
+    trace: TokenTrace
+    code: Pooled
+    """Of the k kept latents, then of those asked for by number."""
+    values: Tensor
+    """float32 (B, n): z of the same."""
+    first: int
+    """The first of them that has maps: 0, or k if the kept latents have none."""
+    maps: dict[str, Maps]
+    """By method, of the latents from `first` on."""
+
+
+def explain_pooled(
+    methods: tuple[str, ...],
+    tower: TokenTower,
+    sae: SAE,
+    pixels: Tensor,
+    pool: str,
+    k: int,
+    axis: TargetAxis,
+    options: Options = DEFAULT_OPTIONS,
+) -> Explained:
+    """uint8 pixels (B, height, width, 3) -> the k strongest latents of each image, pooled, and maps by every method of the
+    targets that the axis names."""
+    streams, trace = tower.streams(pixels, layers_needed(methods, options, tower.n_layers))
+    asked = torch.tensor(axis.asked, dtype=torch.int64, device=streams.device)
+    code = pool_tokens(sae, streams[:, tower.reads_from :], pool, k, asked)
+    targets = token_targets(sae, tower, streams, code, pool)
+    first = k - axis.n_kept
+    shown = Pooled(code.latents[:, first:], code.pooled[:, first:], code.at_tokens[:, first:], *code[3:])
+    maps = explain_tokens(methods, tower, pixels, streams, trace, targets.of(slice(first, None)), shown, options)
+    return Explained(trace, code, targets.whole(streams), first, maps)
 
 
 def activation(batch: TokenBatch) -> Maps:
