@@ -58,6 +58,16 @@ class Inferred(NamedTuple):
     sink_share: np.ndarray
     """float32 (B, M, n)."""
 
+    # Of an SAE that reads tokens; of others (B, 0).
+    patch: np.ndarray
+    """int32 (B, k): the patch where the latent is most active; -1 if that is no patch, or if it fires at no token."""
+    patches: np.ndarray
+    """int32 (B, k): at how many patches it fires."""
+    rank_correlation: np.ndarray
+    """float32 (B, M, n): between a map and the latent's activation at each patch; NaN where it is not defined."""
+    peak_distance: np.ndarray
+    """float32 (B, M, n): between their largest values, in patches; likewise."""
+
 
 class Embedded(NamedTuple):
     """The column of embeddings for B images."""
@@ -194,6 +204,7 @@ class Inference(OnDevice[Inferred]):
             "map_pre_activation": values,
             "remainder": torch.stack([m.remainder for m in maps], 1),
             "sink_share": torch.stack([sink_share(m, trace.sinks) for m in maps], 1),
+            **dict.fromkeys(("patch", "patches", "rank_correlation", "peak_distance"), values[:, :0]),
         }
         return Inferred(**{name: tensor.cpu().numpy() for name, tensor in columns.items()})
 

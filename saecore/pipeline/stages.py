@@ -158,7 +158,8 @@ class Explain:
             )
             self.infer = Inference(tower, sae, config.k, *how)
         self.n_patches = tower.grid[0] * tower.grid[1]
-        self.schema = schema.explained_schema(self.n_patches, isinstance(tower, TokenTower))
+        self.reads_tokens = isinstance(tower, TokenTower)
+        self.schema = schema.explained_schema(self.n_patches, self.reads_tokens)
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
         shown, batch = _in_batches(self.infer, decoded, at_once(self.config.batch_size, self.config.device))
@@ -208,12 +209,10 @@ class Explain:
             ),
             "pre_activation": batch["map_pre_activation"][image, target],
             **{name: batch[name][written] for name in ("scale", "remainder", "sink_share")},
-            **{
-                name: pa.array(batch[name][written], from_pandas=True)  # null for NaN
-                for name in ("rank_correlation", "peak_distance")
-                if name in batch
-            },
         }
+        if self.reads_tokens:
+            apart = ("rank_correlation", "peak_distance")
+            flat |= {name: pa.array(batch[name][written], from_pandas=True) for name in apart}  # null for NaN
         return self._nested("maps", flat, shown, written.sum((1, 2)))
 
     def _nested(self, name: str, flat: dict[str, Any], shown: np.ndarray, lengths: np.ndarray) -> pa.Array:

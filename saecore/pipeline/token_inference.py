@@ -5,14 +5,11 @@
 Shapes: B images, k kept latents, M methods, n targets of maps, P patches.
 """
 
-from typing import NamedTuple
-
-import numpy as np
 import torch
 
 from saecore import heatmaps
 from saecore.methods import DEFAULT_OPTIONS, KEPT, METHODS, Options, TargetRequest
-from saecore.pipeline.inference import OnDevice, image_embedding, worst_error
+from saecore.pipeline.inference import Inferred, OnDevice, image_embedding, worst_error
 from saecore.relevance.agreement import peak_distance, rank_correlation
 from saecore.relevance.maps import Maps, sink_share
 from saecore.relevance.targets import TargetAxis
@@ -21,36 +18,7 @@ from saecore.sae.model import SAE
 from saecore.towers.tokens import TokenTower
 
 
-class InferredTokens(NamedTuple):
-    """Columns of a run's tables for B images: those of `saecore.pipeline.inference.Inferred`, and four more."""
-
-    embedding: np.ndarray
-    """float32 (B, E), not L2-normalised; (B, 0) unless it is asked for."""
-    l0: np.ndarray
-    cosine: np.ndarray
-    fvu: np.ndarray
-    completeness: np.ndarray
-    sinks: np.ndarray
-    latent: np.ndarray
-    activation: np.ndarray
-    pre_activation: np.ndarray
-    patch: np.ndarray
-    """int32 (B, k): the patch where the latent is most active; -1 if that is no patch, or if it fires at no token."""
-    patches: np.ndarray
-    """int32 (B, k): at how many patches it fires."""
-    target_latent: np.ndarray
-    map: np.ndarray
-    scale: np.ndarray
-    map_pre_activation: np.ndarray
-    remainder: np.ndarray
-    sink_share: np.ndarray
-    rank_correlation: np.ndarray
-    """float32 (B, M, n): between a map and the latent's activation at each patch; NaN where it is not defined."""
-    peak_distance: np.ndarray
-    """float32 (B, M, n): between their largest values, in patches; likewise."""
-
-
-class TokenInference(OnDevice[InferredTokens]):
+class TokenInference(OnDevice[Inferred]):
     """A tower as far as a layer, an SAE for its tokens, and methods. The SAE and the sums of maps are in float32."""
 
     def __init__(
@@ -72,7 +40,7 @@ class TokenInference(OnDevice[InferredTokens]):
         self.k, self.methods, self.pool, self.options = k, methods, pool, options
         self.axis = TargetAxis.of(request, k)
 
-    def _infer(self, pixels: torch.Tensor) -> InferredTokens:
+    def _infer(self, pixels: torch.Tensor) -> Inferred:
         tower, k = self.tokens, self.k
         how = (self.pool, k, self.axis, self.options)
         trace, code, values, first, by_method = explain_pooled(self.methods, tower, self.sae, pixels, *how)
@@ -99,7 +67,7 @@ class TokenInference(OnDevice[InferredTokens]):
             "sink_share": torch.stack([sink_share(m, trace.sinks) for m in maps], 1),
             **self._agreement(by_method, at_patches[:, first:]),
         }
-        return InferredTokens(**{name: tensor.cpu().numpy() for name, tensor in columns.items()})
+        return Inferred(**{name: tensor.cpu().numpy() for name, tensor in columns.items()})
 
     def _agreement(self, by_method: dict[str, Maps], active: torch.Tensor) -> dict[str, torch.Tensor]:
         """How far each cause lies from the activation, (B, M, n); NaN of what is no cause."""
@@ -112,7 +80,7 @@ class TokenInference(OnDevice[InferredTokens]):
 
 
 def _patch(at_tokens: torch.Tensor, tower: TokenTower, pool: str) -> torch.Tensor:
-    """Activations (B, k, T) -> int32 (B, k): see `InferredTokens.patch`."""
+    """Activations (B, k, T) -> int32 (B, k): see `Inferred.patch`."""
     sizes = at_tokens.abs()
     patch = sizes.argmax(-1) + tower.reads_from - tower.n_own
     nowhere = (sizes.amax(-1) == 0) | (patch < 0) | (pool == "cls")

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, SiglipVisionConfig, SiglipVisionModel
 
+from saecore.images.decode import decode_image
 from saecore.images.preprocess import Preprocess
 from saecore.sae.model import SAE, SAEConfig
 from saecore.towers.clip import ClipTower
@@ -109,6 +111,16 @@ def random_sae(n_inputs: int = 24, n_latents: int = 96, k: int = 8, seed: int = 
         tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
     sae.scale.fill_(1.7)
     return sae.eval().requires_grad_(False)
+
+
+def hidden_state(model: Any, tower: ImageTower, data: bytes, layer: int) -> np.ndarray:
+    """What transformers' model makes of all tokens after a layer, float32 (N, D), of the bytes of an image."""
+    pixels = decode_image(data, tower.preprocess, resize="fast").pixels[None].copy()
+    with torch.inference_mode():
+        normalised = tower.normalise(torch.from_numpy(pixels))
+        states = model(pixel_values=normalised, output_hidden_states=True).hidden_states
+    of_image: np.ndarray = states[layer + 1][0].numpy()
+    return of_image
 
 
 def random_pixels(tower: ImageTower, n: int, seed: int = 2) -> torch.Tensor:

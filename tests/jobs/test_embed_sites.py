@@ -6,13 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from transformers import CLIPVisionModelWithProjection
 
 from jobs import embed, explain, measure, retry, train, verify
 from saecore import schema
 from saecore.hub import DEMO_CLIP
-from saecore.images.decode import decode_image
 from saecore.pipeline.config import restored
 from saecore.pipeline.stages import drawn_tokens
 from saecore.query.tables import Tables
@@ -23,7 +21,7 @@ from saecore.towers.loading import load_tower
 from saecore.training.embeddings import open_embeddings
 from tests.conftest import N_SCENES
 from tests.helpers.mistakes import mistake
-from tests.helpers.towers import SIGLIP_SHAPES, random_siglip
+from tests.helpers.towers import SIGLIP_SHAPES, hidden_state, random_siglip
 
 SITE, LAYER, DRAWN, GRID, WIDTH = "layer3.residual:patches", 3, 5, 8, 128
 
@@ -51,11 +49,7 @@ def hidden_states(run: Path, images: int) -> dict[int, np.ndarray]:
     ids = [row["image_id"] for row in rows(run)[:images]]
     for raw in Tables(str(run), read_record(str(run))).originals(ids):
         for row in raw.to_pylist():
-            pixels = decode_image(row["data"], tower.preprocess, resize="fast").pixels[None].copy()
-            with torch.inference_mode():
-                normalised = tower.normalise(torch.from_numpy(pixels))
-                hidden = model(pixel_values=normalised, output_hidden_states=True).hidden_states
-            states[row["image_id"]] = hidden[LAYER + 1][0].numpy()
+            states[row["image_id"]] = hidden_state(model, tower, row["data"], LAYER)
     return states
 
 

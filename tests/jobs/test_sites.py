@@ -7,19 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from transformers import CLIPVisionModelWithProjection
 
 from jobs import explain, measure, name, report, run
 from saecore.hub import DEMO_CLIP
-from saecore.images.decode import decode_image
 from saecore.query import results
 from saecore.runs.files import open_dataset
 from saecore.sae.checkpoints import load_sae
 from saecore.towers.loading import load_tower
 from tests.conftest import N_SCENES, command
 from tests.helpers.mistakes import mistake
-from tests.helpers.towers import random_sae
+from tests.helpers.towers import hidden_state, random_sae
 
 SITE, LAYER, K = "layer2.residual:cls", 2, 5
 
@@ -63,12 +61,8 @@ def test_kept_latents_are_those_of_a_numpy_sae_on_hidden_states(inner: Path, sae
     assert len(images) == N_SCENES
     for raw in tables.originals([row["image_id"] for row in images[:6]]):
         for row in raw.to_pylist():
-            pixels = decode_image(row["data"], tower.preprocess, resize="fast").pixels[None].copy()
-            with torch.inference_mode():
-                hidden = model(
-                    pixel_values=tower.normalise(torch.from_numpy(pixels)), output_hidden_states=True
-                ).hidden_states[LAYER + 1][0, 0]
-            x = (hidden.double().numpy() - own.mean.numpy()) * float(own.scale) - own.pre_bias.numpy()
+            hidden = hidden_state(model, tower, row["data"], LAYER)[0]
+            x = (hidden.astype(float) - own.mean.numpy()) * float(own.scale) - own.pre_bias.numpy()
             pre = x @ own.encoder.double().numpy() + own.latent_bias.numpy()
             expected = np.argsort(-pre)[:K]
             ours = sorted((r for r in kept if r["image_id"] == row["image_id"]), key=lambda r: r["rank"])

@@ -8,13 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from transformers import CLIPVisionModelWithProjection
 
 from jobs import explain, name, query, report, run, verify
 from saecore import heatmaps, schema
 from saecore.hub import DEMO_CLIP
-from saecore.images.decode import decode_image
 from saecore.methods import OF_TOKENS
 from saecore.query import results
 from saecore.runs.files import open_dataset
@@ -22,7 +20,7 @@ from saecore.sae.checkpoints import load_sae
 from saecore.towers.loading import load_tower
 from tests.conftest import N_SCENES, command
 from tests.helpers.mistakes import mistake
-from tests.helpers.towers import random_sae
+from tests.helpers.towers import hidden_state, random_sae
 
 SITE, LAYER, K, GRID = "layer2.residual:patches", 2, 6, 8
 
@@ -69,12 +67,8 @@ def test_tables_equal_a_numpy_sae_on_hidden_states(by_max: Path, sae: Path) -> N
     kept, maps = rows(by_max, "activations"), rows(by_max, "maps")
     for raw in tables.originals([row["image_id"] for row in images[:6]]):
         for row in raw.to_pylist():
-            pixels = decode_image(row["data"], tower.preprocess, resize="fast").pixels[None].copy()
-            with torch.inference_mode():
-                hidden = model(
-                    pixel_values=tower.normalise(torch.from_numpy(pixels)), output_hidden_states=True
-                ).hidden_states[LAYER + 1][0, 1:]
-            x = (hidden.double().numpy() - own.mean.numpy()) * float(own.scale) - own.pre_bias.numpy()
+            hidden = hidden_state(model, tower, row["data"], LAYER)[1:]
+            x = (hidden.astype(float) - own.mean.numpy()) * float(own.scale) - own.pre_bias.numpy()
             p = x @ own.encoder.double().numpy() + own.latent_bias.numpy()
             a = np.maximum(p, 0) * (p >= np.sort(p, 1)[:, -own.config.k][:, None])
             ours = sorted((r for r in kept if r["image_id"] == row["image_id"]), key=lambda r: r["rank"])
