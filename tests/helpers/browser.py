@@ -1,9 +1,11 @@
 """A real headless Chromium, and pictures of pages for people to look at.
 
-python -m tests.helpers.browser runs/demo/report      every kind of page, to runs/screenshots, and those that the pages show to
-docs/
+python -m tests.helpers.browser runs/demo/report            every kind of page, to runs/screenshots, and those that the pages show to
+                                                            docs/
+python -m tests.helpers.browser runs/patches/report 212     of an SAE that reads tokens, a latent's pictures to docs/patches.jpg
 """
 
+import io
 import os
 import shutil
 import sys
@@ -85,5 +87,21 @@ def main(report: Path) -> None:
                     Image.open(taken).convert("RGB").save(ROOT / "docs" / f"{name}.jpg", quality=84, optimize=True)
 
 
+def one_latent(report: Path, latent: str) -> None:
+    """The strongest images of a latent with their maps, as docs/ has them."""
+    with chromium() as browser:
+        page = browser.new_page(viewport=ViewportSize(width=1280, height=900))
+        page.goto((report.resolve() / "latents" / f"{latent}.html").as_uri())
+        settle(page)
+        box = page.locator("section").first.bounding_box()
+        assert box is not None
+        part = {"x": box["x"], "y": box["y"], "width": box["width"], "height": 600.0}
+        taken = page.screenshot(full_page=True, clip=part)  # type: ignore[arg-type]
+        Image.open(io.BytesIO(taken)).convert("RGB").save(ROOT / "docs" / "patches.jpg", quality=84, optimize=True)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if len(sys.argv) > 2:
+        one_latent(Path(sys.argv[1]), sys.argv[2])
+    else:
+        main(Path(sys.argv[1]))
