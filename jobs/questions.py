@@ -91,7 +91,7 @@ class OfImage(Question):
     image: Image
     """The image's key, or its image_id."""
 
-    columns = ("rank", "latent", "activation", "pre_activation", "name", "score")
+    columns = ("rank", "latent", "activation", "pre_activation", "patch", "patches", "name", "score")
     example = "image runs/photos 000036.jpg"
 
     def ask(self, run: Results) -> pa.Table:

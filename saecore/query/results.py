@@ -254,8 +254,9 @@ class Results:
         return row
 
     def latents_of(self, image: int | str) -> pa.Table:
-        """An image's kept latents, strongest first: rank, latent, activation, pre_activation, names."""
-        kept = self.tables.rows("activations", [self.image_id(image)], ("rank", "latent", *STRENGTH))
+        """An image's kept latents, strongest first: rank, latent, activation, pre_activation (patch, patches), names."""
+        at = ("patch", "patches") if self.record.reads_tokens else ()
+        kept = self.tables.rows("activations", [self.image_id(image)], ("rank", "latent", *STRENGTH, *at))
         return self._named(kept.drop_columns("image_id").sort_by("rank"))
 
     def maps(self, image: int | str, method: str | None = None) -> ImageMaps:

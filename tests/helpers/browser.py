@@ -1,7 +1,7 @@
 """A real headless Chromium, and pictures of pages for people to look at.
 
-python -m tests.helpers.browser runs/demo/report            every kind of page, to runs/screenshots, and those that the pages show to
-                                                            docs/
+python -m tests.helpers.browser runs/demo/report            every kind of page, to runs/screenshots, and those that the pages
+                                                            show to docs/
 python -m tests.helpers.browser runs/patches/report 212     of an SAE that reads tokens, a latent's pictures to docs/patches.jpg
 """
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import CLIPVisionModelWithProjection
+from transformers import CLIPVisionModelWithProjection, SiglipImageProcessor
 
 from jobs import explain, name, query, report, run, verify
 from saecore import heatmaps, schema
@@ -20,7 +20,7 @@ from saecore.sae.checkpoints import load_sae
 from saecore.towers.loading import load_tower
 from tests.conftest import N_SCENES, command
 from tests.helpers.mistakes import mistake
-from tests.helpers.towers import hidden_state, random_sae
+from tests.helpers.towers import SIGLIP_SHAPES, hidden_state, random_sae, random_siglip
 
 SITE, LAYER, K, GRID = "layer2.residual:patches", 2, 6, 8
 
@@ -164,6 +164,44 @@ def test_cls_pooled_maps_say_nothing_of_a_patch(shards: Path, tmp_path: Path) ->
     assert sum(row["activation"] > 0 for row in kept) == 4 * 20
 
 
+def test_siglip_has_patches(shards: Path, tmp_path: Path) -> None:
+    """With random weights, and an SAE of its width."""
+    model, _ = random_siglip(**SIGLIP_SHAPES[0])
+    model.save_pretrained(tmp_path / "siglip")
+    size = {"height": 32, "width": 32}
+    SiglipImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(tmp_path / "siglip")
+    own = random_sae(n_inputs=32, n_latents=48, k=3)
+    own.config = dataclasses.replace(own.config, site="layer1.residual:patches", model=str(tmp_path / "siglip"))
+    own.save(tmp_path / "sae")
+    given = ["--images", str(shards), "--clip", str(tmp_path / "siglip"), "--sae", str(tmp_path / "sae"), "--any-clip"]
+    more = [
+        "--method",
+        ",".join(OF_TOKENS),
+        "--pool",
+        "mean",
+        "--k",
+        "6",
+        "--limit",
+        "12",
+        "--allow-poor-fit",
+        "--local",
+    ]
+    assert explain.main([*given, *more, "--out", str(tmp_path / "run")]) == 0
+    record = results.open(str(tmp_path / "run")).record
+    assert record.grid == (4, 4)
+    assert record.worst_completeness_error is not None
+    assert record.worst_completeness_error < 2e-5
+    maps = rows(tmp_path / "run", "maps")
+    assert len(maps) == 12 * 6 * len(OF_TOKENS)
+    tower, raw = load_tower(str(tmp_path / "siglip")), results.open(str(tmp_path / "run")).tables.originals([0])
+    x = hidden_state(model, tower, next(raw)["data"][0].as_py(), 1).astype(float)
+    u = (x - own.mean.numpy()) * float(own.scale) - own.pre_bias.numpy()
+    p = u @ own.encoder.double().numpy() + own.latent_bias.numpy()
+    a = (np.maximum(p, 0) * (p >= np.sort(p, 1)[:, -3][:, None])).mean(0)
+    kept = sorted((r for r in rows(tmp_path / "run", "activations") if r["image_id"] == 0), key=lambda r: r["rank"])
+    np.testing.assert_allclose([r["activation"] for r in kept], np.sort(a)[::-1][:6], rtol=1e-4)
+
+
 def test_index_queries_and_pages_take_them(by_max: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     opened = results.open(str(by_max))
     assert opened.tables.schemas["activations"].names == schema.TOKEN_ACTIVATIONS.names
@@ -177,8 +215,9 @@ def test_index_queries_and_pages_take_them(by_max: Path, tmp_path: Path, capsys:
     assert fires["best"][0].as_py() == pytest.approx(best["activation"][0].as_py())
     assert 1 <= fires["widest"][0].as_py() <= GRID**2
     assert verify.main([str(by_max)]) == 0
-    assert query.main(["image", str(by_max), "0"]) == 0
     capsys.readouterr()
+    assert query.main(["image", str(by_max), "0"]) == 0
+    assert " patch  patches  " in capsys.readouterr().out.splitlines()[0]
     assert report.main(["--run", str(by_max), "--out", str(tmp_path / "pages")]) == 0
     page = (tmp_path / "pages" / "index.html").read_text()
     assert SITE in page
