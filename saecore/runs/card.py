@@ -99,6 +99,7 @@ def _facts(record: Record) -> dict[str, str]:
         "images": f"{record.images:,}" + (f", of which {record.n_refused:,} were refused" if record.n_refused else ""),
         "CLIP": _model(record.clip, record.sha256_of("clip")),
         "SAE": _model(record.sae_address, record.sha256_of("sae")) + latents,
+        "site": "" if record.has_words else f"{_code(record.site)}{', pooled by ' * bool(record.pool)}{record.pool}",
         "maps": ", ".join([*map(_code, record.methods), *grid]),
         "of": ", ".join(map(_code, parts.get("targets", []))),
         "latents kept of each image": f"{parts['k']}" if "k" in parts else "",

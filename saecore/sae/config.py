@@ -30,7 +30,7 @@ CARD = """---
 {{ card_data }}
 ---
 
-# Sparse autoencoder on CLIP image embeddings
+# Sparse autoencoder on CLIP
 
 {{ description }}
 
@@ -38,12 +38,12 @@ CARD = """---
 from saecore.sae.checkpoints import load_sae
 
 sae = load_sae("hf://OWNER/REPOSITORY")   # or a local folder
-code = sae.encode_sparse(embeddings)      # CLIP image embeddings as they are: what the site asks for is done inside
-code.latents, code.activations            # the latents that fire for each image, strongest first, and how strongly
+code = sae.encode_sparse(vectors)         # of its site, as CLIP makes them: what the site asks for is done inside
+code.latents, code.activations            # the latents that fire for each vector, strongest first, and how strongly
 ```
 
 Made with Relevance Map SAE. `config.json` describes it, `sae.safetensors` holds its tensors, the mean and the scale of the
-embeddings included.
+vectors included.
 """
 """The model card of a saved SAE."""
 
@@ -136,11 +136,14 @@ class SAEConfig:
 
     def in_words(self) -> str:
         """What the card of an SAE says of it: its size, which latents fire, where it reads, where it comes from."""
+        is_embedding = self.site.startswith("embedding")
+        one = "a token" if self.site and sites.reads_tokens(self.site) else "an image"
         firing = {
-            "topk": f", {self.k} of them may fire for an image",
-            "batchtopk": f", about {self.k} of them fire for an image",
+            "topk": f", {self.k} of them may fire for {one}",
+            "batchtopk": f", about {self.k} of them fire for {one}",
         }
-        words = [f"{self.n_latents:,} latents on embeddings of width {self.n_inputs}, architecture {self.architecture}"]
+        vectors = "embeddings" if is_embedding else "vectors"
+        words = [f"{self.n_latents:,} latents on {vectors} of width {self.n_inputs}, architecture {self.architecture}"]
         words[0] += firing.get(self.architecture, "") + "."
         words.append(f"Site: `{self.site}`" + (f" of `{self.model}`." if self.model else "."))
         if self.nesting != "none":
