@@ -131,6 +131,22 @@ def test_pooled_latents_are_those_of_a_numpy_sae(pool: str, architecture: str, m
             assert code.cosine[image] == pytest.approx(cosines.mean(), rel=1e-4)
 
 
+def test_no_more_tokens_are_encoded_at_once_than_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of tokens times all latents would be gigabytes: 32 images of B/16 by 24,576 latents are 620 MB."""
+    tower = made("clip", 1, "all")[1]
+    sae, streams, rows = sae_of(tower), tower.embed(random_pixels(tower, 7)), list[int]()
+    encode = SAE.encode_sparse
+
+    def counted(self: SAE, x: Tensor, at_least: int = 1) -> Any:
+        rows.append(len(x))
+        return encode(self, x, at_least)
+
+    monkeypatch.setattr(SAE, "encode_sparse", counted)
+    monkeypatch.setitem(pooling.ENTRIES_AT_ONCE, "cpu", 2 * 17 * 40)
+    pool_tokens(sae, streams, "max", K, torch.tensor([3]))
+    assert rows == [34, 34, 34, 17]
+
+
 # ---- Maps.
 
 
