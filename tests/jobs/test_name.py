@@ -82,11 +82,14 @@ class Truth:
         return len(rows), true, chance
 
 
-@pytest.fixture(scope="module")
-def truth(demo_run: Path) -> Truth:
-    run = results.open(str(demo_run))
+def truth_of(run: results.Results) -> Truth:
     tops = [run.top_images(latent, 20)["key"].to_pylist() for latent in range(run.n_latents)]
     return Truth([[scenes.scene_at(scenes.SEED_DEMO, int(key[:6])) for key in keys] for keys in tops])
+
+
+@pytest.fixture(scope="module")
+def truth(demo_run: Path) -> Truth:
+    return truth_of(results.open(str(demo_run)))
 
 
 def test_names_of_the_demo_are_true(demo_run: Path, truth: Truth) -> None:
@@ -106,6 +109,19 @@ def test_names_of_the_demo_are_true(demo_run: Path, truth: Truth) -> None:
     passing, true, _ = truth.figures("by data, all", named(demo_run, "--min-score", "-9", "--min-margin", "0"))
     assert 63 <= passing <= len(truth.alive)  # 66 here: all that fire for enough images
     assert true >= 0.7 * passing
+
+
+def test_names_of_patch_tokens_are_mostly_true(demo_run: Path, tmp_path: Path) -> None:
+    """An SAE inside the tower, whose latents data alone can name."""
+    images = json.loads((demo_run / "run.json").read_text())["config"]["images"]
+    given = ["--images", *images, "--clip", "demo", "--sae", "demo-patches", "--pool", "max", "--keep-embeddings"]
+    assert explain.main([*given, "--out", str(tmp_path / "run"), "--method", "activation", "--local"]) == 0
+    assert name.main(["--run", str(tmp_path / "run")]) == 0
+    run = results.open(str(tmp_path / "run"))
+    passing, true, chance = truth_of(run).figures("of patch tokens, by data", run.latents)
+    assert passing >= 28
+    assert true >= 0.75 * passing
+    assert chance < 0.25
 
 
 def test_names_are_true_of_other_scenes(demo_run: Path, truth: Truth) -> None:
