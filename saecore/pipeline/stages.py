@@ -119,7 +119,7 @@ class Embed:
         )
         vectors = np.take_along_axis(vectors, drawn[:, :, None], 1)
         columns = {
-            "embedding": _embeddings(vectors.reshape(len(vectors), -1), shown),
+            "embedding": _embeddings(vectors.reshape(len(vectors), n * vectors.shape[2]), shown),
             "tokens": _lists(pa.array(drawn.ravel(), pa.int16()), shown, np.full(*drawn.shape), pa.list_(pa.int16())),
         }
         return _table(columns, decoded, schema.TOKEN_IMAGES)

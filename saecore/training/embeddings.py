@@ -120,9 +120,7 @@ class _ParquetColumn:
             metadata = file.schema_arrow.metadata or {}
             vectors.add(_vectors(metadata, path))
             if len(vectors) > 1:
-                names = " and ".join(
-                    sorted(f"{site}, {width or 'any number of'} numbers each" for site, width in vectors)
-                )
+                names = " and ".join(sorted(f"{site} of width {width}" if width else site for site, width in vectors))
                 raise ValueError(f"{address} holds vectors of several sites: {names}")
             for group, n_rows in enumerate(self._rows_of(file, path)):
                 if n_rows:
