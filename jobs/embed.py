@@ -31,26 +31,30 @@ from saecore import schema
 from saecore.naming.vocabulary import read_vocabulary
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.config import EmbedConfig, ModelDigests, SiteConfig, at_once
-from saecore.pipeline.models import as_far_as
+from saecore.pipeline.models import as_far_as, vectors_at
 from saecore.pipeline.stages import Embed
 from saecore.runs.files import ROW_GROUP_ROWS, parquet_bytes
-from saecore.runs.record import Record
 from saecore.runs.refusals import refusals
 from saecore.runs.run import listing_hash, refuse_other
 from saecore.sae import sites
 from saecore.schema import TEXTS_FILE
 from saecore.storage import Place, exists, join_uri, read_parquet, write_atomic
 from saecore.training import memmaps
-from saecore.training.embeddings import WIDTH
+from saecore.training.embeddings import SITE, WIDTH
 from saecore.upkeep.lock import Lock
 
 from . import cluster, collection, commands, console, decoding, locks, pipeline
+from .hints import after_vectors
 from .pool import DEVICES
-from .summaries import outline, refused_images, run_summary
+from .summaries import outline, refused_images, run_summary, vectors_summary
 
 if TYPE_CHECKING:
     from saecore.towers.text import TextTower
     from saecore.towers.tower import ImageTower
+
+
+MAX_SEED = 2**63 - 1
+"""The largest seed: run.json is to be read by programs whose integers have 64 bits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +94,18 @@ class Arguments(collection.Arguments):
         with commands.given("--site"):
             sites.check_vectors(self.site)
         commands.at_least(self, tokens_per_image=0, seed=0)
+        if self.seed > MAX_SEED:
+            raise ValueError(f"--seed {self.seed}: must be at most {MAX_SEED}")
         if self.tokens_per_image and not sites.reads_tokens(self.site):
             raise ValueError(
                 f"--tokens-per-image {self.tokens_per_image}: --site {self.site} has one vector for each image"
+            )
+        if self.seed and not self.tokens_per_image:
+            raise ValueError(f"--seed {self.seed}: seeds the draw of --tokens-per-image, which is not given")
+        if self.site != "embedding" and (self.dataset or self.split != "train"):
+            name = "dataset" if self.dataset else "split"
+            raise ValueError(
+                f"--{name} {getattr(self, name)}: is part of the name of a memory map, and vectors inside the tower get none"
             )
         if self.templates != ("{}",) and not self.text:
             raise ValueError("--templates is for --text")
@@ -132,13 +145,15 @@ def embed(argv: list[str]) -> int:
             rows = memmaps.image_rows(job.run.uri)
             said = write_memory_map(arguments, record.clip, arguments.split, "image", shape, rows)
         else:
-            said = vectors_summary(arguments, record)
+            said = vectors_summary(record)
         if worked:
             record = pipeline.close(job, clock)
     print(run_summary(arguments.out, record))
     if record.n_refused:
         print(refused_images(arguments.out, refusals(job.run), is_explained=False))
     print(said)
+    if record.embedded_site:
+        commands.propose(after_vectors(arguments.out))
     return collection.judged(arguments, record)
 
 
@@ -153,7 +168,7 @@ def prepare(arguments: Arguments, argv: list[str], locked: contextlib.ExitStack 
     clip = collection.address(arguments.clip)
     with commands.given("--clip"):
         tower = load_tower(clip)
-    config = configure(arguments, clip, tower)
+    at, config = configure(arguments, clip, tower)
     inputs = collection.Inputs(arguments, arguments.images)
     digests = ModelDigests(tower.sha256()[:16])
 
@@ -165,46 +180,39 @@ def prepare(arguments: Arguments, argv: list[str], locked: contextlib.ExitStack 
         collection.check_run(inputs, list(map(parts_on, DEVICES)))
     pool = collection.make_pool(arguments, inputs, tower.preprocess.bytes)
     config, parts = dataclasses.replace(config, device=pool.device, threads=pool.threads), parts_on(pool.device)
-    width = as_far_as(sites.parse(arguments.site), tower).n_outputs
-    tags = {"clip": clip, "clip_sha256": parts["clip"]}
+    tags, makes = {"clip": clip, "clip_sha256": parts["clip"]}, {"n_outputs": at.n_outputs}
+    each = "image"
     if isinstance(config, SiteConfig):
-        tags |= {"site": config.site, WIDTH.decode(): str(width)}
+        makes["n_vectors"] = config.tokens_per_image or vectors_at(sites.parse(config.site), at)
+        tags |= {SITE.decode(): config.site, WIDTH.decode(): str(at.n_outputs)}
+        each = f"vector of {config.site}, {makes['n_vectors']} per image"
     if arguments.dry_run:
-        how = [f"with CLIP {clip}, {width} numbers for each vector of the site {arguments.site}"]
+        how = [f"with CLIP {clip}, {at.n_outputs} numbers per {each}"]
         print(outline(inputs.plan, "embed", arguments.out, how))
         return None
-    made_by = collection.made_by("embed", argv, config, inputs, pool) | {"n_outputs": width}
+    made_by = collection.made_by("embed", argv, config, inputs, pool) | makes
     lock = Lock() if locked is None else locked.enter_context(locks.held("--out", arguments.out, "embed"))
     run = collection.begin_run(inputs, parts, made_by)
     decode = decoding.decoder(arguments, tower.preprocess, inputs.run)
     return pipeline.Job(run, decode, functools.partial(Embed, config), tags, pool, lock)
 
 
-def configure(arguments: Arguments, clip: str, tower: "ImageTower") -> EmbedConfig:
-    """The configuration of the replicas, without their device; ValueError if the model lacks the site, or so many tokens."""
+def configure(arguments: Arguments, clip: str, tower: "ImageTower") -> "tuple[ImageTower, EmbedConfig]":
+    """The tower as far as the site, and the configuration of the replicas, without their device.
+
+    ValueError if the model lacks the site, or so many tokens.
+    """
     how: dict[str, Any] = {"clip": clip, "batch_size": arguments.batch_size, "precision": arguments.precision}
     site = sites.parse(arguments.site)
     if site.layer is None:
-        return EmbedConfig(**how)
+        return tower, EmbedConfig(**how)
     try:
         at = as_far_as(site, tower)
     except ValueError as error:
         raise ValueError(f"--site {site}, which the model {clip} does not have: {error}") from None
-    n_tokens = at.grid[0] * at.grid[1] + at.n_own * (site.tokens == "all")
-    if arguments.tokens_per_image > n_tokens:
+    if arguments.tokens_per_image > (n_tokens := vectors_at(site, at)):
         raise ValueError(f"--tokens-per-image {arguments.tokens_per_image}: an image has {n_tokens} there")
-    return SiteConfig(**how, site=str(site), tokens_per_image=arguments.tokens_per_image, seed=arguments.seed)
-
-
-def vectors_summary(arguments: Arguments, record: Record) -> str:
-    """How many vectors of which site there are, and what to do with them."""
-    n_images, n = record.images - record.n_refused, arguments.tokens_per_image
-    count = "one" if not sites.reads_tokens(arguments.site) else f"{n} drawn tokens" if n else "all tokens"
-    next_command = commands.line("train", "--embeddings", arguments.out, "--out", "SAE")
-    return (
-        f"vectors       of {arguments.site}, {count} of each of {n_images:,} images, {record.n_outputs:,} numbers each\n"
-        f"next          {next_command}"
-    )
+    return at, SiteConfig(**how, site=str(site), tokens_per_image=arguments.tokens_per_image, seed=arguments.seed)
 
 
 def embed_vocabulary(arguments: Arguments) -> int:

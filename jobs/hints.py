@@ -36,6 +36,12 @@ def after_explain(uri: str, record: Record) -> str:
     return "\n".join([f"preview       {join_uri(uri, 'preview.png')}", "", "Next:", "", *lines])
 
 
+def after_vectors(uri: str) -> str:
+    """What to do with vectors inside the tower: train an SAE on them."""
+    words = ("--embeddings", uri, "--latents", "LATENTS", "--out", "SAE")
+    return f"next          {commands.line('train', *words)}    # LATENTS: how many latents the SAE is to have"
+
+
 def after_index(uri: str, record: Record) -> str:
     """What to do with an indexed run: give its latents names, or look at them."""
     table = latents.read(uri)

@@ -39,6 +39,7 @@ from saecore.runs.run import Run, run_at
 from saecore.storage import resolved
 
 from . import cluster, collection, commands, console, decoding, locks, pipeline
+from .hints import after_vectors
 from .pool import Pool, Wishes
 from .summaries import refused_images, run_summary
 
@@ -225,6 +226,8 @@ def work(job: pipeline.Job, chunks: pa.Table, clock: Clock) -> None:
 
 def after_retry(out: str, record: Record) -> str:
     """What to do next, since images that came back are in no index, and in no memory map."""
+    if record.embedded_site:
+        return after_vectors(out)
     if record.kind == "embed":
         return f"next          {record.command}    # says that the run is complete, and writes its memory map"
     return f"next          {commands.line('index', '--run', out)}    # sorts again what was read again"

@@ -37,6 +37,16 @@ def run_summary(uri: str, record: Record) -> str:
     return "\n".join([*lines, f"on disk       {sizes} in {uri}"])
 
 
+def vectors_summary(record: Record) -> str:
+    """What a run of jobs.embed wrote of a site inside the tower."""
+    n_images = record.images - record.n_refused
+    rows = _count(n_images * record.n_vectors, "vector")
+    return (
+        f"vectors       {rows} of {record.embedded_site}, {record.n_outputs:,} numbers each: {record.n_vectors:,} of each of "
+        f"{_count(n_images, 'image')}"
+    )
+
+
 def refused_images(uri: str, refused: Sequence[Refusal], is_explained: bool = True) -> str:
     """Which images were refused: of each reason the first few names, and how to ask for all."""
     lines = []

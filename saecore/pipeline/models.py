@@ -56,6 +56,13 @@ def as_far_as(site: sites.Site, tower: "ImageTower") -> "ImageTower":
     return stopped_at(tower, site.layer) if site.tokens == "cls" else tokens_at(tower, site.layer, site.tokens)
 
 
+def vectors_at(site: sites.Site, tower: "ImageTower") -> int:
+    """How many vectors of each image there are at a site of a tower."""
+    of = {"patches": tower.grid[0] * tower.grid[1]}
+    of["all"] = of["patches"] + tower.n_own
+    return of.get(site.tokens, 1)
+
+
 def check_words(request: TargetRequest, site: str) -> None:
     """ValueError if texts or concepts are asked for where the SAE does not read the space that images and texts share."""
     if request.words and sites.parse(site).layer is not None:

@@ -100,18 +100,26 @@ class Embed:
         self.infer = Embedder(tower, config.device, precision=config.precision)
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
-        shown, batch = _in_batches(self.infer, decoded, at_once(self.config.batch_size, self.config.device))
-        vectors, config = batch["embedding"], self.config
-        if not isinstance(config, SiteConfig) or vectors.ndim == 2:
-            return _table({"embedding": _embeddings(vectors, shown)}, decoded, schema.IMAGES)
-        ids, n_tokens = decoded["image_id"].to_numpy()[shown].tolist(), vectors.shape[1]
+        config, size = self.config, at_once(self.config.batch_size, self.config.device)
+        if isinstance(config, SiteConfig) and sites.reads_tokens(config.site):
+            # A batch at a time: all tokens of a chunk are a gigabyte, of which a few may be drawn.
+            batches = (decoded.slice(start, size) for start in range(0, max(1, decoded.num_rows), size))
+            return pa.concat_tables([self._tokens(batch, config) for batch in batches])
+        shown, batch = _in_batches(self.infer, decoded, size)
+        return _table({"embedding": _embeddings(batch["embedding"], shown)}, decoded, schema.IMAGES)
+
+    def _tokens(self, decoded: pa.Table, config: SiteConfig) -> pa.Table:
+        """One batch -> TOKEN_IMAGES, with the tokens that are drawn of each image."""
+        shown, batch = _in_batches(self.infer, decoded, max(1, decoded.num_rows))
+        vectors, ids = batch["embedding"], decoded["image_id"].to_numpy()[shown].tolist()
+        n_tokens = vectors.shape[1]
         n = config.tokens_per_image or n_tokens
         drawn = np.array([drawn_tokens(config.seed, image_id, n_tokens, n) for image_id in ids], np.int64).reshape(
             -1, n
         )
         vectors = np.take_along_axis(vectors, drawn[:, :, None], 1)
         columns = {
-            "embedding": _embeddings(vectors.reshape(len(vectors), -1), shown),
+            "embedding": _embeddings(vectors.reshape(len(vectors), n * vectors.shape[2]), shown),
             "tokens": _lists(pa.array(drawn.ravel(), pa.int16()), shown, np.full(*drawn.shape), pa.list_(pa.int16())),
         }
         return _table(columns, decoded, schema.TOKEN_IMAGES)

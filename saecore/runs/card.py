@@ -85,6 +85,8 @@ def _front_matter(held: Sequence[str]) -> str:
 
 
 def _what(record: Record) -> str:
+    if record.embedded_site:
+        return "CLIP makes of a collection of images inside its image tower: vectors"
     if record.kind == "embed":
         return "CLIP makes of a collection of images: embeddings"
     return "a CLIP and a sparse autoencoder see in a collection of images, and where"
@@ -98,6 +100,7 @@ def _facts(record: Record) -> dict[str, str]:
     return {
         "images": f"{record.images:,}" + (f", of which {record.n_refused:,} were refused" if record.n_refused else ""),
         "CLIP": _model(record.clip, record.sha256_of("clip")),
+        "site of the vectors": _code(record.embedded_site) if record.embedded_site else "",
         "SAE": _model(record.sae_address, record.sha256_of("sae")) + latents,
         "site": "" if record.has_words else f"{_code(record.site)}{', pooled by ' * bool(record.pool)}{record.pool}",
         "maps": ", ".join([*map(_code, record.methods), *grid]),

@@ -52,6 +52,8 @@ class Record:
     """ISO 8601."""
     n_outputs: int = 0
     """Numbers in an embedding; in runs of jobs.embed only."""
+    n_vectors: int = 0
+    """Vectors of each image; in runs of jobs.embed with a site inside the tower only."""
     grid: tuple[int, int] = (0, 0)
     """Height and width of the maps in patches. This and the next two: in runs of jobs.explain only."""
     n_latents: int = 0
@@ -130,9 +132,14 @@ class Record:
         return self.site.partition(":")[2].partition(":")[0] in ("patches", "all")
 
     @property
+    def embedded_site(self) -> str:
+        """Where a run of jobs.embed took its vectors inside the tower; empty if they are embeddings, or of another job."""
+        return str(self.parts.get("site", "")) if self.kind == "embed" else ""
+
+    @property
     def embeds_tokens(self) -> bool:
         """Whether a run of jobs.embed wrote several vectors of each image."""
-        return self.kind == "embed" and str(self.parts.get("site", "")).endswith((":patches", ":all"))
+        return self.embedded_site.endswith((":patches", ":all"))
 
     @property
     def pool(self) -> str:

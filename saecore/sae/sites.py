@@ -135,11 +135,13 @@ def check_pool(pool: str, tokens: str) -> None:
 def check_vectors(site: str) -> None:
     """ValueError for a site whose vectors cannot be written to train on."""
     at = parse(site)
-    if at.first:
+    if at.first == "l2":
         raise ValueError(
-            f"{site}: vectors are written as they are; an SAE that is trained on vectors of length 1, or on means over tokens, "
-            "is not made this way"
+            f"{site}: vectors are written at their own length; an SAE that is to see them all at one length is trained with "
+            "normalise constant_norm"
         )
+    if at.first:
+        raise ValueError(f"{site}: the vectors of tokens are written one by one, and no means over them")
     if at.layer is not None and (at.part != "residual" or not at.tokens):
         raise ValueError(
             f"{site}: vectors are written of the embedding, and of the residual stream after a layer, of cls, patches or all "
@@ -152,7 +154,7 @@ def check_reads(site: str, model: str, at: str) -> None:
     reads, given = parse(site), parse(at)
     if given.layer is None:
         check_embedding(site, model)
-    elif dataclasses.replace(reads, first="") != given:
+    elif reads not in (given, dataclasses.replace(given, first="l2")):
         raise ValueError(f"it reads {site}{_of(model)}, and these are vectors of {at}")
 
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +25,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from saecore.runs.files import open_dataset
+from saecore.sae import sites
 from saecore.spellings import Model
 from saecore.storage import Place, exists, is_file, join_uri
 
@@ -34,8 +36,8 @@ _MSAE_MAP = re.compile(r".+_(?P<model>[^_]+)_[^_]+_(?:image|text)_\d+_\d+")
 EMBEDDING = "embedding"
 """The site of what has no other."""
 
-WIDTH = b"width"
-"""The key of the metadata that says how many numbers a vector has, where a list may hold several."""
+SITE, WIDTH = b"site", b"width"
+"""Keys of the metadata of vectors inside the tower: where they were taken, and how many numbers each has."""
 
 MAPPED_BLOCK = 1024
 """Rows that are read at once from a memory map: 3 MB at width 768."""
@@ -112,22 +114,22 @@ class _ParquetColumn:
         rows: list[int] = []
         self._length = 0
         """Of each list: the width, or several times it."""
-        sizes, models, sites = [], set[Model](), set[str]()
+        sizes, models, vectors = [], set[Model](), set[tuple[str, int]]()
         for path in paths:
             file = self._place.open_parquet(path)
+            metadata = file.schema_arrow.metadata or {}
+            vectors.add(_vectors(metadata, path))
+            if len(vectors) > 1:
+                names = " and ".join(sorted(f"{site} of width {width}" if width else site for site, width in vectors))
+                raise ValueError(f"{address} holds vectors of several sites: {names}")
             for group, n_rows in enumerate(self._rows_of(file, path)):
                 if n_rows:
                     self._groups.append((path, group))
                     rows.append(n_rows)
             sizes.append([path, file.metadata.num_rows, self._place.info(path).size])
-            metadata = file.schema_arrow.metadata or {}
             models.add(Model(metadata.get(b"clip", b"").decode(), metadata.get(b"clip_sha256", b"").decode()))
-            # Files of jobs.explain have the site of its SAE, and no width: their embeddings are the tower's all the same.
-            sites.add(metadata.get(b"site", b"").decode() if WIDTH in metadata else EMBEDDING)
         self.model = models.pop() if len(models) == 1 else Model()
-        if len(sites) > 1:
-            raise ValueError(f"{address} holds vectors of several sites: {', '.join(sorted(sites))}")
-        self.site = sites.pop() if sites else EMBEDDING
+        self.site, _ = vectors.pop()
         if not rows:
             raise ValueError(f"{address}: no embedding in column {column!r}; jobs.embed writes them")
         self.block_rows = np.array(rows)
@@ -146,7 +148,7 @@ class _ParquetColumn:
             if not self._length:
                 lists = file.read_row_group(group, columns=[self._column])[self._column].drop_null()
                 self._length = len(lists[0]) if len(lists) else 0
-                self.width = int((file.schema_arrow.metadata or {}).get(WIDTH, self._length))
+                self.width = _vectors(file.schema_arrow.metadata or {}, path)[1] or self._length
                 if len(lists) and (self.width < 2 or self._length % self.width):
                     raise ValueError(f"{self._address}: the lists in {path} are {self._length} long")
             if not self._length:
@@ -171,6 +173,20 @@ class _ParquetColumn:
             raise ValueError(f"{path}: the lists in {self._column!r} are not all {self._length} long")
         values = lists.flatten().to_numpy(zero_copy_only=False)
         return _checked(values.astype(np.float32, copy=False).reshape(-1, self.width), path)
+
+
+def _vectors(metadata: Mapping[bytes, bytes], path: str) -> tuple[str, int]:
+    """The site of a file's vectors and how many numbers each has, by its metadata; 0 of embeddings, which fill their lists.
+
+    Files of jobs.explain have the site of its SAE, and no width: their embeddings are the tower's all the same.
+    """
+    if not {SITE, WIDTH} <= metadata.keys():
+        return EMBEDDING, 0
+    site, width = (metadata[key].decode(errors="replace") for key in (SITE, WIDTH))
+    try:
+        return str(sites.parse(site)), int(width)
+    except ValueError as error:
+        raise ValueError(f"{path}: its metadata do not say what its vectors are: {error}") from error
 
 
 def _parquet_files(address: str, place: Place) -> list[str]:

@@ -1,21 +1,26 @@
 """Vectors inside the tower, written to train on: transformers' hidden states, the drawn tokens, and the way to an SAE."""
 
+import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from transformers import CLIPVisionModelWithProjection
 
-from jobs import embed, explain, measure, retry, train, verify
+from jobs import commands, embed, explain, measure, train, verify
 from saecore import schema
 from saecore.hub import DEMO_CLIP
 from saecore.pipeline.config import restored
-from saecore.pipeline.stages import drawn_tokens
+from saecore.pipeline.stages import Embed, drawn_tokens
 from saecore.query.tables import Tables
+from saecore.runs.commits import Commit
 from saecore.runs.files import open_dataset
 from saecore.runs.record import read_record
+from saecore.runs.run import Run
 from saecore.sae.checkpoints import load_sae
 from saecore.towers.loading import load_tower
 from saecore.training.embeddings import open_embeddings
@@ -90,6 +95,68 @@ def test_draws_depend_on_seed_and_image_alone(ray_session: None, drawn: Path, sh
     assert drawn_tokens(0, 7, 64, 64).tolist() == list(range(64))
 
 
+def test_draws_do_not_depend_on_chunks_batches_or_an_end_in_the_middle(
+    drawn: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, out = Run.write_chunk, tmp_path / "run"
+    given = arguments(
+        shards, out, "--local", "--tokens-per-image", str(DRAWN), "--chunk-size", "7", "--batch-size", "3"
+    )
+
+    def stop_at_4(self: Run, chunk_id: int, *rest: Any) -> Commit:
+        if chunk_id == 4:
+            raise KeyboardInterrupt
+        return whole(self, chunk_id, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "write_chunk", stop_at_4)
+        assert embed.main(given) == 130
+    assert len(list((out / "images").iterdir())) == 4
+    assert embed.main(given) == 0
+    for one, other in zip(rows(drawn), rows(out), strict=True):
+        assert (one["image_id"], one["tokens"]) == (other["image_id"], other["tokens"])
+        np.testing.assert_allclose(one["embedding"], other["embedding"], rtol=1e-5, atol=1e-5)
+
+
+def test_the_stage_never_holds_the_tokens_of_a_whole_chunk(drawn: Path) -> None:
+    """Of a batch, all tokens are there; of the chunk, only those that are drawn."""
+    config = restored("embed", json.loads((drawn / "run.json").read_text())["config"])
+    stage, at_once = Embed(dataclasses.replace(config, batch_size=3)), list[int]()
+    infer = stage.infer
+
+    class Counting:
+        tower = infer.tower
+
+        def in_batches(self, pixels: np.ndarray, batch_size: int) -> Any:
+            at_once.append(len(pixels))
+            return infer.in_batches(pixels, batch_size)
+
+    stage.infer = Counting()  # type: ignore[assignment]
+    side = infer.tower.preprocess.size[0]
+    row = {"uri": "u", "key": "k", "pixels": bytes(3 * side * side)}
+    decoded = pa.Table.from_pylist([{"image_id": i, **row} for i in range(7)], schema=schema.DECODED)
+    assert stage(decoded)["tokens"].to_pylist() == [drawn_tokens(0, i, GRID**2, DRAWN).tolist() for i in range(7)]
+    assert at_once == [3, 3, 1]
+    assert stage(decoded.slice(0, 0)).schema == schema.TOKEN_IMAGES
+
+
+def test_the_summary_counts_vectors_and_the_next_command_can_be_given(
+    drawn: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--local", "--tokens-per-image", str(DRAWN), "--chunk-size", "8"]
+    assert embed.main(arguments(shards, drawn, *given)) == 0
+    said = capsys.readouterr().out
+    assert f"vectors       {DRAWN * N_SCENES} vectors of {SITE}, 128 numbers each: 5 of each of 48 images\n" in said
+    assert "memory map" not in said
+    assert f"site of the vectors: `{SITE}`" in (drawn / "README.md").read_text()
+    (line,) = [line for line in said.splitlines() if line.startswith("next ")]
+    words = shlex.split(line.partition("#")[0].replace("LATENTS", "512"))
+    told = commands.parse(train.Arguments, words[words.index("--embeddings") :], "train")
+    assert (told.embeddings, told.recipe.latents) == (str(drawn), 512)
+    assert embed.main(arguments(shards, drawn.parent / "none", "--dry-run", site="layer3.residual:all")) == 0
+    assert "with CLIP demo, 128 numbers per vector of layer3.residual:all, 65 per image" in capsys.readouterr().out
+
+
 def test_another_draw_is_another_run(drawn: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     same = ["--local", "--chunk-size", "8"]
     for more in (["--tokens-per-image", "6"], ["--tokens-per-image", str(DRAWN), "--seed", "1"], []):
@@ -99,10 +166,8 @@ def test_another_draw_is_another_run(drawn: Path, shards: Path, capsys: pytest.C
     assert (getattr(config, "site", ""), getattr(config, "tokens_per_image", 0)) == (SITE, DRAWN)
 
 
-def test_a_run_of_vectors_is_sound_and_can_be_retried(drawn: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_of_vectors_is_sound(drawn: Path) -> None:
     assert verify.main([str(drawn)]) == 0
-    assert retry.main([str(drawn), "--local"]) == 0
-    capsys.readouterr()
 
 
 def test_from_vectors_to_an_sae_to_a_run(
@@ -127,7 +192,7 @@ def test_from_vectors_to_an_sae_to_a_run(
     said = mistake(measure.main, ["--sae", sae, "--embeddings", str(local_run)], capsys)
     assert f"reads {SITE} of demo, inside the tower; this takes" in said
     said = mistake(measure.main, ["--sae", "demo", "--embeddings", str(drawn)], capsys)
-    assert f"it reads embedding, and these are vectors of {SITE}" in said or "reads embedding" in said
+    assert f"it reads embedding of demo, and these are vectors of {SITE}" in said
     words = ["--texts", "nowhere"]
     said = mistake(measure.main, ["--sae", sae, "--embeddings", str(drawn), *words], capsys)
     assert f"--texts nowhere: words have no place in vectors of {SITE}" in said
@@ -142,11 +207,19 @@ def test_from_vectors_to_an_sae_to_a_run(
             "--site layer3.mlp:patches: vectors are written of the embedding, and of the residual",
         ),
         ("layer3", [], "--site layer3: vectors are written of the embedding, and of the residual"),
-        ("layer3.residual:cls:l2", [], "vectors are written as they are"),
-        ("embedding:l2", [], "vectors are written as they are"),
+        ("layer3.residual", [], "--site layer3.residual: vectors are written of the embedding, and of the residual"),
+        ("layer3.residual:cls:l2", [], "is trained with normalise constant_norm"),
+        ("embedding:l2", [], "is trained with normalise constant_norm"),
+        ("layer3.residual:patches:mean", [], "the vectors of tokens are written one by one, and no means"),
         ("layer9.residual:cls", [], "--site layer9.residual:cls, which the model demo does not have"),
         (SITE, ["--tokens-per-image", "65"], "--tokens-per-image 65: an image has 64 there"),
         ("layer3.residual:cls", ["--tokens-per-image", "2"], "has one vector for each image"),
+        ("embedding", ["--tokens-per-image", "2"], "has one vector for each image"),
+        (SITE, ["--tokens-per-image", "-1"], "--tokens-per-image -1: must be at least 0"),
+        (SITE, ["--tokens-per-image", "2", "--seed", str(2**63)], f"--seed {2**63}: must be at most {2**63 - 1}"),
+        (SITE, ["--seed", "1"], "--seed 1: seeds the draw of --tokens-per-image, which is not given"),
+        (SITE, ["--dataset", "x"], "--dataset x: is part of the name of a memory map, and vectors inside the tower"),
+        (SITE, ["--split", "val"], "--split val: is part of the name of a memory map, and vectors inside the tower"),
         ("nowhere", [], "'nowhere' is no site"),
     ],
 )

@@ -14,6 +14,7 @@ import pytest
 from jobs import collection, embed, explain, index, retry
 from saecore.hub import DEMO_CLIP
 from saecore.query import results
+from saecore.runs.files import open_dataset
 from saecore.runs.record import read_record
 from saecore.runs.run import run_at
 from tests.helpers.mistakes import mistake
@@ -170,6 +171,27 @@ def test_a_run_of_embeddings(
     ]
     [(name, whole_map)] = held[1].items()
     assert np.array_equal(held[0][name], whole_map)
+
+
+def test_tokens_that_are_drawn_again_are_those_of_an_undisturbed_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And none of the images that were fine before is drawn otherwise."""
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    site = ["--site", "layer1.residual:patches", "--tokens-per-image", "3", "--seed", "5"]
+    assert embed.main(command(folder, whole, *site)) == 0
+    while_away(embed.main, command(folder, out, *site), folder, monkeypatch)
+    assert rows(out, ("images",)) != rows(whole, ("images",))
+    capsys.readouterr()
+    assert retry.main([str(out), "--local"]) == 0
+    said = capsys.readouterr().out
+    assert "regained      5 of 5 images" in said
+    assert "memory map" not in said
+    assert "--latents LATENTS" in said
+    assert rows(out, ("images",)) == rows(whole, ("images",))
+    tokens = [row["tokens"] for row in open_dataset(str(out), "images").to_table().to_pylist() if row["error"] is None]
+    assert {len(drawn) for drawn in tokens} == {3}
+    assert len({tuple(drawn) for drawn in tokens}) > 3
 
 
 def test_what_a_gpu_ran_in_bfloat16_is_retried_in_bfloat16_on_a_cpu(

@@ -14,6 +14,7 @@ from saecore.pipeline.config import (
     ExplainConfig,
     ModelDigests,
     Part,
+    SiteConfig,
     changes_results,
     parts_of,
     restored,
@@ -48,7 +49,7 @@ OF_MODELS = {
 """Other models, for the fields that only say where to find them."""
 
 
-@pytest.mark.parametrize("settings", [EmbedConfig, ExplainConfig, collection.Arguments, explain.Arguments])
+@pytest.mark.parametrize("settings", [EmbedConfig, SiteConfig, ExplainConfig, collection.Arguments, explain.Arguments])
 def test_every_field_says_whether_it_changes_results(settings: type) -> None:
     """Arguments that have their name in the stage's configuration say it there."""
     there = {field.name for field in dataclasses.fields(ExplainConfig)} if settings is explain.Arguments else set()
@@ -83,6 +84,20 @@ def test_what_changes_results_changes_the_fingerprint_and_nothing_else_does() ->
         assert parts_of(dataclasses.replace(CONFIG, **{name: value}), MODELS) != before, name
     for name, models in OF_MODELS.items():
         assert parts_of(CONFIG, models) != before, name
+
+
+def test_each_choice_of_vectors_changes_the_fingerprint_and_embeddings_have_none_of_them() -> None:
+    """So runs of embeddings, which had no site, are resumed as they were; and a record gives back what was chosen."""
+    assert parts_of(EmbedConfig(clip="demo"), MODELS) == {"clip": MODELS.clip, "dtype": "float32"}
+    chosen = SiteConfig(clip="demo", site="layer1.residual:patches", tokens_per_image=4, seed=1)
+    others: dict[str, Any] = {"site": "layer1.residual:all", "tokens_per_image": 5, "seed": 2}
+    assert others.keys() == {field.name for field in dataclasses.fields(SiteConfig)} - {
+        field.name for field in dataclasses.fields(EmbedConfig)
+    }
+    for name, value in others.items():
+        assert parts_of(dataclasses.replace(chosen, **{name: value}), MODELS) != parts_of(chosen, MODELS), name
+    assert restored("embed", dataclasses.asdict(chosen)) == chosen
+    assert restored("embed", dataclasses.asdict(EmbedConfig(clip="demo"))) == EmbedConfig(clip="demo")
 
 
 def test_a_precision_is_the_same_part_however_it_was_asked_for() -> None:

@@ -105,6 +105,28 @@ def test_where_saes_run(site: str, runs: bool) -> None:
         sites.check_runs(site, "some/model")
 
 
+@pytest.mark.parametrize(
+    ("reads", "fits"),
+    [
+        ("layer3.residual:patches", True),
+        ("layer3.residual:patches:l2", True),  # the SAE brings each to length 1 itself
+        ("layer3.residual:patches:mean", False),  # one vector of an image, which none of these is
+        ("layer3.residual:all", False),
+        ("layer3.residual", False),
+        ("layer2.residual:patches", False),
+        ("embedding", False),
+    ],
+)
+def test_which_vectors_an_sae_reads(reads: str, fits: bool) -> None:
+    if fits:
+        sites.check_reads(reads, "m", "layer3.residual:patches")
+        return
+    with pytest.raises(
+        ValueError, match=f"it reads {re.escape(reads)} of m, and these are vectors of layer3.residual:pat"
+    ):
+        sites.check_reads(reads, "m", "layer3.residual:patches")
+
+
 def test_what_takes_embeddings_only() -> None:
     sites.check_embedding("embedding", "")
     sites.check_embedding("embedding:l2", "")

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import embed
-from saecore.runs.files import open_dataset
+from saecore.runs.files import open_dataset, parquet_bytes, row_group_rows
 from saecore.training.embeddings import Embeddings, open_embeddings
 
 ROWS, WIDTH = 2500, 6
@@ -85,6 +85,68 @@ def test_a_run_of_jobs_embed_in_the_order_of_its_memory_map(shards: Path, tmp_pa
     (out / "manifest.parquet").unlink()
     with pytest.raises(ValueError, match="this run is not complete"):
         open_embeddings(str(out))
+
+
+def vectors(path: Path, lists: list[Any], **metadata: str) -> None:
+    made = table(lists, pa.list_(pa.float32())).replace_schema_metadata(metadata)
+    pq.write_table(made, path, row_group_size=4)
+
+
+def test_a_list_of_several_vectors_is_several_rows(tmp_path: Path) -> None:
+    """In the order of the images, then of their tokens; refused images have none."""
+    rows = normal(30)
+    lists: list[Any] = [part.ravel().tolist() for part in rows.reshape(10, 3, WIDTH)]
+    vectors(tmp_path / "x.parquet", [None, *lists, None], site="layer1.residual:patches", width=str(WIDTH))
+    source = open_embeddings(str(tmp_path / "x.parquet"))
+    assert (source.site, source.width, source.block_rows.tolist()) == ("layer1.residual:patches", WIDTH, [9, 12, 9])
+    np.testing.assert_array_equal(everything(source), rows)
+
+
+def test_a_width_or_a_site_alone_means_embeddings(tmp_path: Path) -> None:
+    """A program may use the key `width` for something else; a run of jobs.explain says the site of its SAE."""
+    for key, value in (("width", "1024"), ("site", "layer1.residual:patches")):
+        vectors(tmp_path / f"{key}.parquet", normal(5).tolist(), **{key: value})
+        source = open_embeddings(str(tmp_path / f"{key}.parquet"))
+        assert (source.site, source.width) == ("embedding", WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("other", "sentence"),
+    [
+        (
+            {"site": "layer2.residual:cls", "width": "6"},
+            "several sites: layer1.residual:cls of width 6 and layer2",
+        ),
+        (
+            {"site": "layer1.residual:cls", "width": "3"},
+            "several sites: layer1.residual:cls of width 3 and layer1",
+        ),
+        ({}, "several sites: embedding and layer1.residual:cls of width 6"),
+        ({"site": "layer1.residual:cls", "width": "six"}, "its metadata do not say what its vectors are"),
+        ({"site": "the top", "width": "6"}, "its metadata do not say what its vectors are: 'the top' is no site"),
+        ({"site": "layer1.residual:cls", "width": "-6"}, "are 6 long|several sites"),
+    ],
+)
+def test_files_that_contradict_each_other_or_say_nothing_sensible(
+    tmp_path: Path, other: dict[str, str], sentence: str
+) -> None:
+    vectors(tmp_path / "a.parquet", normal(5).tolist(), site="layer1.residual:cls", width="6")
+    vectors(tmp_path / "b.parquet", normal(5).tolist(), **other)
+    with pytest.raises(ValueError, match=sentence) as caught:
+        open_embeddings(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_row_groups_of_wide_lists_are_small() -> None:
+    """Vectors of 197 tokens of width 768; and what a run wrote before there were such, is cut as it was."""
+    values = pa.array(np.zeros(150 * 197 * 768, np.float32))
+    offsets = pa.array(np.arange(151, dtype=np.int32) * 197 * 768)
+    wide = pa.table({"embedding": pa.ListArray.from_arrays(offsets, values)})
+    file = pq.ParquetFile(pa.BufferReader(parquet_bytes(wide, row_group_rows("images", wide))))
+    counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    assert sum(counts) == 150
+    assert 50 < max(counts) <= (64 << 20) // (197 * 768 * 4)
+    assert row_group_rows("images", table(normal(50).tolist(), pa.list_(pa.float32()))) == 4096
 
 
 def raw(name: str, rows: np.ndarray) -> Callable[[Path], Path]:
