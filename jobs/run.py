@@ -87,7 +87,8 @@ def run(argv: list[str]) -> int:
         if code == exits.REFUSED:  # the run is complete, and the other steps have their work
             end = code
         elif code:
-            if code < 128:  # else a signal, or a reader that has gone: the step has said so
+            # Else a signal, or a reader that has gone: the step has said so. A mistake in the first step has begun nothing.
+            if code < 128 and (place > 1 or code != exits.MISTAKE):
                 print(
                     f"ended at step {place} of {len(steps)}, {step.name}; the same command goes on there",
                     file=sys.stderr,
