@@ -1,0 +1,158 @@
+"""Are maps faithful? What is left of a latent of the demo as patches are taken out in the order of each method's map.
+
+    python -m benchmarks.faithful                            # the SAE of the embedding, tokens dropped
+    python -m benchmarks.faithful --way blur --norm frozen
+
+A case is a drawn scene and one of its latents that fire. Of each method it tells:
+
+    SRG             symmetric relevance gain, in the units of the pre-activation (`saecore.evaluation.faithfulness`)
+    of another's    the same by the map of another latent of the scene: a method that tells latents apart falls
+    alike           mean |rank correlation| of a scene's maps with each other: 1 where all latents have the same map
+    occlusion       rank agreement with dropping single patches
+    Shapley         rank agreement with Shapley values by sampling, on the first `--shapley` scenes
+
+Means over cases, with 95 % intervals by bootstrap over scenes. The scenes are those of no training, and all methods have the
+same.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import tyro
+
+from benchmarks import truth
+from benchmarks.tables import aligned
+from saecore.evaluation import faithfulness, localisation, removal
+from saecore.evaluation.faithfulness import curves, order_of, swapped
+from saecore.evaluation.localisation import Mean, mean_over_images
+from saecore.methods import OF_EMBEDDING, Options, parse_methods
+from saecore.pipeline.models import load_models
+from saecore.relevance.agreement import rank_correlation
+from saecore.relevance.explain import explain_latents
+from saecore.relevance.targets import Targets, no_word_targets
+from saecore.sae.model import SAE
+from saecore.towers.tower import ImageTower
+
+FIRST = 600_000
+"""Number of the first scene, of the evaluation's seed."""
+
+SCORES = ("SRG", "of another's", "alike", "occlusion", "Shapley")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Are maps faithful?"""
+
+    scenes: int = 300
+    """Scenes to measure on."""
+    shapley: int = 32
+    """Of these, scenes whose Shapley values are sampled: 480 forwards each."""
+    latents: int = 8
+    """Latents of each scene, the strongest that fire."""
+    method: str = ",".join(OF_EMBEDDING)
+    """Methods, joined by commas."""
+    norm: str = "auto"
+    """As `relmap explain --norm`."""
+    way: str = "drop"
+    """What taking out means: drop, mean or blur."""
+    batch: int = 16
+    """Scenes at once."""
+
+
+class Scores:
+    """Scores of each method, a number for each case, and the scene of each case."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, dict[str, list[np.ndarray]]] = {}
+        self.images: dict[str, dict[str, list[np.ndarray]]] = {}
+
+    def add(self, method: str, score: str, values: torch.Tensor, images: np.ndarray) -> None:
+        """Values (B, n) or (B,) of the scenes with these numbers (B,)."""
+        flat = values.flatten().numpy()
+        self.held.setdefault(method, {}).setdefault(score, []).append(flat)
+        self.images.setdefault(method, {}).setdefault(score, []).append(images.repeat(len(flat) // len(images)))
+
+    def mean(self, method: str, score: str) -> Mean | None:
+        """The mean over cases, None if there are none."""
+        if score not in self.held[method]:
+            return None
+        values = np.concatenate(self.held[method][score])
+        if np.isnan(values).all():
+            return None
+        return mean_over_images(values, np.concatenate(self.images[method][score]))
+
+    def above(self, method: str, other: str, score: str = "SRG") -> Mean:
+        """By how much a method has more than another, case by case."""
+        one, two = (np.concatenate(self.held[name][score]) for name in (method, other))
+        return mean_over_images(one - two, np.concatenate(self.images[method][score]))
+
+
+@torch.inference_mode()
+def measure(tower: ImageTower, sae: SAE, given: Arguments) -> Scores:
+    """All scores, of the methods and of baselines without a model."""
+    scores, seen = Scores(), truth.sample(given.scenes, FIRST)
+    methods, grid = parse_methods(given.method), tower.grid
+    for at in range(0, given.scenes, given.batch):
+        pixels = torch.from_numpy(seen.pixels[at : at + given.batch])
+        images = at + np.arange(len(pixels))
+        latents = sae.encode_sparse(tower.embed(pixels), at_least=given.latents).latents[:, : given.latents]
+        targets = Targets(sae, latents, no_word_targets(sae))
+        wanted = dict.fromkeys((*methods, "occlusion"))
+        made = explain_latents(tower, sae, pixels, latents, tuple(wanted), Options(norm=given.norm))
+        maps = {name: one.relevance for name, one in made.items()}
+        shape = maps["occlusion"].shape
+        without_model = {
+            "centre": localisation.centre(len(pixels), grid),
+            "edges": localisation.edges(pixels.numpy(), grid),
+        }
+        maps |= {name: torch.from_numpy(m).float()[:, None].expand(shape) for name, m in without_model.items()}
+        drawn = localisation.noise(len(pixels) * given.latents, grid, seed=at)
+        maps["random"] = torch.from_numpy(drawn).float().view(shape)
+        remove = removal.removal(given.way, tower, pixels, targets.values)
+        sampled = images < given.shapley
+        if sampled.any():
+            few = Targets(sae, latents[sampled], no_word_targets(sae))
+            of_few = removal.removal(given.way, tower, pixels[sampled], few.values)
+            reference = faithfulness.shapley(of_few, shape[-1], int(sampled.sum())).values
+            scores.add("Shapley values", "SRG", curves(of_few, order_of(reference)).srg, images[sampled])
+            scores.add("Shapley values", "alike", faithfulness.alikeness(reference), images[sampled])
+        for name, values in maps.items():
+            order = order_of(values)
+            scores.add(name, "SRG", curves(remove, order).srg, images)
+            scores.add(name, "of another's", curves(remove, swapped(order)).srg, images)
+            scores.add(name, "alike", faithfulness.alikeness(values), images)
+            if name != "occlusion":
+                scores.add(name, "occlusion", rank_correlation(values, maps["occlusion"]), images)
+            if sampled.any():
+                scores.add(name, "Shapley", rank_correlation(values[sampled], reference), images[sampled])
+    return scores
+
+
+def markdown(scores: Scores) -> str:
+    """A row for each method: means +- half of each interval."""
+    rows: list[Sequence[str]] = [("", *SCORES)]
+    for method in scores.held:
+        means = [scores.mean(method, score) for score in SCORES]
+        rows.append((method, *("" if m is None else f"{m.value:.2f} ± {(m.high - m.low) / 2:.2f}" for m in means)))
+    return aligned(rows)
+
+
+def main() -> int:
+    """The command line; returns the exit code."""
+    given = tyro.cli(Arguments, description=__doc__, prog="python -m benchmarks.faithful")
+    tower, sae = load_models("demo", "demo")
+    scores = measure(tower, sae, given)
+    print(f"{given}\n\n{markdown(scores)}\n")
+    first = parse_methods(given.method)[0]
+    for other in scores.held:
+        if other not in (first, "Shapley values"):
+            apart = scores.above(first, other)
+            print(f"{first} - {other}: SRG {apart.value:+.2f} [{apart.low:+.2f}, {apart.high:+.2f}]")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
