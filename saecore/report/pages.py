@@ -94,7 +94,8 @@ class Site:
         self.name = self.uri.rstrip("/").rpartition("/")[2]
         self.day = run.record.started[:10]
         self.grid = run.grid
-        self.beside = ACTIVATION if run.record.reads_tokens and ACTIVATION in run.methods[1:] + run.methods[:-1] else ""
+        has_both = run.record.reads_tokens and ACTIVATION in run.methods and len(run.methods) > 1
+        self.beside = ACTIVATION if has_both else ""
         """The method whose maps are shown beside all others': of an SAE that reads tokens, where a latent is active."""
         self.methods = [method for method in run.methods if method != self.beside]
         """From which readers choose."""

@@ -14,6 +14,8 @@ from saecore.evaluation import faithfulness, removal
 from saecore.evaluation.faithfulness import curves, order_of, shapley
 from saecore.relevance.explain import explain_latents
 from saecore.relevance.targets import Targets, no_word_targets
+from saecore.sae.model import SAE, SAEConfig
+from saecore.towers.stopped import StoppedTower, stopped_at
 from tests.helpers.derivations import plain_forward, plain_layers
 from tests.helpers.towers import SHAPES, SIGLIP_SHAPES, random_pixels, random_sae, random_siglip, random_tower
 
@@ -210,6 +212,76 @@ def test_a_model_of_patches_only_keeps_one() -> None:
         assert found.mif.isfinite().all()
         with pytest.raises(ValueError, match="one at least must stay"):
             remove(order[..., :0])
+
+
+# ---- A tower whose truth is known by construction.
+
+NAMED, WIDTH, OUT = (3, 7), 48, 40
+
+
+def copying() -> tuple[StoppedTower, SAE]:
+    """One layer whose CLS looks at the named patches, and copies whether they are white: z is the mean over them of +1 or -1.
+
+    Tokens are pairs (+a, -a) of coordinates: one says which patch it is, one whether it is white or black. So each has mean 0
+    and variance 1, and LayerNorms leave it as it is. The SAE reads CLS after the layer, where no norm follows.
+    """
+    model, tower = random_tower(width=WIDTH, heads=1, layers=1)
+    vision = model.vision_model
+    for parameter in vision.parameters():
+        parameter.zero_()
+    layer = vision.encoder.layers[0]
+    for norm in (vision.pre_layrnorm, layer.layer_norm1, layer.layer_norm2):
+        norm.weight.fill_(1)
+    a, content, query = (WIDTH / 4) ** 0.5, 32, 34
+    patches = vision.embeddings.patch_embedding.weight
+    patches[content], patches[content + 1] = a / patches[0].numel(), -a / patches[0].numel()
+    for patch in range(16):
+        place = vision.embeddings.position_embedding.weight[patch + 1]
+        place[2 * patch], place[2 * patch + 1] = a, -a
+    vision.embeddings.class_embedding[query], vision.embeddings.class_embedding[query + 1] = 2**0.5 * a, -(2**0.5) * a
+    layer.self_attn.q_proj.weight[0, query] = 40 * WIDTH**0.5 / (2**0.5 * a)
+    for patch in NAMED:
+        layer.self_attn.k_proj.weight[0, 2 * patch] = 1 / a
+    layer.self_attn.v_proj.weight[0, content] = 1 / a
+    layer.self_attn.out_proj.weight[OUT, 0] = 1
+    stopped = stopped_at(tower, 0)
+    stopped.mean.fill_(0.5)
+    stopped.std.fill_(0.5)
+    sae = SAE(SAEConfig(n_inputs=WIDTH, n_latents=1, k=1)).requires_grad_(False)
+    sae.encoder[OUT, 0] = 1
+    return stopped, sae
+
+
+def test_the_perfect_map_has_the_srg_computed_by_hand_and_methods_find_it() -> None:
+    """Both named patches are white, all others black. Without one of the two, CLS looks at the other, and z stays 1. Without
+    both it looks evenly at itself, which has 0, and at the m patches that are left, which have -1: z = -m / (m + 1)."""
+    lif, mif = [*[1.0] * 8, 0.0], [1.0, *(-m / (m + 1) for m in range(14, -1, -2))]
+    by_hand = sum((a + b) / 2 / 8 for a, b in itertools.pairwise(np.subtract(lif, mif)))
+    tower, sae = copying()
+    pixels = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
+    for patch in NAMED:
+        row, column = 8 * (patch // 4), 8 * (patch % 4)
+        pixels[0, row : row + 8, column : column + 8] = 255
+    latents = torch.zeros(1, 1, dtype=torch.int64)
+    targets = Targets(sae, latents, no_word_targets(sae))
+    with torch.inference_mode():
+        made = explain_latents(tower, sae, pixels, latents, ("contrib", "contrib_grad", "occlusion", "attention"))
+        expected = torch.zeros(16)
+        expected[list(NAMED)] = 0.5
+        for method in ("contrib", "contrib_grad"):
+            torch.testing.assert_close(made[method].relevance[0, 0], expected, rtol=1e-4, atol=1e-4)
+        assert made["occlusion"].relevance.abs().max() < 1e-4, "either named patch can stand in for the other"
+        remove = removal.removal("drop", tower, pixels, targets.values)
+        found = {name: float(curves(remove, order_of(one.relevance), steps=8).srg) for name, one in made.items()}
+        inverted = float(curves(remove, order_of(-expected[None, None]), steps=8).srg)
+        worth = shapley(remove, 16, 1, permutations=400, at_once=1)
+    assert found["contrib"] == pytest.approx(by_hand, abs=1e-3)
+    assert found["contrib_grad"] == pytest.approx(by_hand, abs=1e-3)
+    assert inverted == pytest.approx(-by_hand, abs=1e-3)
+    assert inverted < found["occlusion"] < by_hand
+    named = worth.values[0, 0][list(NAMED)]
+    assert named.min() > 3 * worth.values[0, 0][[patch for patch in range(16) if patch not in NAMED]].max()
+    assert float(named[0]) == pytest.approx(float(named[1]), abs=0.15)
 
 
 # ---- Whether maps tell targets apart.
