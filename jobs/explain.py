@@ -159,7 +159,7 @@ def advice(fit: Fit, record: Record) -> str:
     place = (
         "on its final embedding, and whether on embeddings of length 1 (--site embedding:l2)"
         if record.has_words
-        else f"at this layer and on these tokens, and whether on vectors of length 1 (--site {record.site}:l2)"
+        else f"at this layer, on these tokens, and whether on vectors of length 1 (--site {record.site.removesuffix(':l2')}:l2)"
     )
     return (
         f"{fit.words()}: the SAE, taken to read {reads}, does not fit --clip {record.clip}; "

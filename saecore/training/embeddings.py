@@ -33,7 +33,7 @@ from saecore.storage import Place, exists, is_file, join_uri
 # openai~clip-vit-base-patch16.
 _MSAE_MAP = re.compile(r".+_(?P<model>[^_]+)_[^_]+_(?:image|text)_\d+_\d+")
 
-EMBEDDING = "embedding"
+EMBEDDING = str(sites.EMBEDDING)
 """The site of what has no other."""
 
 SITE, WIDTH = b"site", b"width"
