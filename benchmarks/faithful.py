@@ -25,7 +25,7 @@ import tyro
 
 from benchmarks import truth
 from benchmarks.tables import aligned
-from saecore.evaluation import faithfulness, localisation, removal
+from saecore.evaluation import faithfulness, localisation
 from saecore.evaluation.faithfulness import curves, order_of, swapped
 from saecore.evaluation.localisation import Mean, mean_over_images
 from saecore.methods import OF_EMBEDDING, Options, parse_methods
@@ -33,6 +33,8 @@ from saecore.pipeline.models import load_models
 from saecore.relevance.agreement import rank_correlation
 from saecore.relevance.explain import explain_latents
 from saecore.relevance.targets import Targets, no_word_targets
+from saecore.removal import ways
+from saecore.removal.shapley import shapley
 from saecore.sae.model import SAE
 from saecore.towers.tower import ImageTower
 
@@ -111,12 +113,12 @@ def measure(tower: ImageTower, sae: SAE, given: Arguments) -> Scores:
         maps |= {name: torch.from_numpy(m).float()[:, None].expand(shape) for name, m in without_model.items()}
         drawn = localisation.noise(len(pixels) * given.latents, grid, seed=at)
         maps["random"] = torch.from_numpy(drawn).float().view(shape)
-        remove = removal.removal(given.way, tower, pixels, targets.values)
+        remove = ways.removal(given.way, tower, pixels, targets.values)
         sampled = images < given.shapley
         if sampled.any():
             few = Targets(sae, latents[sampled], no_word_targets(sae))
-            of_few = removal.removal(given.way, tower, pixels[sampled], few.values)
-            reference = faithfulness.shapley(of_few, shape[-1], int(sampled.sum())).values
+            of_few = ways.removal(given.way, tower, pixels[sampled], few.values)
+            reference = shapley(of_few, shape[-1], int(sampled.sum())).values
             scores.add("Shapley values", "SRG", curves(of_few, order_of(reference)).srg, images[sampled])
             scores.add("Shapley values", "alike", faithfulness.alikeness(reference), images[sampled])
         for name, values in maps.items():

@@ -31,8 +31,8 @@ GROUND = [
 """What every wing may stand on, and what stands on nothing but itself."""
 
 WINGS = [
-    "images", "towers", "sae", "relevance", "evaluation", "training", "naming", "runs", "pipeline", "query", "upkeep", "report",
-    "demo",
+    "images", "towers", "sae", "removal", "relevance", "evaluation", "training", "naming", "runs", "pipeline", "query",
+    "upkeep", "report", "demo",
 ]  # fmt: skip
 
 
@@ -65,6 +65,11 @@ RULES = [
     Rule(wings("towers"), wings("sae", "relevance", "runs"), "a tower is what transformers has, run our way"),
     Rule(wings("sae"), wings("towers", "runs", "training"), "an SAE knows embeddings, not what makes them"),
     Rule(wings("relevance"), wings("runs", "query", "images"), "mathematics reads and writes no files"),
+    Rule(
+        wings("removal"),
+        wings(*(name for name in WINGS if name not in ("removal", "towers"))),
+        "pictures without patches need a tower, and know no target",
+    ),
     Rule(wings("query", "report"), wings("towers", "sae", "relevance"), "questions and pages depend on files only"),
     Rule(wings("pipeline"), wings("query", "report", "training"), "making a run needs nothing that reads one"),
     Rule(

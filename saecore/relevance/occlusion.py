@@ -13,11 +13,8 @@ import torch
 from torch import Tensor
 
 from saecore.relevance.maps import Batch, Maps
+from saecore.removal.ways import ROWS, ROWS_ON_CPU
 from saecore.towers.tower import ImageTower
-
-ROWS, ROWS_ON_CPU = 256, 16
-"""Token sequences in one forward of occlusion, but at least one for each image. They bound its memory, and do not change its
-results. On a CPU they should fit the caches: occlusion cost 70 forwards on B/32 and 89 on B/16 with 256, 47 and 53 with 16."""
 
 
 def occlusion(batch: Batch) -> Maps:

@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from saecore.evaluation import faithfulness, removal
-from saecore.evaluation.faithfulness import curves, order_of, shapley
+from saecore.evaluation import faithfulness
+from saecore.evaluation.faithfulness import curves, order_of
 from saecore.relevance.explain import explain_latents
 from saecore.relevance.targets import Targets, no_word_targets
+from saecore.removal import ways
+from saecore.removal.shapley import shapley
 from saecore.sae.model import SAE, SAEConfig
 from saecore.towers.stopped import StoppedTower, stopped_at
 from tests.helpers.derivations import plain_forward, plain_layers
@@ -24,7 +26,7 @@ IMAGES, N, P = 3, 4, 20
 Game = Callable[[frozenset[int]], float]
 
 
-def additive(w: Tensor, constant: float = 0.7) -> removal.Removal:
+def additive(w: Tensor, constant: float = 0.7) -> ways.Removal:
     """z = constant + sum of w (B, n, P) over the patches that stay."""
 
     def left(kept: Tensor) -> Tensor:
@@ -87,7 +89,7 @@ def test_they_are_exact_where_z_is_additive() -> None:
     assert found.error.max() < 1e-4
 
 
-def game(of: Game) -> removal.Removal:
+def game(of: Game) -> ways.Removal:
     """Any function of the set of patches that stay, for one image and one target."""
 
     def left(kept: Tensor) -> Tensor:
@@ -143,7 +145,7 @@ def test_dropped_patches_are_what_a_plain_forward_has_without_them() -> None:
     _, tower = random_tower(**SHAPES[0])
     sae, pixels, latents = random_sae(), random_pixels(tower, 2), torch.tensor([[1, 5, 9], [2, 5, 70]])
     targets = Targets(sae, latents, no_word_targets(sae))
-    remove = removal.removal("drop", tower, pixels, targets.values)
+    remove = ways.removal("drop", tower, pixels, targets.values)
     kept = torch.tensor([[[0, 3, 7, 15], [2, 1, 9, 14]], [[5, 6, 7, 8], [0, 1, 2, 15]]])
     with torch.inference_mode():
         found = remove(kept)
@@ -168,7 +170,7 @@ def test_filled_patches_are_edited_pixels(siglip: bool) -> None:
     _, tower = random_siglip(**SIGLIP_SHAPES[2]) if siglip else random_tower(**SHAPES[0])
     pixels, size = random_pixels(tower, 2), tower.vision.config.patch_size
     kept = torch.tensor([[[0, 4]], [[3, 5]]])
-    remove = removal.filling(tower, pixels, torch.full_like(pixels, 77), lambda embeddings: embeddings)
+    remove = ways.filling(tower, pixels, torch.full_like(pixels, 77), lambda embeddings: embeddings)
     with torch.inference_mode():
         found = remove(kept)
         for image in range(2):
@@ -192,19 +194,19 @@ def test_the_mean_colour_is_zero_for_the_tower_and_a_blur_keeps_the_light() -> N
     tower.embed = watched  # type: ignore[method-assign]
     nothing = torch.empty(1, 1, 0, dtype=torch.int64)
     for way in ("mean", "blur"):
-        removal.removal(way, tower, pixels, lambda embeddings: embeddings)(nothing)
+        ways.removal(way, tower, pixels, lambda embeddings: embeddings)(nothing)
     mean, blurred = seen
     assert tower.normalise(mean).abs().max() < 0.02
     assert blurred.float().std() < 0.5 * pixels.float().std()
     assert float(blurred.float().mean()) == pytest.approx(float(pixels.float().mean()), rel=0.05)
     with pytest.raises(ValueError, match="way 'melt': must be one of drop, mean, blur"):
-        removal.removal("melt", tower, pixels, lambda embeddings: embeddings)
+        ways.removal("melt", tower, pixels, lambda embeddings: embeddings)
 
 
 def test_a_model_of_patches_only_keeps_one() -> None:
     _, tower = random_siglip(**SIGLIP_SHAPES[0])
     pixels = random_pixels(tower, 1)
-    remove = removal.removal("drop", tower, pixels, lambda embeddings: embeddings[..., :3])
+    remove = ways.removal("drop", tower, pixels, lambda embeddings: embeddings[..., :3])
     order = torch.stack([torch.randperm(16) for _ in range(3)])[None]
     with torch.inference_mode():
         found = curves(remove, order, steps=4, least=1)
@@ -271,7 +273,7 @@ def test_the_perfect_map_has_the_srg_computed_by_hand_and_methods_find_it() -> N
         for method in ("contrib", "contrib_grad"):
             torch.testing.assert_close(made[method].relevance[0, 0], expected, rtol=1e-4, atol=1e-4)
         assert made["occlusion"].relevance.abs().max() < 1e-4, "either named patch can stand in for the other"
-        remove = removal.removal("drop", tower, pixels, targets.values)
+        remove = ways.removal("drop", tower, pixels, targets.values)
         found = {name: float(curves(remove, order_of(one.relevance), steps=8).srg) for name, one in made.items()}
         inverted = float(curves(remove, order_of(-expected[None, None]), steps=8).srg)
         worth = shapley(remove, 16, 1, permutations=400, at_once=1)
