@@ -18,8 +18,8 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from saecore import numbering
 from saecore.images.chunks import count_images
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.isolation import Suspects
@@ -77,7 +77,7 @@ def on_ray(job: Job, pending: pa.Table) -> Generator[dict[str, Any], None, None]
     context.raise_original_map_exception = True  # Ray's own would lose it on the way
     witness = cluster.RemoteSuspects()
     per_block = math.ceil(pending.num_rows / MAX_BLOCKS)
-    images = pc.max(pc.subtract(pending["end"], pending["start"])).as_py()
+    images = int(numbering.lengths(pending).max())
     blocks = [pending.slice(start, per_block) for start in range(0, pending.num_rows, per_block)]
     committed = (
         ray.data.from_arrow(blocks)

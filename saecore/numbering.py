@@ -7,11 +7,12 @@ holds an image, and which image comes next, is therefore arithmetic on the plan;
 have numbers and places like the others.
 """
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 INDEX_BITS = 32
 
@@ -37,6 +38,21 @@ def shard_of(image_id: Number) -> Number:
 def index_of(image_id: Number) -> Number:
     """The position of an image in its shard."""
     return image_id & MOST_IMAGES - 1
+
+
+def lengths(plan: pa.Table) -> np.ndarray:
+    """How many images each chunk of a plan stands for, int64 (chunks,): all from its start to its end or, in a plan with the
+    column `only`, those."""
+    if "only" in plan.column_names:
+        return pc.list_value_length(plan["only"]).to_numpy().astype(np.int64)
+    return plan["end"].to_numpy() - plan["start"].to_numpy()
+
+
+def ids_of(chunk: Mapping[str, Any]) -> np.ndarray:
+    """The numbers of the images that a row of a plan stands for, int64, in their order."""
+    only = chunk.get("only")
+    indices = np.arange(chunk["start"], chunk["end"]) if only is None else np.array(only, np.int64)
+    return id_of(chunk["shard_id"], indices)
 
 
 class Numbering:

@@ -72,6 +72,9 @@ PLAN = pa.schema(
     ]
 )
 
+# A plan of some images of each chunk: those that a run refused, or a sample.
+PART = pa.schema([*PLAN, pa.field("only", pa.list_(pa.int64()))])  # their indices in the shard
+
 GROWTHS = b"growths"
 """The key of a plan's metadata under which its growths are listed (`saecore.pipeline.growth`), as JSON."""
 
@@ -192,6 +195,35 @@ TOKEN_IMAGES = pa.schema(
 )
 
 
+_CASE = [
+    pa.field("latent", pa.int32()),  # null where the target is a text or a concept
+    pa.field("target", pa.string()),  # null where the target is a latent
+    pa.field("model", pa.string(), nullable=False),  # trained, or one of the nulls: other rows, untrained
+    pa.field("method", pa.string(), nullable=False),  # of maps, or a baseline: random, centre, edges, shapley values
+]
+
+# One row for each image, target, method and metric of a run of jobs.evaluate (`saecore.evaluation.judge` has the metrics).
+FAITHFULNESS = pa.schema(
+    [
+        pa.field("image_id", pa.int64(), nullable=False),
+        *_CASE,
+        pa.field("metric", pa.string(), nullable=False),
+        pa.field("value", pa.float32(), nullable=False),
+    ]
+)
+
+# One row for each image, target, method and way to take patches out: the target's value from all patches to none.
+CURVES = pa.schema(
+    [
+        pa.field("image_id", pa.int64(), nullable=False),
+        *_CASE,
+        pa.field("way", pa.string(), nullable=False),  # drop, mean or blur
+        pa.field("mif", pa.list_(pa.float32()), nullable=False),  # the map's largest values first
+        pa.field("lif", pa.list_(pa.float32()), nullable=False),  # its smallest first
+    ]
+)
+
+
 TEXTS_FILE = "texts.parquet"
 
 # One row per word of a vocabulary, in the vocabulary's order. The embedding is CLIP's, not normalised if one template made it.
@@ -283,6 +315,17 @@ def explained_schema(n_patches: int, reads_tokens: bool = False) -> pa.Schema:
             pa.field("completeness", pa.float32()),
             pa.field("activations", pa.list_(nested(activations_schema(reads_tokens)))),
             pa.field("maps", pa.list_(nested(maps_schema(n_patches, reads_tokens)))),
+        ]
+    )
+
+
+def judged_schema() -> pa.Schema:
+    """One row per image: the IMAGES columns, and its rows of FAITHFULNESS and CURVES, nested (null if it is refused)."""
+    return pa.schema(
+        [
+            *IMAGES,
+            pa.field("faithfulness", pa.list_(nested(FAITHFULNESS))),
+            pa.field("curves", pa.list_(nested(CURVES))),
         ]
     )
 

@@ -19,7 +19,7 @@ from typing import Protocol
 
 import pyarrow as pa
 
-from saecore import schema
+from saecore import numbering, schema
 from saecore.images.chunks import read_chunk
 from saecore.images.decode import blank
 from saecore.pipeline.clock import Clock
@@ -44,7 +44,7 @@ def decode_chunk(row: pa.Table, decode: Decode, witness: Witness) -> pa.Table:
     """
     chunk = row.to_pylist()[0]
     chunk_id, only, clock = chunk["chunk_id"], chunk.get("only"), Clock()
-    work = witness.begin("decode", chunk_id, chunk["end"] - chunk["start"] if only is None else len(only))
+    work = witness.begin("decode", chunk_id, len(numbering.ids_of(chunk)))
     decoded, position = [], 0
     for raw in clock.each("read", "decode", read_chunk(chunk, indices=only)):
         for start, end in pieces(witness, "decode", chunk_id, work, position, position + raw.num_rows):

@@ -15,13 +15,20 @@ import pyarrow.compute as pc
 import pyarrow.dataset
 import pyarrow.parquet as pq
 
+from saecore import numbering
 from saecore.storage import Place, join_uri, read_parquet, write_atomic
 
-TABLES = ("images", "activations", "maps")
+TABLES = ("images", "activations", "maps", "faithfulness", "curves")
 """The tables that a run may have. Which it has follows from the payload that is written."""
 
 # The rows of one image should be one small read, the scan of a table few large reads.
-ROW_GROUP_ROWS = {"images": 4096, "activations": 131_072, "maps": 2048}
+ROW_GROUP_ROWS = {
+    "images": 4096,
+    "activations": 131_072,
+    "maps": 2048,
+    "faithfulness": 131_072,
+    "curves": 16_384,
+}
 
 ROW_GROUP_BYTES = 1 << 26
 """A row group has fewer rows where these would be larger in memory: vectors of 197 tokens are 600 kB an image."""
@@ -43,6 +50,14 @@ def read_plan(uri: str) -> pa.Table:
     return read_file(uri, "plan.parquet")
 
 
+def read_lengths(uri: str) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of all chunks, rising, and how many images each stands for, int64 both, without the rest of the plan."""
+    with Place(join_uri(uri, "plan.parquet")).open_parquet() as file:
+        known = [name for name in ("chunk_id", "start", "end", "only") if name in file.schema_arrow.names]
+    plan = read_file(uri, "plan.parquet", known).sort_by("chunk_id")
+    return plan["chunk_id"].to_numpy(), numbering.lengths(plan)
+
+
 def write_plan(uri: str, plan: pa.Table) -> None:
     """Make this the plan of a run."""
     write_atomic(join_uri(uri, "plan.parquet"), parquet_bytes(plan, 65_536))
@@ -59,7 +74,7 @@ def of_chunks(manifest: pa.Table, chunk_ids: np.ndarray) -> pa.Table:
 
 
 def open_dataset(uri: str, table: str, manifest: pa.Table | None = None) -> pyarrow.dataset.Dataset:
-    """One table of a complete run (`images`, `activations` or `maps`), or the part in some rows of its manifest."""
+    """One table of a complete run, one of `TABLES`, or the part in some rows of its manifest."""
     files = read_manifest(uri) if manifest is None else manifest
     place = Place(uri)
     names = files.filter(pc.equal(files["table"], table))["path"].to_pylist()

@@ -15,7 +15,7 @@ from saecore.numbering import index_of
 from saecore.runs.commits import Commit
 from saecore.runs.files import read_file
 from saecore.runs.run import Run
-from saecore.schema import PLAN
+from saecore.schema import PART
 
 SHOWN = 3
 """Names of each reason."""
@@ -73,5 +73,4 @@ def refused_chunks(run: Run, commits: Iterable[Commit], reasons: Collection[str]
     for row in rows:
         of_damage = row["end"] - 1 if row["damage"] is not None else -1
         row["only"] = [index for index in indices[row["chunk_id"]] if index != of_damage]
-    schema = PLAN.append(pa.field("only", pa.list_(pa.int64())))
-    return pa.Table.from_pylist([row for row in rows if row["only"]], schema=schema)
+    return pa.Table.from_pylist([row for row in rows if row["only"]], schema=PART)

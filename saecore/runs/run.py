@@ -39,7 +39,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset
 
-from saecore import schema
+from saecore import numbering, schema
 from saecore.runs import card
 from saecore.runs.commits import ADDED_UP, Commit, commit_file, completed, manifest_of, worst_error
 from saecore.runs.files import (
@@ -195,8 +195,7 @@ class Run:
         `images`, and the `seconds` they took, are those of the session that ends here: a resumed run had others before.
         """
         commits, plan = self.commits(), self.plan()
-        lengths = pc.subtract(plan["end"], plan["start"])
-        planned = dict(zip(plan["chunk_id"].to_pylist(), lengths.to_pylist(), strict=True))
+        planned = dict(zip(plan["chunk_id"].to_pylist(), numbering.lengths(plan).tolist(), strict=True))
         written = {commit.chunk_id: commit.images for commit in commits}
         if written != planned:
             wrong = sorted(chunk for chunk in planned if written.get(chunk) != planned[chunk])

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from saecore.query import by_latent
 from saecore.runs import latents
-from saecore.runs.files import TABLES, read_file, read_manifest
+from saecore.runs.files import TABLES, read_lengths, read_manifest
 from saecore.runs.record import Record, read_record
 from saecore.storage import Place, is_file, join_uri, read_json
 from saecore.upkeep.holder import Holder
@@ -70,8 +70,7 @@ def status(uri: str, now: float) -> Status:
     if not is_file(join_uri(uri, "run.json")):
         raise ValueError(f"{uri} holds no run: there is no run.json")
     record = read_record(uri)
-    plan = read_file(uri, "plan.parquet", ["chunk_id", "start", "end"]).sort_by("chunk_id")
-    chunk_ids, lengths = plan["chunk_id"].to_numpy(), plan["end"].to_numpy() - plan["start"].to_numpy()
+    chunk_ids, lengths = read_lengths(uri)
     commits = _commits(uri, chunk_ids)
     images = lengths[np.searchsorted(chunk_ids, commits[:, 0].astype(np.int64))]
     found = holder_of(uri, now)

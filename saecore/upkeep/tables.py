@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from saecore import schema
+from saecore import numbering, schema
 from saecore.runs.record import Record
 
 
@@ -31,6 +31,13 @@ NOTHING = Content([])
 
 def overlaps(plan: pa.Table) -> int | None:
     """The first chunk of a plan that has an image of another one; None if each image is planned once."""
+    if "only" in plan.column_names:
+        ids, seen = [numbering.ids_of(row) for row in plan.to_pylist()], set[int]()
+        for chunk_id, own in zip(plan["chunk_id"].to_pylist(), ids, strict=True):
+            if len(set(own.tolist()) - seen) < len(own):
+                return int(chunk_id)
+            seen.update(own.tolist())
+        return None
     ordered = plan.select(["chunk_id", "shard_id", "start", "end"]).sort_by(
         [("shard_id", "ascending"), ("start", "ascending")]
     )
@@ -46,6 +53,8 @@ def wrong_form(file: Mapping[str, Any], table: pa.Table, record: Record) -> str:
         "images": schema.TOKEN_IMAGES if record.embeds_tokens else schema.IMAGES,
         "activations": schema.activations_schema(record.reads_tokens),
         "maps": schema.maps_schema(height * width or 1, record.reads_tokens),
+        "faithfulness": schema.FAITHFULNESS,
+        "curves": schema.CURVES,
     }
     if table.schema.remove_metadata() != expected.get(file["table"]):
         return "has other columns than the schema of its table"

@@ -131,8 +131,9 @@ class Verification:
         if commit is None:
             return Checked([problem] if problem is not None else [])
         problems = [] if problem is None else [problem]
-        if commit.images != row["end"] - row["start"]:
-            wrong = f"says {commit.images} images, and {row['end'] - row['start']} are planned"
+        ids = numbering.ids_of(row)
+        if commit.images != len(ids):
+            wrong = f"says {commit.images} images, and {len(ids)} are planned"
             problems.append(Problem(path, wrong, "chunk", chunk_id))
         if manifest is not None and (wrong := manifest.differs(commit)):
             problems.append(Problem("manifest.parquet", wrong, "close", chunk_id))
@@ -144,7 +145,6 @@ class Verification:
                 problems.append(Problem(file["path"], wrong, "chunk", chunk_id))
         content = tables.NOTHING
         if all(table is not None for table in held.values()):
-            ids = numbering.id_of(row["shard_id"], row["start"]) + np.arange(row["end"] - row["start"])
             content = tables.check(held, ids, commit.refused, self.record)
             where = {file["table"]: file["path"] for file in commit.files}
             problems += [Problem(where[name], wrong, "chunk", chunk_id) for name, wrong in content.wrong]
