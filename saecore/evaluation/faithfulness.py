@@ -30,11 +30,19 @@ class Curves(NamedTuple):
 
     mif: Tensor
     lif: Tensor
+    another_mif: Tensor
+    """z as patches are taken out by the map of another target of the image, the one before; the first has the last's."""
+    another_lif: Tensor
 
     @property
     def srg(self) -> Tensor:
         """float32 (B, n)."""
-        return torch.trapezoid(self.lif - self.mif, dx=1 / (self.mif.shape[-1] - 1))
+        return _gain(self.mif, self.lif)
+
+    @property
+    def srg_of_another(self) -> Tensor:
+        """float32 (B, n): what another target's map would do. A method that tells targets apart has less here."""
+        return _gain(self.another_mif, self.another_lif)
 
 
 def order_of(maps: Tensor, seed: int = 0) -> Tensor:
@@ -48,20 +56,24 @@ def curves(remove: Removal, order: Tensor, steps: int = STEPS, least: int = 0) -
 
     `least`: how many patches stay at the end, 1 for a model that needs one.
     """
-    return Curves(*(_curve(remove, one, steps, least) for one in (order, order.flip(-1))))
+    mif, lif = (_curves(remove, one, steps, least) for one in (order, order.flip(-1)))  # B, n orders, n targets, S + 1
+    own, another = ([all_of.roll(by, 1).diagonal(dim1=1, dim2=2).mT for all_of in (mif, lif)] for by in (0, 1))
+    return Curves(*own, *another)
 
 
-def _curve(remove: Removal, order: Tensor, steps: int, least: int) -> Tensor:
-    """z (B, n, S + 1) as patches are taken out, those that come first in the order first."""
-    P = order.shape[-1]
+def _gain(mif: Tensor, lif: Tensor) -> Tensor:
+    return torch.trapezoid(lif - mif, dx=1 / (mif.shape[-1] - 1))
+
+
+def _curves(remove: Removal, order: Tensor, steps: int, least: int) -> Tensor:
+    """z of every target as patches are taken out by every order, (B, n orders, n targets, S + 1): all come of one forward."""
+    n, P = order.shape[1:]
     values = []
     for step in range(steps + 1):
         gone = min(round(step * P / steps), P - least)
         kept = order[..., gone:]
-        if gone in (0, P):  # the same patches for all targets: all, or none
-            values.append(remove(kept[:, :1])[:, 0])
-        else:
-            values.append(remove(kept).diagonal(dim1=1, dim2=2))
+        # All patches, or none: the same for all orders.
+        values.append(remove(kept[:, :1]).expand(-1, n, -1) if gone in (0, P) else remove(kept))
     return torch.stack(values, -1)
 
 
@@ -69,11 +81,11 @@ def _curve(remove: Removal, order: Tensor, steps: int, least: int) -> Tensor:
 
 
 def alikeness(maps: Tensor) -> Tensor:
-    """Mean |rank correlation| of the maps of each image with each other, (B, n, P) -> float32 (B,): near 1 where the method
+    """Mean |rank correlation| of each map with the others of its image, (B, n, P) -> float32 (B, n): near 1 where the method
     shows the same for every target. NaN for an image with one target."""
     n = maps.shape[1]
-    one, other = torch.triu_indices(n, n, offset=1, device=maps.device)
-    return rank_correlation(maps[:, one], maps[:, other]).abs().nanmean(1)
+    every = torch.stack([rank_correlation(maps, maps.roll(by, 1)) for by in range(1, n)]) if n > 1 else maps[None, ..., 0] * torch.nan
+    return every.abs().nanmean(0)
 
 
 def swapped(order: Tensor) -> Tensor:

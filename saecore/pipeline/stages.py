@@ -10,7 +10,7 @@ any order, in any size, and twice. Decode does not load PyTorch, for which worke
 import copy
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -92,7 +92,7 @@ class Embed:
         from saecore.pipeline.inference import Embedder
         from saecore.towers.loading import load_tower
 
-        _use_threads(config.threads)
+        use_threads(config.threads)
         self.config = config
         tower = load_tower(config.clip)
         if isinstance(config, SiteConfig):
@@ -105,12 +105,12 @@ class Embed:
             # A batch at a time: all tokens of a chunk are a gigabyte, of which a few may be drawn.
             batches = (decoded.slice(start, size) for start in range(0, max(1, decoded.num_rows), size))
             return pa.concat_tables([self._tokens(batch, config) for batch in batches])
-        shown, batch = _in_batches(self.infer, decoded, size)
-        return _table({"embedding": _embeddings(batch["embedding"], shown)}, decoded, schema.IMAGES)
+        shown, batch = in_batches(self.infer, decoded, size)
+        return table_of({"embedding": _embeddings(batch["embedding"], shown)}, decoded, schema.IMAGES)
 
     def _tokens(self, decoded: pa.Table, config: SiteConfig) -> pa.Table:
         """One batch -> TOKEN_IMAGES, with the tokens that are drawn of each image."""
-        shown, batch = _in_batches(self.infer, decoded, max(1, decoded.num_rows))
+        shown, batch = in_batches(self.infer, decoded, max(1, decoded.num_rows))
         vectors, ids = batch["embedding"], decoded["image_id"].to_numpy()[shown].tolist()
         n_tokens = vectors.shape[1]
         n = config.tokens_per_image or n_tokens
@@ -122,7 +122,7 @@ class Embed:
             "embedding": _embeddings(vectors.reshape(len(vectors), n * vectors.shape[2]), shown),
             "tokens": _lists(pa.array(drawn.ravel(), pa.int16()), shown, np.full(*drawn.shape), pa.list_(pa.int16())),
         }
-        return _table(columns, decoded, schema.TOKEN_IMAGES)
+        return table_of(columns, decoded, schema.TOKEN_IMAGES)
 
 
 def drawn_tokens(seed: int, image_id: int, n_tokens: int, n: int) -> np.ndarray:
@@ -146,7 +146,7 @@ class Explain:
         from saecore.pipeline.token_inference import TokenInference
         from saecore.towers.tokens import TokenTower
 
-        _use_threads(config.threads)
+        use_threads(config.threads)
         self.config = config
         tower, sae = load_models(config.clip, config.sae, config.site)
         self.infer: Inference | TokenInference
@@ -170,8 +170,8 @@ class Explain:
         self.schema = schema.explained_schema(self.n_patches, self.reads_tokens)
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
-        shown, batch = _in_batches(self.infer, decoded, at_once(self.config.batch_size, self.config.device))
-        return _table(self._columns(batch, shown), decoded, self.schema)
+        shown, batch = in_batches(self.infer, decoded, at_once(self.config.batch_size, self.config.device))
+        return table_of(self._columns(batch, shown), decoded, self.schema)
 
     def _columns(self, batch: dict[str, np.ndarray], shown: np.ndarray) -> dict[str, pa.Array]:
         """Columns inferred for the images that were decoded -> columns for all rows, null for refused images."""
@@ -224,25 +224,29 @@ class Explain:
         return self._nested("maps", flat, shown, written.sum((1, 2)))
 
     def _nested(self, name: str, flat: dict[str, Any], shown: np.ndarray, lengths: np.ndarray) -> pa.Array:
-        """Columns of the nested table `name` -> one list per row, with these lengths for the shown images."""
-        kind = self.schema.field(name).type
-        fields = list(kind.value_type)
-        columns = [_typed(flat[field.name], field.type) for field in fields]
-        return _lists(pa.StructArray.from_arrays(columns, fields=fields), shown, lengths, kind)
+        return nested_rows(self.schema.field(name).type, flat, shown, lengths)
+
+
+def nested_rows(kind: pa.ListType, flat: Mapping[str, Any], shown: np.ndarray, lengths: np.ndarray) -> pa.Array:
+    """Columns of a nested table, the type of whose rows is `kind` -> one list per row, with these lengths for shown images."""
+    fields = list(kind.value_type)
+    columns = [_typed(flat[field.name], field.type) for field in fields]
+    return _lists(pa.StructArray.from_arrays(columns, fields=fields), shown, lengths, kind)
 
 
 def _typed(values: Any, kind: pa.DataType) -> pa.Array:
     return values.cast(kind) if isinstance(values, pa.Array) else pa.array(values, kind)
 
 
-def _use_threads(threads: int) -> None:
+def use_threads(threads: int) -> None:
+    """So many CPU threads for this process; 0 leaves PyTorch's own choice."""
     import torch
 
     if threads:
         torch.set_num_threads(threads)
 
 
-def _in_batches(infer: "OnDevice[Any]", decoded: pa.Table, batch_size: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def in_batches(infer: "OnDevice[Any]", decoded: pa.Table, batch_size: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Which rows are shown, that is hold pixels, and the columns inferred for them in batches of `batch_size` images."""
     shown = decoded["error"].is_null().to_numpy()
     pixels = _pixels(decoded, (*infer.tower.preprocess.size, 3))
@@ -250,7 +254,7 @@ def _in_batches(infer: "OnDevice[Any]", decoded: pa.Table, batch_size: int) -> t
     return shown, {name: np.concatenate([getattr(batch, name) for batch in batches]) for name in batches[0]._fields}
 
 
-def _table(columns: dict[str, pa.Array], decoded: pa.Table, table_schema: pa.Schema) -> pa.Table:
+def table_of(columns: dict[str, pa.Array], decoded: pa.Table, table_schema: pa.Schema) -> pa.Table:
     """A table with the columns of a schema: the given columns, those of the decoder, and null for all others."""
     known = {**{name: decoded[name] for name in decoded.column_names}, **columns}
     arrays = [

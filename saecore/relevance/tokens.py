@@ -65,9 +65,11 @@ class TokenTargets(NamedTuple):
         return (inputs.view(B, R * M, -1) @ rows.mT + bias[:, None]).view(B, R, M, -1).mT
 
     def values(self, streams: Tensor, present: Tensor) -> Tensor:
-        """z of R sets of tokens of each image: streams (B, R, M, D) of the tokens with the numbers `present` (R, M) ->
-        (B, R, n)."""
-        return (self.pre_activations(streams) * self.weights[:, :, present].transpose(1, 2)).sum(-1)
+        """z of R sets of tokens of each image: streams (B, R, M, D) of the tokens with the numbers `present`, (R, M) for all
+        images or (B, R, M) -> (B, R, n)."""
+        numbers = present.expand(*streams.shape[:3])[:, :, None].expand(-1, -1, self.weights.shape[1], -1)
+        weights = self.weights[:, None].expand(-1, streams.shape[1], -1, -1).gather(-1, numbers)  # B R n M
+        return (self.pre_activations(streams) * weights).sum(-1)
 
     def whole(self, streams: Tensor) -> Tensor:
         """z (B, n) of the streams of all tokens, (B, N, D)."""

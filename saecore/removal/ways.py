@@ -7,6 +7,8 @@
 Dropping is the primary way: it puts nothing into the picture that the tower could see, and a shorter sequence costs less than a
 forward. Targets are computed anew, with all their normalisers (`saecore.relevance.targets.Targets.values`).
 
+Where an SAE reads the tokens of a layer (`saecore.towers.tokens`), the targets also need to know which tokens are left.
+
 Shapes: B images, R sets of patches for each image, m patches in each set, n targets, P patches.
 """
 
@@ -17,13 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saecore.towers.tokens import TokenTower
 from saecore.towers.tower import ImageTower
 
 Removal = Callable[[Tensor], Tensor]
 """The numbers of the patches that stay, int64 (B, R, m) -> the targets' values, float32 (B, R, n)."""
 
-Values = Callable[[Tensor], Tensor]
-"""Embeddings (B, R, E) -> the targets' values (B, R, n)."""
+Values = Callable[..., Tensor]
+"""Embeddings (B, R, E) -> the targets' values (B, R, n). Of a `TokenTower`: streams (B, R, M, D) of the tokens that are left, and
+their numbers, int64 (B, R, M)."""
 
 ROWS, ROWS_ON_CPU = 256, 16
 """Token sequences in one forward. They bound its memory, and do not change its results. On a CPU they should fit the caches:
@@ -58,7 +62,8 @@ def dropping(tower: ImageTower, pixels: Tensor, values: Values) -> Removal:
         own = torch.arange(tower.n_own, device=kept.device).expand(B, R, -1)
         tokens = torch.cat([own, kept + tower.n_own], -1).flatten(0, 1)  # B R, M
         image = torch.arange(B, device=kept.device).repeat_interleave(R)
-        return values(_in_parts(tokens, lambda part, rows: tower.embed_tokens(first[image[rows, None], part]), (B, R)))
+        made = _in_parts(tokens, lambda part, rows: tower.embed_tokens(first[image[rows, None], part]), (B, R))
+        return values(made, tokens.view(B, R, -1)) if isinstance(tower, TokenTower) else values(made)
 
     return left
 
@@ -78,9 +83,16 @@ def filling(tower: ImageTower, pixels: Tensor, fill: Tensor, values: Values) -> 
 
         def embed(part: Tensor, rows: Tensor) -> Tensor:
             shown = part[:, of_pixel][..., None]
-            return tower.embed(torch.where(shown, pixels[image[rows]], fill[image[rows]]))
+            return whole(torch.where(shown, pixels[image[rows]], fill[image[rows]]))
 
-        return values(_in_parts(stays, embed, (B, R)))
+        made = _in_parts(stays, embed, (B, R))
+        if not isinstance(tower, TokenTower):
+            return values(made)
+        return values(made, torch.arange(made.shape[2], device=made.device).expand(B, R, -1))
+
+    def whole(shown: Tensor) -> Tensor:
+        # A token tower's `embed` leaves out tokens that its site does not read.
+        return tower.embed_tokens(tower.first_tokens(shown)) if isinstance(tower, TokenTower) else tower.embed(shown)
 
     return left
 
