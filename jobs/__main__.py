@@ -30,6 +30,9 @@ COMMANDS = {
         "report": "pages of a run, as files or served to a browser",
         "index": "sort a run by latent: questions and pages become fast",
     },
+    "Judge maps": {
+        "evaluate": "whether a run's maps are faithful, with intervals, beside chance and untrained models",
+    },
     "Look after a run": {
         "status": "how far a run is, who writes into it, what is left; from any machine",
         "verify": "whether a run's files are whole, and what mends them",

@@ -15,7 +15,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Generator, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 
@@ -32,7 +32,6 @@ from saecore.runs.run import Run
 from saecore.upkeep.lock import Lock
 
 from . import cluster, commands, console, events, signals
-from .collection import Arguments
 from .pool import Pool, decode_memory
 
 STOP_SECONDS = 2.0
@@ -185,7 +184,18 @@ def no_alarm(fit: Fit) -> None:
     """For a job that has nothing to judge."""
 
 
-def complete(job: Job, arguments: Arguments, clock: Clock, watch: Callable[[Fit], None] = no_alarm) -> bool:
+class Told(Protocol):
+    """What `complete` needs to know of a command."""
+
+    @property
+    def out(self) -> str: ...
+    @property
+    def stop_seconds(self) -> float: ...
+    @property
+    def log_json(self) -> str: ...
+
+
+def complete(job: Job, arguments: Told, clock: Clock, watch: Callable[[Fit], None] = no_alarm) -> bool:
     """Run what is pending and complete the run; False if it was complete before. `clock` runs since the command began.
 
     `watch` is told how well the images so far are reconstructed, those of earlier sessions too, and may raise an `AlarmError`.

@@ -28,7 +28,7 @@ from saecore import schema
 from saecore.images.changes import other_files, shortened
 from saecore.images.effort import MAX_PIXELS
 from saecore.pipeline.clock import Clock
-from saecore.pipeline.config import EmbedConfig, ExplainConfig, ModelDigests, parts_of, restored
+from saecore.pipeline.config import ExplainConfig, parts_of
 from saecore.pipeline.decoder import IMAGE_SECONDS
 from saecore.pipeline.stages import Decode, Embed, Explain
 from saecore.report.preview import write_preview
@@ -38,7 +38,7 @@ from saecore.runs.refusals import MAY_PASS, refusals, refused_chunks
 from saecore.runs.run import Run, run_at
 from saecore.storage import resolved
 
-from . import cluster, collection, commands, console, decoding, locks, pipeline
+from . import cluster, collection, commands, console, decoding, locks, pipeline, remade
 from .hints import after_vectors
 from .pool import Pool, Wishes
 from .summaries import refused_images, run_summary
@@ -134,6 +134,10 @@ def complete_run(out: str) -> tuple[Run, list[Commit]]:
     if run is None:
         raise ValueError(f"{out} holds no run: there is no run.json")
     commits, record = run.commits(), run.record()
+    if record.kind == "evaluate":
+        raise ValueError(
+            f"{out} holds a judgement of maps: what it refused is read again by evaluate, into a new folder"
+        )
     if not record.is_complete or run.pending(commits).num_rows:
         raise ValueError(
             f"{out} is not complete; the command that began it, given again, ends it first: {record.command}"
@@ -156,37 +160,19 @@ def count(chunks: pa.Table) -> int:
 def prepare(arguments: Arguments, run: Run, commits: Sequence[Commit], n_images: int) -> pipeline.Job:
     """The job that made the run, as its record holds it; ValueError if its models are not to be had as they were."""
     record = run.record()
-    try:
-        config = restored(record.kind, record.config)
-    except TypeError as error:
-        raise ValueError(f"run.json of {arguments.run} does not say how it was made: {error}") from error
-    preprocess, digests = models(arguments.run, config)
+    config = remade.configuration(arguments.run, record)
+    tower, _, digests = remade.models(arguments.run, config)
     pool = make_pool(arguments, n_images)
     # `auto` may come to something else on this device than it did on that of the run.
     precision = record.dtype or config.precision
     config = dataclasses.replace(config, device=pool.device, threads=pool.threads, precision=precision)
-    check_same(arguments.run, record, {"schema": schema.VERSION, **parts_of(config, digests)})
+    remade.check_same(arguments.run, record, {"schema": schema.VERSION, **parts_of(config, digests)})
     stage: Any = Explain if isinstance(config, ExplainConfig) else Embed
     max_pixels, resize = record.parts.get("max-pixels", MAX_PIXELS), decoding.held(record.parts)
-    decode = Decode(preprocess, max_pixels, arguments.image_seconds, resize)
+    decode = Decode(tower.preprocess, max_pixels, arguments.image_seconds, resize)
     again = dataclasses.replace(run, again=1 + max(commit.again for commit in commits))
     # No tags: the metadata of the files of before stays.
     return pipeline.Job(again, decode, functools.partial(stage, config), {}, pool)
-
-
-def models(out: str, config: EmbedConfig) -> tuple[Any, ModelDigests]:
-    """How CLIP's images are preprocessed, and the hashes of the models; ValueError if one cannot be loaded any more."""
-    from saecore.sae.checkpoints import load_running_sae
-    from saecore.towers.loading import load_tower
-
-    try:
-        tower = load_tower(config.clip)
-        sae = load_running_sae(config.sae, config.site) if isinstance(config, ExplainConfig) else None
-    except ValueError as error:
-        raise ValueError(f"the models that made {out} are needed again: {error}") from error
-    clip = tower.sha256()[:16]
-    held = ModelDigests(clip) if sae is None else ModelDigests(clip, sae.sha256()[:16], sae.config.site)
-    return tower.preprocess, held
 
 
 def make_pool(arguments: Arguments, n_images: int) -> Pool:
@@ -195,16 +181,6 @@ def make_pool(arguments: Arguments, n_images: int) -> Pool:
     if arguments.local or (n_images <= collection.SMALL_IMAGES and not is_told):
         return cluster.here(arguments.gpus_per_replica)
     return cluster.make_pool(arguments.wishes, arguments.wait_minutes)
-
-
-def check_same(out: str, record: Record, parts: dict[str, Any]) -> None:
-    """ValueError, which names what differs, if the run was made with something else than `parts`."""
-    if changed := [
-        f"{key} was {record.parts.get(key)!r}, is now {value!r}"
-        for key, value in parts.items()
-        if record.parts.get(key) != value
-    ]:
-        raise ValueError(f"{out} was made with other models, or in another way ({'; '.join(changed)})")
 
 
 def work(job: pipeline.Job, chunks: pa.Table, clock: Clock) -> None:

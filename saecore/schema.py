@@ -202,7 +202,7 @@ _CASE = [
     pa.field("method", pa.string(), nullable=False),  # of maps, or a baseline: random, centre, edges, shapley values
 ]
 
-# One row for each image, target, method and metric of a run of jobs.evaluate (`saecore.evaluation.judge` has the metrics).
+# One row for each image, target, method and metric of a run of jobs.evaluate (`saecore.judging.judge` has the metrics).
 FAITHFULNESS = pa.schema(
     [
         pa.field("image_id", pa.int64(), nullable=False),

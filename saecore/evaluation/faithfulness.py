@@ -84,8 +84,9 @@ def alikeness(maps: Tensor) -> Tensor:
     """Mean |rank correlation| of each map with the others of its image, (B, n, P) -> float32 (B, n): near 1 where the method
     shows the same for every target. NaN for an image with one target."""
     n = maps.shape[1]
-    every = torch.stack([rank_correlation(maps, maps.roll(by, 1)) for by in range(1, n)]) if n > 1 else maps[None, ..., 0] * torch.nan
-    return every.abs().nanmean(0)
+    if n == 1:
+        return torch.full_like(maps[..., 0], torch.nan)
+    return torch.stack([rank_correlation(maps, maps.roll(by, 1)).abs() for by in range(1, n)]).nanmean(0)
 
 
 def swapped(order: Tensor) -> Tensor:

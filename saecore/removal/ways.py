@@ -26,8 +26,8 @@ Removal = Callable[[Tensor], Tensor]
 """The numbers of the patches that stay, int64 (B, R, m) -> the targets' values, float32 (B, R, n)."""
 
 Values = Callable[..., Tensor]
-"""Embeddings (B, R, E) -> the targets' values (B, R, n). Of a `TokenTower`: streams (B, R, M, D) of the tokens that are left, and
-their numbers, int64 (B, R, M)."""
+"""Embeddings (B, R, E) -> the targets' values (B, R, n). Of a `TokenTower`: streams (B, R, M, D) of the tokens that are left,
+and their numbers, int64 (B, R, M)."""
 
 ROWS, ROWS_ON_CPU = 256, 16
 """Token sequences in one forward. They bound its memory, and do not change its results. On a CPU they should fit the caches:

@@ -22,6 +22,8 @@ TABLES = {
     "images": ("images/*.parquet", "a row for every image that was found, refused images too"),
     "activations": ("activations/*.parquet", "the latents that were kept of each image, strongest first"),
     "maps": ("maps/*.parquet", "relevance maps: one signed number for each patch of the image"),
+    "faithfulness": ("faithfulness/*.parquet", "a row for each image, target, method and metric: how good a map is"),
+    "curves": ("curves/*.parquet", "the value of each target as patches are taken out by the order of a map"),
     "latents": ("latents.parquet", "a row for every latent: what it does, what it is called"),
     "by_latent": ("by_latent/*.parquet", "`activations`, sorted by latent and by falling activation"),
     "top_images": ("top_images/*.parquet", "the strongest images of each latent, with all that is needed to show them"),
@@ -89,6 +91,8 @@ def _what(record: Record) -> str:
         return "CLIP makes of a collection of images inside its image tower: vectors"
     if record.kind == "embed":
         return "CLIP makes of a collection of images: embeddings"
+    if record.kind == "evaluate":
+        return "removing patches does to what relevance maps explain: whether the maps of a run are true"
     return "a CLIP and a sparse autoencoder see in a collection of images, and where"
 
 
@@ -105,7 +109,9 @@ def _facts(record: Record) -> dict[str, str]:
         "site": "" if record.has_words else f"{_code(record.site)}{', pooled by ' * bool(record.pool)}{record.pool}",
         "maps": ", ".join([*map(_code, record.methods), *grid]),
         "of": ", ".join(map(_code, parts.get("targets", []))),
-        "latents kept of each image": f"{parts['k']}" if "k" in parts else "",
+        f"latents {'judged' if record.kind == 'evaluate' else 'kept'} of each image": f"{parts['k']}"
+        if "k" in parts
+        else "",
         "worst error of map + remainder": "" if worst is None else f"{worst:.1e}",
         "made": record.started[:10],
         "versions": ", ".join(f"{name} {version}" for name, version in record.versions.items()),
@@ -126,11 +132,11 @@ def _rows(record: Record, table: str) -> str:
 
 
 def _example(record: Record, held: Sequence[str]) -> str:
-    table = "maps" if "maps" in held and any(record.grid) else "images"
+    table = "maps" if "maps" in held and any(record.grid) else "faithfulness" if "faithfulness" in held else "images"
     load = (
         f'from datasets import load_dataset\n\nrows = load_dataset("FOLDER or OWNER/NAME", "{table}", split="train")\n'
     )
-    if table == "images":
+    if table != "maps":
         return load
     height, width = record.grid
     decode = f'np.frombuffer(row["map"], np.int8).reshape({height}, {width}) * row["scale"]'

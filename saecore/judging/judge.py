@@ -32,23 +32,14 @@ import torch
 from torch import Tensor
 
 from saecore.evaluation import faithfulness, localisation, nulls, stability
-from saecore.evaluation.settings import Settings
-from saecore.evaluation.subject import Shown, Subject
+from saecore.judging.settings import Settings
+from saecore.judging.subject import Shown, Subject
+from saecore.judging.verdict import BASELINES, OTHER_ROWS, SHAPLEY, TRAINED, UNTRAINED
 from saecore.methods import METHODS
 from saecore.pipeline.inference import OnDevice
 from saecore.relevance.agreement import rank_correlation
 from saecore.relevance.maps import completeness_error, sink_share
 from saecore.removal.shapley import Shapley, shapley
-
-TRAINED, OTHER_ROWS, UNTRAINED = "trained", "other rows", "untrained tower"
-MODELS = (TRAINED, OTHER_ROWS, UNTRAINED)
-
-SHAPLEY = "shapley values"
-"""The name under which sampled Shapley values are judged as if they were a method."""
-
-BASELINES = ("random", "centre", "edges")
-"""Maps without a model, which any map has to beat."""
-
 
 SAMPLED = ("shapley",)
 """Methods that take hundreds of forwards: their maps are not made again of every changed picture and model."""
@@ -77,7 +68,7 @@ class Judged(NamedTuple):
 
 
 class Judge(OnDevice[Judged]):
-    """Models on their device, and what is made of them to compare with. Everything is in float32: removal subtracts forwards."""
+    """Models on their device, and what is made of them to compare with. All is in float32, since removal subtracts forwards."""
 
     def __init__(self, subject: Subject, settings: Settings, device: str, keep_maps: bool = False) -> None:
         super().__init__(subject.tower, device, subject.methods, "float32")
@@ -91,7 +82,7 @@ class Judge(OnDevice[Judged]):
         own = dataclasses.replace(self.subject, methods=tuple(m for m in subject.methods if m not in SAMPLED))
         rows = nulls.with_other_rows(sae, settings.seed)
         self.nulls, self.changed = dict[str, Subject](), dict[str, Subject]()
-        if "nulls" in settings.checks:
+        if "nulls" in settings.checks and settings.null_latents:
             without = dataclasses.replace(self.subject, words=None)
             self.nulls[OTHER_ROWS] = dataclasses.replace(without, sae=rows)
             anew = nulls.untrained(self.tower, settings.seed).to(self.device)
@@ -115,7 +106,7 @@ class Judge(OnDevice[Judged]):
         asked = self.settings.targets.latents
         given = None if self.settings.k else torch.tensor(asked, device=pixels.device).expand(len(pixels), -1)
         shown = self.subject.show(pixels, given, self.settings.k)
-        sheet = _Sheet(max(shown.values.shape[1], self.settings.null_latents if self.nulls else 0))
+        sheet = _Sheet(shown.values.shape[1])
         reference = self._scored(sheet, TRAINED, self.subject, pixels, shown)
         latents = [_numbers(shown, sheet.n)]
         for name, subject in self.nulls.items():
@@ -171,11 +162,12 @@ class Judge(OnDevice[Judged]):
                 first = way == settings.ways[0]
                 sheet.curve(Key(model, name, way), found, fires)
                 sheet.write(Key(model, name, "srg" if way == "drop" else f"srg_{way}"), found.srg, fires)
-                if first:
+                if first and name == self.judged[0]:
                     sheet.write(Key(model, name, "span"), found.mif[..., 0] - found.mif[..., -1], fires)
-                    if fires.shape[1] > 1:
-                        sheet.write(Key(model, name, "srg_of_another"), found.srg_of_another, fires)
-            sheet.write(Key(model, name, "alike"), faithfulness.alikeness(relevance), fires)
+                if first and fires.shape[1] > 1 and name not in BASELINES:
+                    sheet.write(Key(model, name, "srg_of_another"), found.srg_of_another, fires)
+            if name not in BASELINES:
+                sheet.write(Key(model, name, "alike"), faithfulness.alikeness(relevance), fires)
             if "occlusion" in shown.maps and name != "occlusion":
                 agreed = rank_correlation(relevance, shown.maps["occlusion"].relevance)
                 sheet.write(Key(model, name, "occlusion"), agreed, fires)
@@ -200,12 +192,8 @@ class Judge(OnDevice[Judged]):
                 sheet.write(Key(TRAINED, name, metric), agreed, shown.fires[:, :n])
         if self.rounded is None:
             return
-        again = {
-            "shift": (self.own, stability.shifted(pixels)),
-            "jpeg": (self.own, stability.as_jpeg(pixels)),
-            "bfloat16": (self.rounded, pixels),
-        }
-        for metric, (subject, picture) in again.items():
+        again = {name: (self.own, change(pixels)) for name, change in stability.CHANGES.items()}
+        for metric, (subject, picture) in (again | {"bfloat16": (self.rounded, pixels)}).items():
             other = subject.show(picture, shown.latents)
             for name in subject.methods:
                 agreed = rank_correlation(own[name], other.maps[name].relevance)

@@ -32,7 +32,7 @@ class Shown(NamedTuple):
     latents: Tensor
     """int64 (B, n without the words)."""
     fires: Tensor
-    """bool (B, n): whether the latent fires for the image; a word always does. A latent that does not has nothing to explain."""
+    """bool (B, n): whether the latent fires for the image, so that there is something to explain; a word always does."""
     values: Tensor
     """float32 (B, n): z, with all normalisers."""
     maps: dict[str, Maps]
@@ -60,7 +60,7 @@ class Subject:
         return 0 if self.tower.n_own else 1
 
     def show(self, pixels: Tensor, latents: Tensor | None = None, strongest: int = 16) -> Shown:
-        """Pixels uint8 (B, height, width, 3) -> their targets: the `strongest` latents of each, or those that are given, (B, k)."""
+        """Pixels uint8 (B, height, width, 3) -> their targets: the `strongest` latents of each, or given ones, int64 (B, k)."""
         if isinstance(self.tower, TokenTower):
             return self._tokens(self.tower, pixels, latents, strongest)
         embedding, trace = self.tower(pixels, **trace_needs(self.methods, self.options, len(self.tower.path())))
@@ -91,9 +91,5 @@ class Subject:
         none = streams.new_zeros(0, dtype=torch.int64)
         if latents is None:
             return pool_tokens(self.sae, streams, self.pool, strongest, none)
-        each = [
-            pool_tokens(self.sae, one[None], self.pool, 0, own) for one, own in zip(streams, latents, strict=True)
-        ]
+        each = [pool_tokens(self.sae, one[None], self.pool, 0, own) for one, own in zip(streams, latents, strict=True)]
         return Pooled(*(torch.cat(parts) for parts in zip(*each, strict=True)))
-
-

@@ -17,23 +17,27 @@ PICTURES_AT_ONCE = 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(ExplainConfig):
-    """Everything `saecore.evaluation.stage.Evaluate` needs. `k` is how many latents of each image are judged, 0 for those that
+    """Everything `saecore.judging.stage.Evaluate` needs. `k` is how many latents of each image are judged, 0 for those that
     the targets name by number; the other fields of `ExplainConfig` are those of the run whose maps are judged."""
 
     of: str = dataclasses.field(metadata=changes_results(Part("of")))
     """The fingerprint of that run."""
     sample: int = dataclasses.field(metadata=changes_results(Part("sample")))
     """How many of its images are judged."""
-    ways: tuple[str, ...] = dataclasses.field(default=WAYS[:1], metadata=changes_results(Part("ways")))
+    ways: tuple[str, ...] = dataclasses.field(
+        default=WAYS[:1], metadata=changes_results(Part("ways", lambda settings, _: list(settings.ways)))
+    )
     """How patches are taken out, some of `WAYS`; nulls are measured by the first."""
     steps: int = dataclasses.field(default=10, metadata=changes_results(Part("steps")))
     """In how many parts they are taken out."""
     orders: int = dataclasses.field(default=60, metadata=changes_results(Part("orders")))
     """Orders by which Shapley values are sampled; 0 for none."""
-    checks: tuple[str, ...] = dataclasses.field(default=CHECKS, metadata=changes_results(Part("checks")))
+    checks: tuple[str, ...] = dataclasses.field(
+        default=CHECKS, metadata=changes_results(Part("checks", lambda settings, _: list(settings.checks)))
+    )
     """Some of `CHECKS`."""
     null_latents: int = dataclasses.field(default=4, metadata=changes_results(Part("null-latents")))
-    """Latents of each image by which the nulls are measured."""
+    """Latents of each image by which the nulls are measured, at most as many as targets; 0 for none."""
     masks: str = dataclasses.field(default="", metadata=changes_results(Part("masks")))
     """The address of masks, as `saecore.evaluation.masks` reads them; empty for none."""
     seed: int = dataclasses.field(default=0, metadata=changes_results(Part("seed")))

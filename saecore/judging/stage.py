@@ -2,7 +2,7 @@
 
     DECODED -> Judge (models on a device) -> scores, curves -> an Arrow table, one row for each image
 
-Left out: what the scores are (`saecore.evaluation.judge`), and what they come to (`saecore.evaluation.verdict`).
+Left out: what the scores are (`saecore.judging.judge`), and what they come to (`saecore.judging.verdict`).
 """
 
 from typing import TYPE_CHECKING, Any
@@ -11,13 +11,14 @@ import numpy as np
 import pyarrow as pa
 
 from saecore import schema
-from saecore.evaluation.settings import Settings
+from saecore.judging.settings import Settings
+from saecore.judging.verdict import MODELS
 from saecore.pipeline.config import at_once
 from saecore.pipeline.models import load_models, load_word_targets
 from saecore.pipeline.stages import in_batches, nested_rows, table_of, use_threads
 
 if TYPE_CHECKING:
-    from saecore.evaluation.judge import Key
+    from saecore.judging.judge import Key
 
 
 class Evaluate:
@@ -26,11 +27,11 @@ class Evaluate:
     step = "evaluate"
 
     def __init__(self, settings: Settings) -> None:
-        from saecore.evaluation.judge import MODELS, Judge
-        from saecore.evaluation.subject import Subject
+        from saecore.judging.judge import Judge
+        from saecore.judging.subject import Subject
 
         use_threads(settings.threads)
-        self.settings, self.models = settings, MODELS
+        self.settings = settings
         tower, sae = load_models(settings.clip, settings.sae, settings.site)
         words = load_word_targets(settings, tower, sae)
         subject = Subject(tower, sae, settings.methods, settings.options, settings.pool, words)
@@ -61,7 +62,7 @@ class Evaluate:
     ) -> dict[str, Any]:
         """The columns that say what a row is of, from the number of its key, its image and its target."""
         models, methods, metrics = (pa.array(names).take(pa.array(key)) for names in zip(*keys, strict=True))
-        latent = latents[image, np.array([self.models.index(one.model) for one in keys])[key], target]
+        latent = latents[image, np.array([MODELS.index(one.model) for one in keys])[key], target]
         # After the latents come the words, for the trained model only.
         labels = pa.array([None, *self.settings.targets.labels()], pa.string())
         n_latents = latents.shape[2] - len(labels) + 1

@@ -1,7 +1,7 @@
 """A sample of the images of a run: which are judged, and the plan by which they are read.
 
-Every image that the run explained is as likely as any other. The plan has the chunks of the run, each with the column `only`, in
-pieces of a few images: pieces of one chunk are read by different workers, each from the beginning of the chunk.
+Every image that the run explained is as likely as any other. The plan has the chunks of the run in pieces of a few images,
+which the column `only` names. Different workers read pieces of one chunk, each from the beginning of the chunk.
 """
 
 import numpy as np

@@ -1,0 +1,244 @@
+"""What a run that judged maps comes to: means with intervals, comparisons case by case, and a verdict in sentences.
+
+    FAITHFULNESS, CURVES -> Verdict -> verdict.json, a table, a page
+
+A case is a target of an image. Intervals hold 95 of 100 samples of as many images (`localisation.mean_over_images`: bootstrap,
+2,000 resamples); a comparison takes the differences of the same cases. A sentence that one beats the other says that 0 lies
+outside. Over many comparisons some are wrong by chance: the sentences compare with the first method only.
+
+It loads no PyTorch: pages read it too.
+"""
+
+import json
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from saecore.evaluation.localisation import Mean, mean_over_images
+from saecore.runs.files import open_dataset
+from saecore.storage import is_file, join_uri, read_json, write_atomic
+
+FILE = "verdict.json"
+
+TRAINED, OTHER_ROWS, UNTRAINED = "trained", "other rows", "untrained tower"
+MODELS = (TRAINED, OTHER_ROWS, UNTRAINED)
+"""What is judged, and the two nulls: the SAE with random rows of its encoder, and a tower that nobody trained."""
+
+SHAPLEY = "shapley values"
+"""The name under which sampled Shapley values are judged as if they were a method."""
+
+BASELINES = ("random", "centre", "edges")
+"""Maps without a model, which any map has to beat."""
+
+CONTROLS = ("attention", *BASELINES)
+"""What knows no target."""
+
+LEAST_IMAGES = 30
+"""With fewer, an interval by bootstrap says too little, and the verdict says so."""
+
+
+class Row(NamedTuple):
+    """The mean of a score."""
+
+    model: str
+    method: str
+    metric: str
+    cases: int
+    mean: Mean
+
+
+class Apart(NamedTuple):
+    """By how much a method's SRG exceeds another's, case by case."""
+
+    method: str
+    other: str
+    mean: Mean
+
+
+class Course(NamedTuple):
+    """The mean curves of a method: z as patches are taken out, from all patches to none."""
+
+    model: str
+    method: str
+    way: str
+    mif: list[float]
+    lif: list[float]
+
+
+class Verdict(NamedTuple):
+    """What the tables of a run come to."""
+
+    images: int
+    cases: int
+    methods: list[str]
+    """As they were asked for, then `SHAPLEY` if it was sampled, then `BASELINES`."""
+    rows: list[Row]
+    apart: list[Apart]
+    courses: list[Course]
+    sentences: list[str]
+
+    def mean(self, method: str, metric: str, model: str = TRAINED) -> Mean | None:
+        """The mean of a score, None if it was not measured."""
+        return next((row.mean for row in self.rows if row[:3] == (model, method, metric)), None)
+
+
+def judged(uri: str, asked: list[str]) -> Verdict:
+    """The verdict on a complete run of jobs.evaluate, whose methods were asked for in this order."""
+    table = open_dataset(uri, "faithfulness").to_table()
+    curves = open_dataset(uri, "curves").to_table()
+    names = table["method"].unique().to_pylist()
+    methods = [*asked, *(name for name in (SHAPLEY, *BASELINES) if name in names)]
+    cases = _cases(table)
+    held = _by_key(table, cases)
+    rows = [Row(*key, len(values), mean_over_images(values, images)) for key, (values, images, _) in held.items()]
+    rows.sort(key=lambda row: (MODELS.index(row.model), methods.index(row.method), row.metric))
+    srg = {method: held[TRAINED, method, "srg"] for method in methods if (TRAINED, method, "srg") in held}
+    first = methods[0]
+    apart = [_apart(srg, first, other) for other in srg if other != first] if first in srg else []
+    n_images = len(table["image_id"].unique())
+    n_cases = len(srg[first][0]) if first in srg else 0
+    verdict = Verdict(n_images, n_cases, methods, rows, apart, _courses(curves, methods), [])
+    return verdict._replace(sentences=_sentences(verdict, held))
+
+
+def _cases(table: pa.Table) -> np.ndarray:
+    """A number for each target of each image, int64 (rows,)."""
+    columns = [table["image_id"], pc.fill_null(table["latent"], -1), pc.fill_null(table["target"], "")]
+    numbers = [column.combine_chunks().dictionary_encode().indices.to_numpy() for column in columns]
+    sizes = [int(one.max(initial=0)) + 1 for one in numbers]
+    return (numbers[0].astype(np.int64) * sizes[1] + numbers[1]) * sizes[2] + numbers[2]
+
+
+Held = dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
+def _by_key(table: pa.Table, cases: np.ndarray) -> Held:
+    """By model, method and metric: values, images and cases, in the order of the cases."""
+    keys = [table[name].combine_chunks().dictionary_encode() for name in ("model", "method", "metric")]
+    names = [key.dictionary.to_pylist() for key in keys]
+    numbers = np.ravel_multi_index([key.indices.to_numpy() for key in keys], [max(1, len(name)) for name in names])
+    values, images = table["value"].to_numpy().astype(np.float64), table["image_id"].to_numpy()
+    order = np.lexsort((cases, numbers))
+    found, starts = np.unique(numbers[order], return_index=True)
+    held: Held = {}
+    for number, rows in zip(found, np.split(order, starts[1:]), strict=True):
+        at = np.unravel_index(number, [len(name) for name in names])
+        model, method, metric = (name[place] for name, place in zip(names, at, strict=True))
+        held[model, method, metric] = (values[rows], images[rows], cases[rows])
+    return held
+
+
+def _apart(srg: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], method: str, other: str) -> Apart:
+    """Both have the same cases, in the same order."""
+    (one, images, cases), (two, _, others) = srg[method], srg[other]
+    assert np.array_equal(cases, others), (method, other)
+    return Apart(method, other, mean_over_images(one - two, images))
+
+
+def _courses(curves: pa.Table, methods: list[str]) -> list[Course]:
+    courses = []
+    for model in MODELS:
+        for method in methods:
+            for way in curves["way"].unique().to_pylist():
+                rows = curves.filter(
+                    pc.and_(
+                        pc.and_(pc.equal(curves["model"], model), pc.equal(curves["method"], method)),
+                        pc.equal(curves["way"], way),
+                    )
+                )
+                if rows.num_rows:
+                    means = (
+                        rows[name].combine_chunks().flatten().to_numpy().reshape(rows.num_rows, -1).mean(0)
+                        for name in ("mif", "lif")
+                    )
+                    courses.append(Course(model, method, way, *(mean.tolist() for mean in means)))
+    return courses
+
+
+# ---- In words.
+
+
+def signed(mean: Mean) -> str:
+    """`+1.95 [1.70, 2.20]`."""
+    return f"{mean.value:+.2f} [{mean.low:.2f}, {mean.high:.2f}]"
+
+
+def _sentences(verdict: Verdict, held: Held) -> list[str]:
+    """The verdict in plain words, the most important first."""
+    first = verdict.methods[0]
+    if verdict.mean(first, "srg") is None:
+        return []
+    apart = {one.other: one.mean for one in verdict.apart}
+    n = f"n = {verdict.images:,} images, {verdict.cases:,} targets"
+    said = [_compared(first, "attention" if "attention" in apart else "random", apart, n)]
+    if "attention" in apart:
+        said.append(_compared(first, "random", apart, ""))
+    if (TRAINED, first, "srg_of_another") in held:
+        (own, images, _), (another, _, _) = held[TRAINED, first, "srg"], held[TRAINED, first, "srg_of_another"]
+        gain = mean_over_images(own - another, images)
+        if gain.low > 0:
+            said.append(f"{first} knows its target: its SRG is {signed(gain)} above that by another target's map.")
+        else:
+            said.append(
+                f"{first} is not shown to know its target: by another target's map, SRG differs by {signed(gain)}."
+            )
+    said += [_compared(first, other, apart, "") for other in apart if other not in (*CONTROLS, SHAPLEY)]
+    if SHAPLEY in apart:
+        means = [float(held[TRAINED, method, "srg"][0].mean()) for method in (first, SHAPLEY)]
+        if means[1] > 0:
+            share = f"{first} has {means[0] / means[1]:.0%} of it"
+            said.append(f"Shapley values by sampling have an SRG of {means[1]:.2f}; {share}.")
+    said += _nulls(verdict, first)
+    if verdict.images < LEAST_IMAGES:
+        said.append(f"These are {verdict.images} images: with fewer than {LEAST_IMAGES}, intervals say little.")
+    return said
+
+
+def _compared(first: str, other: str, apart: dict[str, Mean], n: str) -> str:
+    mean, ending = apart[other], f", {n}." if n else "."
+    if mean.low > 0:
+        return f"{first} beats {other}: SRG {signed(mean)}{ending}"
+    if mean.high < 0:
+        return f"{other} beats {first}: SRG {signed(Mean(-mean.value, -mean.high, -mean.low))}{ending}"
+    return f"{first} and {other} cannot be told apart: SRG {signed(mean)}{ending}"
+
+
+def _nulls(verdict: Verdict, first: str) -> list[str]:
+    """What the method has without training, as a part of what all patches together explain there."""
+    shares = {}
+    for model in MODELS:
+        srg, span = verdict.mean(first, "srg", model), verdict.mean(first, "span", model)
+        if srg is not None and span is not None:
+            shares[model] = f"{srg.value:.2f}"
+    if len(shares) < len(MODELS):
+        return []
+    return [
+        f"Nulls: the SRG of {first} is {shares[TRAINED]}; with random rows in the SAE it is {shares[OTHER_ROWS]}, which the "
+        f"tower alone gives, and in a tower that nobody trained it is {shares[UNTRAINED]}."
+    ]
+
+
+# ---- As a file.
+
+
+def write(uri: str, verdict: Verdict) -> None:
+    """Write verdict.json into the run of jobs.evaluate at `uri`."""
+    document = verdict._asdict()
+    for name in ("rows", "apart"):
+        document[name] = [one._asdict() | {"mean": one.mean._asdict()} for one in document[name]]
+    document["courses"] = [course._asdict() for course in verdict.courses]
+    write_atomic(join_uri(uri, FILE), (json.dumps(document, indent=1) + "\n").encode())
+
+
+def read(uri: str) -> Verdict | None:
+    """What `write` wrote; None if there is none."""
+    if not is_file(join_uri(uri, FILE)):
+        return None
+    document: dict[str, Any] = read_json(join_uri(uri, FILE))
+    kinds = {"rows": Row, "apart": Apart}
+    for name, kind in kinds.items():
+        document[name] = [kind(**{**one, "mean": Mean(**one["mean"])}) for one in document[name]]
+    document["courses"] = [Course(**one) for one in document["courses"]]
+    return Verdict(**document)
