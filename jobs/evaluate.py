@@ -27,6 +27,7 @@ from saecore.images.effort import MAX_PIXELS
 from saecore.judging import sample, verdict
 from saecore.judging.settings import CHECKS, PICTURES_AT_ONCE, WAYS, Settings, forwards
 from saecore.judging.stage import Evaluate
+from saecore.judging.wording import curves_svg
 from saecore.methods import methods_for
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.config import ExplainConfig, ModelDigests, parts_of
@@ -36,7 +37,7 @@ from saecore.pipeline.stages import Decode
 from saecore.runs.record import Record, read_complete
 from saecore.runs.refusals import refusals
 from saecore.runs.run import check_place, open_run
-from saecore.storage import join_uri, resolved
+from saecore.storage import join_uri, resolved, write_atomic
 
 from . import cluster, collection, commands, console, decoding, locks, origin, pipeline, remade
 from .pool import Pool, Wishes
@@ -47,9 +48,6 @@ if TYPE_CHECKING:
 
 CONTROL = "attention"
 """The method that knows no target is judged beside any other."""
-
-FOLDER = "evaluation"
-"""Where a run's evaluation is, unless it is told otherwise; pages of the run look for it there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +108,7 @@ class Arguments:
     @property
     def place(self) -> str:
         """The folder of the evaluation."""
-        return self.out or join_uri(self.run, FOLDER)
+        return self.out or join_uri(self.run, verdict.FOLDER)
 
     @property
     def ways(self) -> tuple[str, ...]:
@@ -165,6 +163,7 @@ def evaluate(argv: list[str]) -> int:
         record = job.run.record()
         found = verdict.judged(job.run.uri, record.methods)
         verdict.write(job.run.uri, found)
+        write_atomic(join_uri(job.run.uri, "curves.svg"), curves_svg(found).encode())
     print("\n".join([verdict_tables(found), "", *found.sentences, "", run_summary(arguments.place, record)]))
     if record.n_refused:
         print(refused_images(arguments.place, refusals(job.run), is_explained=False))

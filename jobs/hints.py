@@ -11,7 +11,7 @@ from saecore.storage import join_uri, split_settings
 
 from . import commands
 
-JOBS = {"Names": "name", "Index": "index"}
+JOBS = {"Names": "name", "Index": "index", "Judgement": "evaluate"}
 """The job that adds to a run, by `Holding.what`."""
 
 SETTINGS = {"Maps of": "--targets", "Methods": "--method", "Embeddings": "--keep-embeddings"}

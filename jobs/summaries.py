@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from saecore.images.chunks import count_images
-from saecore.judging.verdict import OTHER_ROWS, TRAINED, UNTRAINED, Verdict
+from saecore.judging.verdict import Verdict
+from saecore.judging.wording import Table, tables_of
 from saecore.runs import durations, latents
 from saecore.runs.record import Record, Unread
 from saecore.runs.refusals import Refusal
@@ -214,59 +215,15 @@ def naming_summary(table: pa.Table, made_by: Mapping[str, Any], run: str, out: s
     return "\n".join(lines)
 
 
-VERDICT = {
-    "Does removing what a map shows remove the target?": {
-        "SRG": ("srg", TRAINED),
-        "filled by mean": ("srg_mean", TRAINED),
-        "filled by blur": ("srg_blur", TRAINED),
-        "random rows": ("srg", OTHER_ROWS),
-        "untrained tower": ("srg", UNTRAINED),
-        "one by one": ("occlusion", TRAINED),
-        "Shapley values": ("shapley", TRAINED),
-        "localisable": ("localisable", TRAINED),
-    },
-    "Is a map its target's own? Does it depend on what was learned?": {
-        "SRG": ("srg", TRAINED),
-        "by another's": ("srg_of_another", TRAINED),
-        "alike": ("alike", TRAINED),
-        "other row": ("other_row", TRAINED),
-        "last layer": ("cascade_1", TRAINED),
-        "half of them": ("cascade_half", TRAINED),
-        "all layers": ("cascade_all", TRAINED),
-    },
-    "Does it stay the same?": {
-        "shift": ("shift", TRAINED),
-        "JPEG": ("jpeg", TRAINED),
-        "bfloat16": ("bfloat16", TRAINED),
-        "on sinks": ("sink_share", TRAINED),
-    },
-    "Does it lie on the object?": {
-        "pointing": ("pointing", TRAINED),
-        "mass": ("mass", TRAINED),
-        "precision": ("precision", TRAINED),
-        "mIoU": ("miou", TRAINED),
-    },
-}
-"""Questions -> columns of their table: a metric of `saecore.judging.judge`, and a model."""
-
-
 def verdict_tables(found: Verdict) -> str:
-    """A table for each question that was measured, a row for each method: means, and half of their intervals."""
-    return "\n\n".join(filter(None, (_verdict_table(found, title, held) for title, held in VERDICT.items())))
+    """A table for each question that was measured, a row for each method."""
+    return "\n\n".join(_verdict_table(table) for table in tables_of(found))
 
 
-def _verdict_table(found: Verdict, title: str, columns: Mapping[str, tuple[str, str]]) -> str:
-    means = {name: [found.mean(method, *of) for method in found.methods] for name, of in columns.items()}
-    means = {name: column for name, column in means.items() if any(column)}
-    if not means.keys() - {"SRG"}:
-        return ""
-    lines = [f"{'':<16}" + "".join(f"{name:>16}" for name in means)]
-    for place, method in enumerate(found.methods):
-        cells = [column[place] for column in means.values()]
-        if any(cells):
-            said = ["" if m is None else f"{m.value:.2f} ± {(m.high - m.low) / 2:.2f}" for m in cells]
-            lines.append(f"{method:<16}" + "".join(f"{cell:>16}" for cell in said).rstrip())
-    return "\n".join([title, *lines])
+def _verdict_table(table: Table) -> str:
+    lines = [f"{'':<16}" + "".join(f"{name:>16}" for name in table.columns)]
+    lines += [f"{method:<16}" + "".join(f"{cell:>16}" for cell in cells).rstrip() for method, cells in table.rows]
+    return "\n".join([table.question, *lines])
 
 
 # ---- Sizes.

@@ -15,6 +15,11 @@ PICTURES_AT_ONCE = 8
 """Pictures of a chunk: each is hundreds of forwards, so a chunk of them is a minute's work or less."""
 
 
+def _listed(name: str) -> dict[str, tuple[Part, ...]]:
+    """Metadata of a tuple, which is a list in run.json and so in a fingerprint."""
+    return changes_results(Part(name, lambda settings, _: list(getattr(settings, name))))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(ExplainConfig):
     """Everything `saecore.judging.stage.Evaluate` needs. `k` is how many latents of each image are judged, 0 for those that
@@ -24,17 +29,13 @@ class Settings(ExplainConfig):
     """The fingerprint of that run."""
     sample: int = dataclasses.field(metadata=changes_results(Part("sample")))
     """How many of its images are judged."""
-    ways: tuple[str, ...] = dataclasses.field(
-        default=WAYS[:1], metadata=changes_results(Part("ways", lambda settings, _: list(settings.ways)))
-    )
+    ways: tuple[str, ...] = dataclasses.field(default=WAYS[:1], metadata=_listed("ways"))
     """How patches are taken out, some of `WAYS`; nulls are measured by the first."""
     steps: int = dataclasses.field(default=10, metadata=changes_results(Part("steps")))
     """In how many parts they are taken out."""
     orders: int = dataclasses.field(default=60, metadata=changes_results(Part("orders")))
     """Orders by which Shapley values are sampled; 0 for none."""
-    checks: tuple[str, ...] = dataclasses.field(
-        default=CHECKS, metadata=changes_results(Part("checks", lambda settings, _: list(settings.checks)))
-    )
+    checks: tuple[str, ...] = dataclasses.field(default=CHECKS, metadata=_listed("checks"))
     """Some of `CHECKS`."""
     null_latents: int = dataclasses.field(default=4, metadata=changes_results(Part("null-latents")))
     """Latents of each image by which the nulls are measured, at most as many as targets; 0 for none."""

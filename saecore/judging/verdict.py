@@ -22,6 +22,9 @@ from saecore.storage import is_file, join_uri, read_json, write_atomic
 
 FILE = "verdict.json"
 
+FOLDER = "evaluation"
+"""Where a run's evaluation is, unless it is told otherwise; pages of the run look for it there."""
+
 TRAINED, OTHER_ROWS, UNTRAINED = "trained", "other rows", "untrained tower"
 MODELS = (TRAINED, OTHER_ROWS, UNTRAINED)
 """What is judged, and the two nulls: the SAE with random rows of its encoder, and a tower that nobody trained."""

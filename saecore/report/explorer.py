@@ -77,6 +77,7 @@ def application(
         Route("/images/{number}.html", answers.image),
         Route("/pictures/{number}.webp", answers.picture),
         Route("/search.html", answers.search),
+        Route("/evaluation.html", answers.judgement),
         Route("/search.json", answers.finds),
         Mount("/static", StaticFiles(directory=FOLDER / "static")),
     ]
@@ -143,6 +144,11 @@ class Answers:
 
     def search(self, request: Request) -> Response:
         return _html(self.site.search())
+
+    def judgement(self, request: Request) -> Response:
+        if self.site.verdict is None:
+            raise HTTPException(404, "nobody has judged the maps of this run")
+        return _html(self.site.judgement())
 
     def finds(self, request: Request) -> Response:
         with self._alone:

@@ -3,8 +3,10 @@
 import json
 from typing import Any, NamedTuple
 
+from saecore.judging import verdict
 from saecore.methods import KEPT, OF_EMBEDDING, OF_TOKENS, TargetRequest
 from saecore.query.results import Results
+from saecore.storage import join_uri
 
 LISTED = 6
 """Up to this number, targets or latents are named one by one; more are counted."""
@@ -62,7 +64,7 @@ def naming(run: Results) -> dict[str, Any]:
 
 def holdings(run: Results) -> list[Holding]:
     """What there is to know of a run besides its images and latents."""
-    return [_targets(run), _methods(run), _embeddings(run), _names(run), _index(run)]
+    return [_targets(run), _methods(run), _embeddings(run), _names(run), _index(run), _judgement(run)]
 
 
 def _targets(run: Results) -> Holding:
@@ -107,6 +109,14 @@ def _index(run: Results) -> Holding:
         return Holding("Index", "none", "fast pages and questions; how local each latent's maps are")
     left = len(run.tables.not_indexed)
     return Holding("Index", "by latent", f"{_count(left, 'chunk')} that came after it" if left else "")
+
+
+def _judgement(run: Results) -> Holding:
+    found = verdict.read(join_uri(run.uri, verdict.FOLDER))
+    if found is None:
+        missing = "whether its maps are faithful, measured on a sample" if run.methods else ""
+        return Holding("Judgement", "none", missing)
+    return Holding("Judgement", f"of maps, on {_count(found.images, 'image')}", "")
 
 
 def _count(n: int, unit: str) -> str:

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+import markupsafe
 
+from saecore.judging import verdict, wording
 from saecore.methods import ACTIVATION, METHODS
 from saecore.query import search
 from saecore.query.finding import find_images, find_targets, index, numbered, strongest_images
@@ -21,7 +23,7 @@ from saecore.report.captions import number, percent
 from saecore.report.holdings import holdings, maps_in_words, naming
 from saecore.report.pictures import Pictures
 from saecore.report.views import ImageView, LatentView, Section, TargetView, Tile, Views
-from saecore.storage import split_settings
+from saecore.storage import join_uri, split_settings
 
 EXPLORER = "explorer"
 """Key of `Site.hints`: the command that shows every latent and every image."""
@@ -107,6 +109,8 @@ class Site:
             f"no map: this run holds maps of {maps_in_words(run)} only" if run.methods else "no map: this run has none"
         )
         """The words in the place of a map that is not there."""
+        self.verdict = verdict.read(join_uri(run.uri, verdict.FOLDER))
+        """Whether the run's maps are faithful; None if nobody has judged them."""
         self._strongest = strongest
         self._naming = naming(run)
         self._latents = None if latents is None else frozenset(latents)
@@ -222,6 +226,15 @@ class Site:
     def search(self) -> str:
         """search.html."""
         return self._html("search")
+
+    def judgement(self) -> str:
+        """evaluation.html: whether the run's maps are faithful."""
+        found = self.verdict
+        assert found is not None
+        drawing = markupsafe.Markup(wording.curves_svg(found))
+        return self._html(
+            "evaluation", found=found, tables=wording.tables_of(found), meanings=wording.MEANINGS, curves=drawing
+        )
 
     def not_found(self, words: str, root: str = "") -> str:
         """The page that a server shows for an address without one."""

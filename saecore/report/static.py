@@ -1,6 +1,6 @@
 """A report as a folder of files: the pages of `saecore.report.pages` for a part of a run, with everything that they load.
 
-    REPORT/index.html  latents.html  images.html  search.html
+    REPORT/index.html  latents.html  images.html  search.html  evaluation.html, if the run was judged
     REPORT/latents/53.html  images/4294967342.html  targets/0.html     a page each
     REPORT/pictures/4294967342.webp                    what CLIP saw of an image, once
     REPORT/static/  data/search.js                     style and scripts; the list that the search reads
@@ -135,6 +135,8 @@ class Report:
         _write(folder / "latents.html", site.latent_list(list(self.latents), thumbs))
         _write(folder / "images.html", site.image_list(listed))
         _write(folder / "search.html", site.search())
+        if site.verdict is not None:
+            _write(folder / "evaluation.html", site.judgement())
         _write(folder / "data" / "search.js", f"window.searchIndex = {self._search_index(listed)};\n")
         mark = {"run": site.uri, "fingerprint": site.run.record.fingerprint}
         _write(folder / MARK, json.dumps(mark) + "\n")
