@@ -205,7 +205,6 @@ def prepare(arguments: Arguments, argv: list[str], locked: contextlib.ExitStack)
         return None
     pool = make_pool(arguments)
     settings = dataclasses.replace(settings, device=pool.device, threads=pool.threads)
-    print(f"judges {work}")
     lock = locked.enter_context(locks.held("--out", arguments.place, "evaluate"))
     parts = {"schema": schema.VERSION, "kind": "evaluate", **parts_of(settings, digests)}
     made_by = {
@@ -221,6 +220,7 @@ def prepare(arguments: Arguments, argv: list[str], locked: contextlib.ExitStack)
     }
     with commands.given("--out"):
         run = open_run(resolved(arguments.place), parts, made_by, lambda: plan)
+    print(f"judges {work}")
     decode = Decode(
         tower.preprocess,
         record.parts.get("max-pixels", MAX_PIXELS),
@@ -239,6 +239,7 @@ def own_parts(config: ExplainConfig, digests: ModelDigests) -> dict[str, object]
 def configure(arguments: Arguments, record: Record, config: ExplainConfig, tower: "ImageTower") -> Settings:
     """What the replicas are told, without their device; ValueError for what these models cannot do."""
     from saecore.relevance.explain import check_fits
+    from saecore.removal.shapley import least_orders
 
     kept, targets = config.targets.kept and arguments.latents > 0, config.targets
     if not (kept or targets.latents or targets.words):
@@ -249,6 +250,10 @@ def configure(arguments: Arguments, record: Record, config: ExplainConfig, tower
         methods = methods_for(arguments.methods, record.reads_tokens) if arguments.methods else config.methods
         methods = tuple(dict.fromkeys((*methods, CONTROL)))
         check_fits(tower, methods, config.options)
+    if 0 < arguments.shapley_orders < (least := least_orders(tower.grid[0] * tower.grid[1])):
+        raise ValueError(
+            f"--shapley-orders {arguments.shapley_orders}: must be 0, or at least {least} for this model's patches"
+        )
     known = {field.name: getattr(config, field.name) for field in dataclasses.fields(ExplainConfig)}
     n_latents = k or len(targets.latents)
     known |= {

@@ -189,10 +189,7 @@ def _sentences(verdict: Verdict, held: Held) -> list[str]:
             )
     said += [_compared(first, other, apart, "") for other in apart if other not in (*CONTROLS, SHAPLEY)]
     if SHAPLEY in apart:
-        means = [float(held[TRAINED, method, "srg"][0].mean()) for method in (first, SHAPLEY)]
-        if means[1] > 0:
-            share = f"{first} has {means[0] / means[1]:.0%} of it"
-            said.append(f"Shapley values by sampling have an SRG of {means[1]:.2f}; {share}.")
+        said.append(_beside_shapley(first, apart[SHAPLEY], held))
     said += _nulls(verdict, first)
     if verdict.images < LEAST_IMAGES:
         said.append(f"These are {verdict.images} images: with fewer than {LEAST_IMAGES}, intervals say little.")
@@ -206,6 +203,15 @@ def _compared(first: str, other: str, apart: dict[str, Mean], n: str) -> str:
     if mean.high < 0:
         return f"{other} beats {first}: SRG {signed(Mean(-mean.value, -mean.high, -mean.low))}{ending}"
     return f"{first} and {other} cannot be told apart: SRG {signed(mean)}{ending}"
+
+
+def _beside_shapley(first: str, apart: Mean, held: Held) -> str:
+    own, most = (float(held[TRAINED, method, "srg"][0].mean()) for method in (first, SHAPLEY))
+    if apart.low > 0:
+        noisy = "Shapley values by sampling are too noisy to be a reference here: sample more orders"
+        return f"{noisy} ({first} beats them, SRG {signed(apart)})."
+    share = f"{first} has {own / most:.0%} of the SRG of {most:.2f} that Shapley values by sampling have"
+    return f"{share}." if apart.high < 0 else f"{share}: they cannot be told apart, {signed(apart)}."
 
 
 def _nulls(verdict: Verdict, first: str) -> list[str]:
