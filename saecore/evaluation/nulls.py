@@ -38,10 +38,8 @@ def with_other_rows(sae: SAE, seed: int = 0) -> SAE:
     """
     other = copy.deepcopy(sae)
     d, n = other.encoder.shape
-    rows = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
-        other.encoder.device
-    )
-    rows *= other.encoder.T.double().norm(dim=1, keepdim=True) / rows.norm(dim=1, keepdim=True)
+    rows = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    rows *= sae.encoder.T.cpu().double().norm(dim=1, keepdim=True) / rows.norm(dim=1, keepdim=True)
     other.encoder.copy_(rows.T)  # in place, which keeps how it lies in memory
     return other
 
