@@ -14,6 +14,7 @@ from transformers import CLIPModel, PreTrainedTokenizerFast
 
 from saecore.demo.lessons import FACETS, PROMPTS, TOKEN_KEYS, WORDS, normalise, photo
 from saecore.demo.scenes import Scene
+from saecore.evaluation.localisation import separation
 from saecore.sae.model import SAE
 
 
@@ -63,14 +64,8 @@ def followed(activations: Tensor, sample: list[Scene]) -> Tensor:
 
     0.5 is chance. Scenes in which a latent is off are ties: all of them have the mean of their ranks.
     """
-    there = torch.tensor(
-        [[any(w in (t.colour, t.shape, t.texture) for t in s.things) for w in WORDS] for s in sample]
-    ).double()
-    ranks = activations.argsort(dim=0).argsort(dim=0).double() + 1
-    off = activations <= 0
-    ranks = torch.where(off, (off.sum(dim=0, keepdim=True) + 1) / 2, ranks)
-    yes = there.sum(dim=0)
-    return ((ranks.T @ there - yes * (yes + 1) / 2) / (yes * (len(sample) - yes))).float()
+    there = np.array([[any(w in (t.colour, t.shape, t.texture) for t in s.things) for w in WORDS] for s in sample])
+    return torch.from_numpy(separation(activations.clamp(min=0).numpy(), there)).float()
 
 
 @torch.no_grad()

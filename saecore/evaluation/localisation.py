@@ -6,20 +6,24 @@ is on the object if c >= 1/2):
     pointing           is the patch of the largest R on the object?
     mass               sum_i c_i max(R_i, 0) / sum_i max(R_i, 0)
     average precision  mean over the object's patches of the precision among all patches with at least their R
+    mIoU               mean of the IoU of {R > mean R} with the object, and of the IoU of the two complements
 
 Pointing (Zhang et al. 2018, arXiv:1608.00507) looks at one patch. Mass (relevance mass accuracy, Arras et al. 2022,
 arXiv:2003.07258) looks at how much relevance lies where. Average precision looks only at the order of the patches: it needs no
-threshold and knows no scale. No score sees whether a map is faithful: a model may look at something next to the object. Scores
-are taken on the patch grid, never on an interpolated map.
+threshold and knows no scale. mIoU is what many papers tell (Chefer et al. 2021, arXiv:2012.09838, cut maps at their mean too,
+but sum over the pixels of all pictures). That cut favours maps that mark as much as the object fills. No score sees whether a
+map is faithful: a model may look at something next to the object. Scores are taken on the patch grid, never on an interpolated
+map.
 
-Patches of equal value share the score that they would get, so that a constant map scores as chance.
+Patches of equal value share the score that they would get, so that a constant map scores as chance; in mIoU it marks nothing.
 
-Left out: segmentation scores at a threshold (IoU), and masks of real photographs.
+Left out: reading masks (`saecore.evaluation.masks`).
 
 Shapes: n maps, P = H W patches, row-major.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import cv2
@@ -66,6 +70,30 @@ def average_precision(maps: np.ndarray, covered: np.ndarray) -> np.ndarray:
     return np.divide((precision * hits).sum(axis=-1), n_on, out=np.full(len(maps), np.nan), where=n_on > 0)
 
 
+def mean_iou(maps: np.ndarray, covered: np.ndarray) -> np.ndarray:
+    """IoU of the patches above a map's mean with the object, and of the others with the background, averaged: float64 (n,).
+
+    NaN where no patch is on the object, or all are.
+    """
+    # The mean of equal values may be one bit below them.
+    threshold = np.maximum(maps.mean(axis=-1, keepdims=True), maps.min(axis=-1, keepdims=True))
+    marked, on = maps > threshold, covered >= ON
+    both = [(marked & on).sum(-1), (~marked & ~on).sum(-1)]
+    either = [(marked | on).sum(-1), (~marked | ~on).sum(-1)]
+    told = on.any(-1) & ~on.all(-1)
+    parts = [np.divide(b, e, out=np.full(len(maps), np.nan), where=told) for b, e in zip(both, either, strict=True)]
+    return (parts[0] + parts[1]) / 2
+
+
+SCORES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "pointing": pointing,
+    "mass": mass,
+    "average precision": average_precision,
+    "mIoU": mean_iou,
+}
+"""Scores of maps (n, P) by the coverage of their patches (n, P)."""
+
+
 def agreement(maps: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Spearman's rank correlation of each map with its partner, float64 (n,); NaN where one of them is constant."""
     a, b = (rankdata(m, axis=-1) - (m.shape[-1] + 1) / 2 for m in (maps, others))
@@ -94,6 +122,64 @@ def edges(pixels: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 def noise(n: int, grid: tuple[int, int], seed: int = 0) -> np.ndarray:
     """Independent uniform values: float64 (n, P)."""
     return np.random.default_rng(seed).random((n, grid[0] * grid[1]))
+
+
+# ---- Which latent stands for an object.
+
+FEWEST = 5
+"""A label is followed by a latent only if so many images show it, and as many do not."""
+
+LATENTS_AT_ONCE = 1024
+"""Latents whose values are held dense for all images."""
+
+
+class Followers(NamedTuple):
+    """The latent that follows each of L labels best."""
+
+    latent: np.ndarray
+    """int64 (L,); -1 for a label that none can be said to follow, see `FEWEST`."""
+    auc: np.ndarray
+    """float64 (L,): on the images by which it was chosen; NaN where there is none."""
+
+
+def halves(n_images: int, seed: int = 0) -> np.ndarray:
+    """Whether an image is in the half by which latents are chosen, bool (n_images,); the other half is for judging."""
+    return np.random.default_rng(seed).permutation(n_images) < n_images // 2
+
+
+def follow(present: np.ndarray, latents: np.ndarray, activations: np.ndarray) -> Followers:
+    """The latents, among those that fire, whose activation separates the images that show a label from the others best.
+
+    present bool (B, L); latents int (B, K), activations (B, K), which are not above 0 for a latent that does not fire. A latent
+    that an image does not list has 0 there. Of latents that follow equally well, the one of the smallest number is taken.
+    """
+    strength, n_shown, n_labels = activations.clip(min=0), present.sum(axis=0), present.shape[1]
+    wanted = np.flatnonzero((n_shown >= FEWEST) & (n_shown <= len(present) - FEWEST))
+    best = Followers(np.full(n_labels, -1), np.full(n_labels, np.nan))
+    firing = np.unique(latents[strength > 0])
+    for at in range(0, len(firing), LATENTS_AT_ONCE):
+        some = firing[at : at + LATENTS_AT_ONCE]
+        image, rank = np.nonzero(np.isin(latents, some) & (strength > 0))
+        values = np.zeros((len(latents), len(some)), np.float32)
+        values[image, np.searchsorted(some, latents[image, rank])] = strength[image, rank]
+        areas = separation(values, present[:, wanted])
+        for label, column in zip(wanted, areas.T, strict=True):
+            top = column.argmax()
+            if not column[top] <= best.auc[label]:
+                best.latent[label], best.auc[label] = some[top], column[top]
+    return best
+
+
+def separation(values: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """The area under the ROC curve by which each of n values separates images that show each of L labels from the others.
+
+    values (B, n), present bool (B, L) -> float64 (n, L): 1/2 is chance, and NaN where all images show a label, or none does.
+    Equal values share their mean rank.
+    """
+    yes = present.sum(axis=0).astype(np.float64)
+    above = rankdata(values, axis=0).T @ present.astype(np.float64) - yes * (yes + 1) / 2
+    pairs = yes * (len(values) - yes)
+    return np.divide(above, pairs, out=np.full(above.shape, np.nan), where=pairs > 0)
 
 
 # ---- The certainty of a mean.

@@ -8,8 +8,7 @@ A map that hardly changes does not show what the weights say (Adebayo et al. 201
 the third "model parameter randomisation"). The first is the same question for one latent: its map by a row that means nothing.
 Since rows keep their lengths, its pre-activations have the trained units, so that it serves as an untrained SAE too.
 
-Nothing here changes what it is given. Draws are made on the CPU from the seed only, and leave the global random state as it
-was.
+Nothing here changes what it is given. Draws are made on the CPU from the seed only; the global random state stays as it was.
 
 Shapes: d embedding width, n latents.
 """
@@ -39,10 +38,8 @@ def with_other_rows(sae: SAE, seed: int = 0) -> SAE:
     """
     other = copy.deepcopy(sae)
     d, n = other.encoder.shape
-    rows = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
-        other.encoder.device
-    )
-    rows *= other.encoder.T.double().norm(dim=1, keepdim=True) / rows.norm(dim=1, keepdim=True)
+    rows = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    rows *= sae.encoder.T.cpu().double().norm(dim=1, keepdim=True) / rows.norm(dim=1, keepdim=True)
     other.encoder.copy_(rows.T)  # in place, which keeps how it lies in memory
     return other
 

@@ -25,7 +25,7 @@ import io
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -33,6 +33,8 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from saecore.images import effort, turns
 from saecore.images.effort import MAX_PIXELS
 from saecore.images.preprocess import Preprocess, Resize, see
+
+T = TypeVar("T")
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """The formats that are decoded: no other plug-in of Pillow sees the bytes."""
@@ -81,6 +83,21 @@ def open_rgb(
 
     `begin` is called once the header is read and before a pixel is decoded, with the format and the number of pixels.
     """
+    return Opened(*_open(data, _rgb, max_pixels, begin))
+
+
+def open_mask(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """A mask as a picture whose pixels are foreground unless they are zero, bool (height, width); raises as `open_rgb` does.
+
+    Zero is the first colour of a palette, black, or transparent.
+    """
+    return _open(data, _foreground, max_pixels, lambda form, pixels: None)[0]
+
+
+def _open(
+    data: bytes, convert: Callable[[Image.Image], T], max_pixels: int, begin: Callable[[str, int], object]
+) -> tuple[T, str]:
+    """What `convert` makes of the decoded image, which is rotated and in a mode of its own, and the image's format."""
     if not data:
         raise ImageError("empty", "0 bytes")
     with _refusing(data), warnings.catch_warnings():
@@ -96,7 +113,7 @@ def open_rgb(
         form = "JPEG" if image.format == "MPO" else str(image.format)
         begin(form, image.width * image.height)
         image.load()
-        return Opened(_rgb(_upright(image)), form)
+        return convert(_upright(image)), form
 
 
 @contextmanager
@@ -192,6 +209,14 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("F", "LAB"):
         raise ImageError("unsupported", f"{image.mode} pixels")
     return _in_strips(image, _on_white) if image.has_transparency_data else image.convert("RGB")
+
+
+def _foreground(image: Image.Image) -> np.ndarray:
+    """Which pixels of an image are not zero, bool (height, width); alpha is no colour, and hides the pixels where it is 0."""
+    values = np.atleast_3d(np.asarray(image)) != 0
+    if image.mode in ("LA", "La", "RGBA", "RGBa", "PA"):
+        values = values[..., :-1] & values[..., -1:]
+    return np.asarray(values.any(axis=-1))
 
 
 def _in_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:

@@ -33,6 +33,17 @@ def test_a_map_that_says_nothing_scores_as_chance() -> None:
     assert np.isnan(localisation.average_precision(flat, np.zeros((1, 4))))
 
 
+def test_mean_iou_by_hand() -> None:
+    """Above the mean of 1.75 lie the patches 0 and 2: of the object they share patch 0 of 0, 1, 2, of the rest 3 of 1, 2, 3."""
+    maps = np.array([[2.0, -1.0, 5.0, 1.0], [2.0, 1.0, 0.0, -3.0], [0.1, 0.1, 0.1, 0.1]], np.float32)
+    found = localisation.mean_iou(maps, COVERED.repeat(3, axis=0))
+    np.testing.assert_allclose(found, [1 / 3, 1, (0 + 2 / 4) / 2])
+    assert np.isnan(localisation.mean_iou(maps, np.zeros((3, 4)))).all()
+    assert np.isnan(localisation.mean_iou(maps, np.ones((3, 4)))).all()
+    named = {name: score(maps, COVERED.repeat(3, axis=0))[1] for name, score in localisation.SCORES.items()}
+    assert named == {"pointing": 1, "mass": (2 + 0.5) / 3, "average precision": 1, "mIoU": 1}
+
+
 @pytest.mark.parametrize("values", [1000, 5], ids=["few ties", "many ties"])
 def test_average_precision_and_agreement_are_the_libraries(values: int) -> None:
     maps = RNG.integers(-values, values, (200, 49)).astype(np.float32)
@@ -89,3 +100,21 @@ def test_the_interval_is_over_images() -> None:
     assert gaps == mean
     with pytest.raises(ValueError, match="no score"):
         localisation.mean_over_images(np.array([np.nan]), np.array([0]))
+
+
+def test_the_interval_by_hand() -> None:
+    """One image of eight has a 1: a sample of eight has a binomial number of ones, at most 2 in 93.3 % and at most 3 in 98.9 %.
+    Of two images, a quarter of the samples hold only the first, a quarter only the second, whose three scores then count."""
+    one = localisation.mean_over_images(np.arange(8) == 3, np.arange(8))
+    two = localisation.mean_over_images(np.array([0.0, 1, 1, 1]), np.array([4, 9, 9, 9]))
+    assert [*one] == [1 / 8, 0, 3 / 8]
+    assert [*two] == [3 / 4, 0, 1]
+
+
+def test_differences_are_compared_image_by_image() -> None:
+    scores, images = RNG.normal(size=400), np.arange(100).repeat(4)
+    better = localisation.mean_over_images((scores + 0.01) - scores, images)
+    assert better.low == pytest.approx(0.01, abs=1e-9)
+    assert better.high == pytest.approx(0.01, abs=1e-9)
+    alone = localisation.mean_over_images(scores, images)
+    assert alone.high - alone.low > 0.1
