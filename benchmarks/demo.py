@@ -2,6 +2,7 @@
 
     python -m benchmarks.demo clip          # 50 minutes on 2 CPU cores shared with other work: 252,416 scenes
     python -m benchmarks.demo scenes        # 3 minutes: 40,000 scenes in tars; jobs.embed and jobs.train go on (docs/demo.md)
+    python -m benchmarks.demo masks         # the true masks of the demo's 512 scenes
     python -m benchmarks.demo evaluate      # half a minute: 4,000 scenes that nothing else uses; it printed
     python -m benchmarks.demo methods       # docs/methods.png
 
@@ -50,6 +51,16 @@ class DrawScenes:
 def draw_scenes(config: DrawScenes) -> None:
     writing.write_shards(config.out, config.scenes, config.shards, seed=scenes.SEED_SAE)
     print(f"{config.scenes} scenes in {config.shards} tars; written to {config.out}")
+
+
+@dataclass(frozen=True)
+class DrawMasks:
+    """Write the true masks of the demo's scenes, by colour and by shape, for `jobs.evaluate`."""
+
+    scenes: int = 512
+    """How many scenes."""
+    out: Path = Path("runs/demo-masks.parquet")
+    """The file."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +123,8 @@ def draw_methods(config: DrawMethods) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    commands = {"clip": ClipBuild(), "scenes": DrawScenes(), "evaluate": Evaluate(), "methods": DrawMethods()}
+    commands: dict[str, Any] = {"clip": ClipBuild(), "scenes": DrawScenes(), "masks": DrawMasks()}
+    commands |= {"evaluate": Evaluate(), "methods": DrawMethods()}
     descriptions = {name: inspect.getdoc(kind) or "" for name, kind in commands.items()}
     chosen: Any = tyro.extras.subcommand_type_from_defaults(commands, descriptions)
     match tyro.cli(chosen, args=argv, prog="python -m benchmarks.demo", description=__doc__):
@@ -120,6 +132,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             train_clip(config)
         case DrawScenes() as config:
             draw_scenes(config)
+        case DrawMasks() as config:
+            print(f"masks of {config.scenes} scenes; written to {writing.write_masks(config.out, config.scenes)}")
         case Evaluate() as config:
             evaluate(config)
         case DrawMethods() as config:

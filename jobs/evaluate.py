@@ -25,6 +25,7 @@ from saecore import schema
 from saecore.images.changes import other_files, shortened
 from saecore.images.effort import MAX_PIXELS
 from saecore.judging import sample, verdict
+from saecore.judging.places import places_of
 from saecore.judging.settings import CHECKS, PICTURES_AT_ONCE, WAYS, Settings, forwards
 from saecore.judging.stage import Evaluate
 from saecore.judging.wording import curves_svg
@@ -76,7 +77,7 @@ class Arguments:
     """What is measured besides, joined by commas: agreement (with occlusion), randomisation (of encoder rows and layers),
     stability (a shift, JPEG, bfloat16), nulls (an SAE and a tower that nobody trained). `none` is none."""
     masks: str = ""
-    """True masks of objects: a folder of PNGs, or a Parquet file. Adds whether maps lie on them."""
+    """True masks of objects: a folder of PNG files, or a Parquet file. Adds whether maps lie on them."""
     seed: int = 0
     """Of the sample, and of all that is drawn at random."""
     out: str = ""
@@ -196,6 +197,20 @@ def prepare(arguments: Arguments, argv: list[str], locked: contextlib.ExitStack)
         raise ValueError(
             f"the images of {arguments.run} are gone or have changed since it was made: {shortened(others)}"
         )
+    cases = None
+    if arguments.masks:
+        with commands.given("--masks"):
+            found = places_of(
+                resolved(arguments.run),
+                resolved(arguments.masks),
+                image_ids,
+                settings.targets.texts,
+                tower.grid,
+                tower.vision.config.patch_size,
+                arguments.seed,
+            )
+        cases, settings = found.table, dataclasses.replace(settings, masks=f"{arguments.masks} {found.sha256[:16]}")
+        print(f"masks         {found.said}")
     n_targets = (settings.k or len(settings.targets.latents)) + len(settings.targets.words)
     each = forwards(settings, tower.grid[0] * tower.grid[1], n_targets)
     work = f"{len(image_ids):,} images, {n_targets} targets each, by {', '.join(settings.methods)}"
@@ -228,7 +243,7 @@ def prepare(arguments: Arguments, argv: list[str], locked: contextlib.ExitStack)
         decoding.held(record.parts),
     )
     tags = {"methods": ",".join(settings.methods), "of": settings.of}
-    return pipeline.Job(run, decode, functools.partial(Evaluate, settings), tags, pool, lock)
+    return pipeline.Job(run, decode, functools.partial(Evaluate, settings, cases), tags, pool, lock)
 
 
 def own_parts(config: ExplainConfig, digests: ModelDigests) -> dict[str, object]:
@@ -273,7 +288,6 @@ def configure(arguments: Arguments, record: Record, config: ExplainConfig, tower
         orders=arguments.shapley_orders if tower.n_own else 0,
         checks=arguments.checked,
         null_latents=min(4, n_latents),
-        masks=arguments.masks,
         seed=arguments.seed,
     )
 

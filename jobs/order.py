@@ -13,7 +13,7 @@ from saecore.storage import reason, resolved, split_settings
 
 from . import commands
 
-READ = ("images", "run", "embeddings", "labels", "texts", "text", "vocabulary", "interpreter")
+READ = ("images", "run", "embeddings", "labels", "texts", "text", "vocabulary", "interpreter", "masks")
 WRITTEN = ("out", "save", "pages", "npy", "log_json")
 MODELS = ("clip", "sae", "against")
 """Arguments of commands that name places: to read, to write, and models, which may also be names on the Hugging Face Hub."""

@@ -319,17 +319,6 @@ def explained_schema(n_patches: int, reads_tokens: bool = False) -> pa.Schema:
     )
 
 
-def judged_schema() -> pa.Schema:
-    """One row per image: the IMAGES columns, and its rows of FAITHFULNESS and CURVES, nested (null if it is refused)."""
-    return pa.schema(
-        [
-            *IMAGES,
-            pa.field("faithfulness", pa.list_(nested(FAITHFULNESS))),
-            pa.field("curves", pa.list_(nested(CURVES))),
-        ]
-    )
-
-
 def nested(schema: pa.Schema) -> pa.StructType:
     """A table's columns without `image_id`, as the struct in which they travel inside EXPLAINED."""
     return pa.struct([field for field in schema if field.name != "image_id"])

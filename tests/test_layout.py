@@ -32,7 +32,7 @@ GROUND = [
 
 WINGS = [
     "images", "towers", "sae", "removal", "relevance", "evaluation", "training", "naming", "runs", "pipeline", "query",
-    "upkeep", "report", "demo",
+    "upkeep", "judging", "report", "demo",
 ]  # fmt: skip
 
 
@@ -241,6 +241,7 @@ SHARED = [
     "pipeline",
     "pool",
     "questions",
+    "remade",
     "signals",
     "summaries",
     "terminal",

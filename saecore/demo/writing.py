@@ -1,4 +1,4 @@
-"""Scenes as files, in each form that jobs read: webdataset tars, a folder with a metadata file, Parquet.
+"""Scenes as files, in each form that jobs read: webdataset tars, a folder with a metadata file, Parquet; and their masks.
 
 The same arguments give the same bytes. Left out: any size or quality other than one JPEG for each scene.
 """
@@ -8,10 +8,12 @@ import json
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
-from saecore.demo.drawing import jpeg
+from saecore.demo.drawing import jpeg, visible
 from saecore.demo.scenes import SEED_DEMO, record, scene_at
 
 
@@ -56,4 +58,21 @@ def write_parquet(path: Path | str, scenes: int, seed: int = SEED_DEMO, size: in
         rows.append({"image": image} | record(scene) | {"attributes": json.dumps(scene.attributes)})
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=256)
+    return Path(path)
+
+
+def write_masks(path: Path | str, scenes: int, seed: int = SEED_DEMO, size: int = 192) -> Path:
+    """One Parquet file with the true masks of all objects: key, label (a colour or a shape), and mask (a PNG). Several objects
+    of one scene that have a label share its mask."""
+    rows = []
+    for index in range(scenes):
+        scene = scene_at(seed, index)
+        seen = visible(scene, size)
+        for label in sorted({word for thing in scene.things for word in (thing.colour, thing.shape)}):
+            named = [label in (thing.colour, thing.shape) for thing in scene.things]
+            png = io.BytesIO()
+            Image.fromarray(np.any(seen[named], 0)).save(png, "PNG")
+            rows.append({"key": f"{index:06d}.jpg", "label": label, "mask": png.getvalue()})
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path)
     return Path(path)

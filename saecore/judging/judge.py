@@ -34,7 +34,7 @@ from torch import Tensor
 from saecore.evaluation import faithfulness, localisation, nulls, stability
 from saecore.judging.settings import Settings
 from saecore.judging.subject import Shown, Subject
-from saecore.judging.verdict import BASELINES, OTHER_ROWS, SHAPLEY, TRAINED, UNTRAINED
+from saecore.judging.verdict import BASELINES, OTHER_ROWS, SHAPLEY, TRAINED, UNTRAINED, Key
 from saecore.methods import METHODS
 from saecore.pipeline.inference import OnDevice
 from saecore.relevance.agreement import rank_correlation
@@ -43,15 +43,6 @@ from saecore.removal.shapley import Shapley, shapley
 
 SAMPLED = ("shapley",)
 """Methods that take hundreds of forwards: their maps are not made again of every changed picture and model."""
-
-
-class Key(NamedTuple):
-    """What a score, or a curve, is of."""
-
-    model: str
-    method: str
-    metric: str
-    """Of a curve, the way in which patches are taken out."""
 
 
 class Judged(NamedTuple):

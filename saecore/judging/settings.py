@@ -40,7 +40,7 @@ class Settings(ExplainConfig):
     null_latents: int = dataclasses.field(default=4, metadata=changes_results(Part("null-latents")))
     """Latents of each image by which the nulls are measured, at most as many as targets; 0 for none."""
     masks: str = dataclasses.field(default="", metadata=changes_results(Part("masks")))
-    """The address of masks, as `saecore.evaluation.masks` reads them; empty for none."""
+    """The address of masks, and the hash of what they say of the sample (`saecore.judging.places`); empty for none."""
     seed: int = dataclasses.field(default=0, metadata=changes_results(Part("seed")))
     """Of the sample, of random orders, rows and weights."""
 

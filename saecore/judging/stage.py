@@ -5,45 +5,51 @@
 Left out: what the scores are (`saecore.judging.judge`), and what they come to (`saecore.judging.verdict`).
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from saecore import schema
+from saecore.judging import places
 from saecore.judging.settings import Settings
-from saecore.judging.verdict import MODELS
+from saecore.judging.verdict import MODELS, TRAINED, Key
 from saecore.pipeline.config import at_once
 from saecore.pipeline.models import load_models, load_word_targets
 from saecore.pipeline.stages import in_batches, nested_rows, table_of, use_threads
 
-if TYPE_CHECKING:
-    from saecore.judging.judge import Key
+
+def judged_schema() -> pa.Schema:
+    """One row per image: the IMAGES columns, and its rows of FAITHFULNESS and CURVES, nested (null if it is refused)."""
+    of = {"faithfulness": schema.FAITHFULNESS, "curves": schema.CURVES}
+    return pa.schema([*schema.IMAGES, *(pa.field(name, pa.list_(schema.nested(one))) for name, one in of.items())])
 
 
 class Evaluate:
-    """DECODED -> what `saecore.schema.judged_schema` says. Holds CLIP and the SAE, and those that nobody trained."""
+    """DECODED -> what `judged_schema` says. Holds CLIP and the SAE, and those that nobody trained."""
 
     step = "evaluate"
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, cases: pa.Table | None = None) -> None:
+        """cases: `saecore.judging.places.TABLE`, if there are masks."""
         from saecore.judging.judge import Judge
         from saecore.judging.subject import Subject
 
         use_threads(settings.threads)
-        self.settings = settings
+        self.settings, self.cases = settings, cases
         tower, sae = load_models(settings.clip, settings.sae, settings.site)
         words = load_word_targets(settings, tower, sae)
         subject = Subject(tower, sae, settings.methods, settings.options, settings.pool, words)
-        self.infer = Judge(subject, settings, settings.device)
-        self.schema = schema.judged_schema()
+        self.infer = Judge(subject, settings, settings.device, keep_maps=cases is not None)
+        self.schema = judged_schema()
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
         settings = self.settings
         shown, judged = in_batches(self.infer, decoded, at_once(settings.batch_size, settings.device))
         columns = dict[str, pa.Array]()
+        score_keys, scores = self._placed(decoded["image_id"].to_numpy()[shown], judged)
         for name, keys, held in (
-            ("faithfulness", self.infer.keys, judged["scores"]),
+            ("faithfulness", score_keys, scores),
             ("curves", self.infer.curve_keys, judged["curves"]),
         ):
             has = ~np.isnan(held if name == "faithfulness" else held[..., 0, 0])
@@ -57,8 +63,20 @@ class Evaluate:
             columns[name] = nested_rows(self.schema.field(name).type, flat, shown, has.sum((1, 2)))
         return table_of(columns, decoded, self.schema)
 
+    def _placed(self, image_ids: np.ndarray, judged: dict[str, np.ndarray]) -> tuple[list[Key], np.ndarray]:
+        """The keys and scores (B, S, n) of a batch, with those by masks."""
+        keys, scores = list(self.infer.keys), judged["scores"]
+        if self.cases is None:
+            return keys, scores
+        labels = self.settings.targets.labels()
+        by_mask = places.scored(self.cases, image_ids, judged["latents"][:, 0], labels, judged["maps"])
+        for metric, values in by_mask.items():
+            keys += [Key(TRAINED, method, metric) for method in self.infer.sources]
+            scores = np.concatenate([scores, values], 1)
+        return keys, scores
+
     def _of(
-        self, keys: list["Key"], key: np.ndarray, latents: np.ndarray, image: np.ndarray, target: np.ndarray
+        self, keys: list[Key], key: np.ndarray, latents: np.ndarray, image: np.ndarray, target: np.ndarray
     ) -> dict[str, Any]:
         """The columns that say what a row is of, from the number of its key, its image and its target."""
         models, methods, metrics = (pa.array(names).take(pa.array(key)) for names in zip(*keys, strict=True))

@@ -42,6 +42,15 @@ LEAST_IMAGES = 30
 """With fewer, an interval by bootstrap says too little, and the verdict says so."""
 
 
+class Key(NamedTuple):
+    """What a score, or a curve, is of."""
+
+    model: str
+    method: str
+    metric: str
+    """Of a curve, the way in which patches are taken out."""
+
+
 class Row(NamedTuple):
     """The mean of a score."""
 

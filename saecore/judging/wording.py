@@ -39,8 +39,14 @@ QUESTIONS = {
     "Does it lie on the object?": {
         "pointing": ("pointing", TRAINED),
         "mass": ("mass", TRAINED),
-        "precision": ("precision", TRAINED),
+        "precision": ("average_precision", TRAINED),
         "mIoU": ("miou", TRAINED),
+    },
+    "Does it lie on what the picture is of, whatever its target is?": {
+        "pointing": ("pointing_foreground", TRAINED),
+        "mass": ("mass_foreground", TRAINED),
+        "precision": ("average_precision_foreground", TRAINED),
+        "mIoU": ("miou_foreground", TRAINED),
     },
 }
 """Questions -> columns of their table: a metric of `saecore.judging.judge`, and a model."""
