@@ -197,7 +197,7 @@ def prepare(arguments: Arguments, argv: list[str], locked: contextlib.ExitStack)
         raise ValueError(
             f"the images of {arguments.run} are gone or have changed since it was made: {shortened(others)}"
         )
-    cases = None
+    cases, said = None, list[str]()
     if arguments.masks:
         with commands.given("--masks"):
             found = places_of(
@@ -210,13 +210,13 @@ def prepare(arguments: Arguments, argv: list[str], locked: contextlib.ExitStack)
                 arguments.seed,
             )
         cases, settings = found.table, dataclasses.replace(settings, masks=f"{arguments.masks} {found.sha256[:16]}")
-        print(f"masks         {found.said}")
+        said.append(f"masks         {found.said}")
     n_targets = (settings.k or len(settings.targets.latents)) + len(settings.targets.words)
     each = forwards(settings, tower.grid[0] * tower.grid[1], n_targets)
     work = f"{len(image_ids):,} images, {n_targets} targets each, by {', '.join(settings.methods)}"
     work += f": about {each:,.0f} forwards an image"
     if arguments.dry_run:
-        print(f"would judge {work}, into {arguments.place}")
+        print("\n".join([*said, f"would judge {work}, into {arguments.place}"]))
         return None
     pool = make_pool(arguments)
     settings = dataclasses.replace(settings, device=pool.device, threads=pool.threads)
@@ -235,7 +235,7 @@ def prepare(arguments: Arguments, argv: list[str], locked: contextlib.ExitStack)
     }
     with commands.given("--out"):
         run = open_run(resolved(arguments.place), parts, made_by, lambda: plan)
-    print(f"judges {work}")
+    print("\n".join([*said, f"judges {work}"]))
     decode = Decode(
         tower.preprocess,
         record.parts.get("max-pixels", MAX_PIXELS),
