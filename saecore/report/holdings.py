@@ -3,8 +3,9 @@
 import json
 from typing import Any, NamedTuple
 
-from saecore.methods import KEPT, OF_EMBEDDING, OF_TOKENS, TargetRequest
+from saecore.methods import OF_EMBEDDING, OF_TOKENS
 from saecore.query.results import Results
+from saecore.requests import KEPT, TargetRequest
 
 LISTED = 6
 """Up to this number, targets or latents are named one by one; more are counted."""
