@@ -43,6 +43,7 @@ COMMANDS = {
     "Bring or train an SAE": {
         "embed": "images, or words, to CLIP embeddings",
         "train": "embeddings to an SAE",
+        "distill": "images to a head, which tells from one forward what each patch is worth",
         "measure": "how good an SAE is; convert one of another format, calibrate its threshold",
     },
     "Work on a cluster": {

@@ -33,7 +33,7 @@ from saecore.methods import methods_for
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.config import ExplainConfig, ModelDigests, parts_of
 from saecore.pipeline.decoder import IMAGE_SECONDS
-from saecore.pipeline.models import tower_at
+from saecore.pipeline.models import head_for, load_fitting_head, tower_at
 from saecore.pipeline.stages import Decode
 from saecore.runs.record import Record, read_complete
 from saecore.runs.refusals import refusals
@@ -71,11 +71,13 @@ class Arguments:
     colour) and blur, joined by commas."""
     steps: int = 10
     """In how many parts patches are taken out."""
-    shapley_orders: int = 60
-    """Orders of the patches by which Shapley values are sampled; 0 does without. More of them lower their error."""
+    shapley_subsets: int = 960
+    """Subsets of the patches by which Shapley values are sampled; 0 does without. Four times as many halve their error."""
     checks: str = ",".join(CHECKS)
     """What is measured besides, joined by commas: agreement (with occlusion), randomisation (of encoder rows and layers),
     stability (a shift, JPEG, bfloat16), nulls (an SAE and a tower that nobody trained). `none` is none."""
+    head: str = ""
+    """What the method removal predicts with; by default that of the run, or the demo's for its CLIP."""
     masks: str = ""
     """True masks of objects: a folder of PNG files, or a Parquet file. Adds whether maps lie on them."""
     seed: int = 0
@@ -123,7 +125,7 @@ class Arguments:
 
     def check(self) -> None:
         """See `commands.Checked.check`."""
-        commands.at_least(self, images_sample=1, latents=0, steps=1, shapley_orders=0, seed=0)
+        commands.at_least(self, images_sample=1, latents=0, steps=1, shapley_subsets=0, seed=0)
         commands.at_least(self, replicas=0, wait_minutes=0, image_seconds=0, stop_seconds=0)
         self.ways  # noqa: B018
         self.checked  # noqa: B018
@@ -177,6 +179,8 @@ def evaluate(argv: list[str]) -> int:
 
 def prepare(arguments: Arguments, argv: list[str], locked: contextlib.ExitStack) -> pipeline.Job | None:
     """A job from its arguments, or None after --dry-run; ValueError for what the user can mend."""
+    from saecore.removal.saved import digest_of
+
     with commands.given("--run"):
         record = read_complete(resolved(arguments.run))
     config = remade.configuration(arguments.run, record)
@@ -189,6 +193,9 @@ def prepare(arguments: Arguments, argv: list[str], locked: contextlib.ExitStack)
     remade.check_same(arguments.run, record, {"schema": schema.VERSION, **own_parts(config, digests)})
     tower = tower_at(config.sae, sae, config.clip, tower)
     settings = configure(arguments, record, config, tower)
+    with commands.given("--head"):
+        head = load_fitting_head(settings, tower)
+    digests = digests._replace(head="" if head is None else digest_of(head))
     image_ids = sample.draw(resolved(arguments.run), arguments.images_sample, arguments.seed)
     if not len(image_ids):
         raise ValueError(f"--run {arguments.run} has no image that was explained: there is nothing to judge")
@@ -254,7 +261,7 @@ def own_parts(config: ExplainConfig, digests: ModelDigests) -> dict[str, object]
 def configure(arguments: Arguments, record: Record, config: ExplainConfig, tower: "ImageTower") -> Settings:
     """What the replicas are told, without their device; ValueError for what these models cannot do."""
     from saecore.relevance.explain import check_fits
-    from saecore.removal.shapley import least_orders
+    from saecore.removal.shapley import LEAST
 
     kept, targets = config.targets.kept and arguments.latents > 0, config.targets
     if not (kept or targets.latents or targets.words):
@@ -265,10 +272,9 @@ def configure(arguments: Arguments, record: Record, config: ExplainConfig, tower
         methods = methods_for(arguments.methods, record.reads_tokens) if arguments.methods else config.methods
         methods = tuple(dict.fromkeys((*methods, CONTROL)))
         check_fits(tower, methods, config.options)
-    if 0 < arguments.shapley_orders < (least := least_orders(tower.grid[0] * tower.grid[1])):
-        raise ValueError(
-            f"--shapley-orders {arguments.shapley_orders}: must be 0, or at least {least} for this model's patches"
-        )
+    if 0 < arguments.shapley_subsets < (least := LEAST * tower.grid[0] * tower.grid[1]):
+        given = f"--shapley-subsets {arguments.shapley_subsets}"
+        raise ValueError(f"{given}: must be 0, or at least {least} for the patches of this model")
     known = {field.name: getattr(config, field.name) for field in dataclasses.fields(ExplainConfig)}
     n_latents = k or len(targets.latents)
     known |= {
@@ -278,6 +284,7 @@ def configure(arguments: Arguments, record: Record, config: ExplainConfig, tower
         "batch_size": 0,
         "precision": "float32",
         "embeddings": False,
+        "head": head_for(config.clip, methods, collection.address(arguments.head) if arguments.head else config.head),
     }
     return Settings(
         **known,
@@ -285,7 +292,7 @@ def configure(arguments: Arguments, record: Record, config: ExplainConfig, tower
         sample=arguments.images_sample,
         ways=arguments.ways,
         steps=arguments.steps,
-        orders=arguments.shapley_orders if tower.n_own else 0,
+        shapley_subsets=arguments.shapley_subsets if tower.n_own else 0,
         checks=arguments.checked,
         null_latents=min(4, n_latents),
         seed=arguments.seed,

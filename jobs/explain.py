@@ -24,18 +24,20 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import tyro
 
 from saecore.demo.writing import write_shards
-from saecore.methods import AUTO, DEFAULT_OPTIONS, Options, check_precision, methods_for, parse_methods, parse_targets
+from saecore.methods import AUTO, DEFAULT_OPTIONS, REMOVAL, Options, check_precision, methods_for, parse_methods
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.config import ExplainConfig, ModelDigests, keeps_results
 from saecore.pipeline.models import check_latents, check_words, load_word_targets, tower_at
 from saecore.pipeline.stages import Explain
 from saecore.report.preview import write_preview
+from saecore.requests import parse_targets
 from saecore.runs.fit import ENOUGH, Fit
 from saecore.runs.record import Record
 from saecore.runs.refusals import refusals
 from saecore.sae import sites
 from saecore.spellings import Model, telling
 from saecore.storage import writing
+from saecore.untrusted import about
 from saecore.upkeep.lock import Lock
 
 from . import collection, commands, console, decoding, exits, locks, pipeline
@@ -72,6 +74,9 @@ class Arguments(collection.Arguments):
     pool: str = ""
     """Of an SAE that reads patches or all tokens: how a latent's values there become one for the image: max, mean, sum, or cls
     (of all tokens only). There is no default, since projects differ."""
+    head: str = ""
+    """What the method removal predicts with, made by jobs.distill for this CLIP: a folder, on s3:// or gs:// too, or `demo`,
+    which is the default with the embedded CLIP."""
     any_clip: bool = dataclasses.field(default=False, metadata=keeps_results("it lets a model pass, and changes none"))
     """Run an SAE whose files name another model than --clip."""
     allow_poor_fit: bool = dataclasses.field(default=False, metadata=keeps_results("it lets a run go on"))
@@ -80,8 +85,9 @@ class Arguments(collection.Arguments):
     """Latents kept of each image. 0 is 32, or as many as the SAE lets fire if these are fewer."""
     method: str = dataclasses.field(default=AUTO, metadata=keeps_results("`ExplainConfig.methods` holds it"))
     """How maps are computed: one or several of contrib (exact), contrib_grad (exact gradient), chefer, legrad, gradeclip,
-    rollout, dense, occlusion, attention, joined by commas. Of an SAE that reads tokens: activation, contrib, contrib_grad,
-    occlusion, attention. `auto` is contrib, and for tokens contrib,activation."""
+    rollout, dense, occlusion, shapley, removal (predicts shapley by a --head), attention, joined by commas. Of an SAE that
+    reads tokens: activation, contrib, contrib_grad, occlusion, attention. `auto` is contrib, and for tokens
+    contrib,activation."""
     targets: tuple[str, ...] = ("kept",)
     """What the maps explain, one or several: `kept`, the latents kept of each image; text:A PHRASE and concept:A WORD, which
     are added to these; latents:NUMBER[,NUMBER] in place of these; `no-kept` for maps of texts and concepts only."""
@@ -209,6 +215,8 @@ class Loaded(NamedTuple):
     sae_address: str
     tower: "ImageTower"
     sae: "SAE"
+    head: str
+    """The address of the head, empty if no method needs one."""
     digests: ModelDigests
     remark: str | None
     """A sentence if nothing tells whether the two belong together."""
@@ -232,7 +240,31 @@ def load(arguments: Arguments) -> Loaded:
         "--sae", address, sae.config.trained_on, f"--clip {clip}", named, arguments.any_clip
     )
     sae.firing_threshold()  # a BatchTopK SAE may have none yet
-    return Loaded(clip, address, tower, sae, ModelDigests(digest, sae.sha256()[:16], sae.config.site), remark)
+    head, head_digest = load_head(arguments, clip, tower, sites.reads_tokens(sae.config.site))
+    digests = ModelDigests(digest, sae.sha256()[:16], sae.config.site, head_digest)
+    return Loaded(clip, address, tower, sae, head, digests, remark)
+
+
+def load_head(arguments: Arguments, clip: str, tower: "ImageTower", reads_tokens: bool) -> tuple[str, str]:
+    """The address of the head that a method needs, and its digest; both empty if none needs one. ValueError if it cannot be
+    had, or belongs to another model."""
+    from saecore.pipeline.models import head_for
+    from saecore.relevance.explain import check_head
+    from saecore.removal import saved
+
+    with commands.given_fields(arguments):
+        methods = methods_for(arguments.method, reads_tokens)
+    head = head_for(clip, methods, collection.address(arguments.head) if arguments.head else "")
+    if not head:
+        if arguments.head:
+            raise ValueError(f"--head {arguments.head}: only the method {REMOVAL} takes one")
+        if REMOVAL in methods:
+            raise ValueError(f"--method {REMOVAL}: needs a head that was trained on --clip {clip}, by --head")
+        return "", ""
+    with commands.given("--head"), about(head):
+        loaded = saved.load_head(head)
+        check_head(tower, methods, loaded)
+    return head, saved.digest_of(loaded)
 
 
 def configure(arguments: Arguments, loaded: Loaded) -> ExplainConfig:
@@ -256,6 +288,7 @@ def configure(arguments: Arguments, loaded: Loaded) -> ExplainConfig:
         sae=loaded.sae_address,
         site=arguments.site,
         pool=arguments.pool,
+        head=loaded.head,
         k=arguments.k or min(DEFAULT_K, most),
         batch_size=arguments.batch_size,
         precision=arguments.precision,
@@ -290,6 +323,7 @@ def tags(config: ExplainConfig, loaded: Loaded) -> dict[str, str]:
         "sae_sha256": loaded.digests.sae,
         "site": loaded.digests.site,
         **({"pool": config.pool} if config.pool else {}),
+        **({"head": config.head, "head_sha256": loaded.digests.head} if config.head else {}),
         "methods": ",".join(config.methods),
         "norms": ", ".join(f"{method} {config.options.norm_of(method)}" for method in config.methods),
         "grid_height": str(height),

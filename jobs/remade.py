@@ -28,6 +28,7 @@ class Models(NamedTuple):
 
 def models(out: str, config: EmbedConfig) -> Models:
     """The models of the run at `out`; ValueError if one cannot be loaded any more."""
+    from saecore.removal.saved import digest_of, load_head
     from saecore.sae.checkpoints import load_running_sae
     from saecore.towers.loading import load_tower
 
@@ -37,8 +38,10 @@ def models(out: str, config: EmbedConfig) -> Models:
     except ValueError as error:
         raise ValueError(f"the models that made {out} are needed again: {error}") from error
     clip = tower.sha256()[:16]
-    held = ModelDigests(clip) if sae is None else ModelDigests(clip, sae.sha256()[:16], sae.config.site)
-    return Models(tower, sae, held)
+    if sae is None:
+        return Models(tower, None, ModelDigests(clip))
+    head = digest_of(load_head(config.head)) if isinstance(config, ExplainConfig) and config.head else ""
+    return Models(tower, sae, ModelDigests(clip, sae.sha256()[:16], sae.config.site, head))
 
 
 def check_same(out: str, record: Record, parts: dict[str, Any]) -> None:

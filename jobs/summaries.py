@@ -144,6 +144,17 @@ def training_summary(record: Mapping[str, Any], out: str) -> str:
     return "\n".join([*lines, f"\nUse it: --sae {out}{pooled}"])
 
 
+def distill_summary(record: Mapping[str, Any], out: str) -> str:
+    """distill.json, as a person reads it, and what to do next."""
+    lines = [
+        f"head          of {record['parts']['site']}, trained on {record['images']:,} images in {record['seconds']:.0f} s",
+        f"held out      {record['held_out']:,} images against Shapley values by {record['held_out_subsets']:,} subsets each:",
+        f"error         {record['error']:.3f} of their square, whitened; the sampling's own {record['error_of_sampling']:.3f}",
+        f"ranks         agree by {record['rank_agreement']:.3f} (Spearman), mean of read-outs along the images' own embeddings",
+    ]
+    return "\n".join([*lines, f"\nUse it: --method removal --head {out}"])
+
+
 MEANINGS = {
     "fvu": (".4f", "sum |x - x'|^2 / sum |x - mean|^2"),
     "fvu_msae": (".4f", "mean of Var(x - x') / Var(x) over an image's entries, as MSAE reports it"),

@@ -33,6 +33,9 @@ DEMO_CLIP, DEMO_SAE, DEMO_VOCABULARY = _DEMO / "clip", _DEMO / "sae", _DEMO / "v
 DEMO_PATCHES = _DEMO / "patches"
 """What the address `demo-patches` stands for: an SAE for patch tokens of the same model."""
 
+DEMO_REMOVAL = _DEMO / "removal"
+"""What the address `demo` stands for, where a head of removal is asked for."""
+
 PATIENCE = 8.0
 """Seconds to wait for the Hub's answer, which is a few kilobytes. With the second or two in which Python loads its modules, a
 command without a network ends within ten."""

@@ -1,4 +1,4 @@
-"""The methods that make maps, with their options, and the request that says which targets are explained.
+"""The methods that make maps, with their options.
 
 `METHODS` is the only place that knows a method's facts: its name, what it shows, its units, what it looks at and what it needs.
 The command line, the pages, the table in docs/maps.md and what a tower keeps of its forward all follow from it. The formulas
@@ -9,7 +9,7 @@ A method with a published name is computed as published unless an option says ot
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 
@@ -45,6 +45,8 @@ class Method:
     """Whether it explains read-outs of one vector of an image: of the embedding, or of CLS after a layer."""
     of_tokens: bool = False
     """Whether it explains what an SAE reads of an image's tokens."""
+    needs_head: bool = False
+    """Whether it needs a head that was trained on its tower (`saecore.removal.head`)."""
     needs_float32: bool = False
     """Whether it subtracts two forwards. The rounding of bfloat16 is as large as the effect of one patch: on the embedded
     models such maps were 6 % off in bfloat16, and those of the other methods 1 %."""
@@ -54,6 +56,9 @@ PRE_ACTIVATION = "pre-activation units"
 
 ACTIVATION = "activation"
 """The method that shows where a latent of an SAE that reads tokens is active."""
+
+SHAPLEY, REMOVAL = "shapley", "removal"
+"""What removing patches does: the Shapley values by sampling, and their prediction by a trained head."""
 
 METHODS = {
     "contrib": Method(
@@ -128,6 +133,25 @@ METHODS = {
         needs_float32=True,
         of_tokens=True,
     ),
+    SHAPLEY: Method(
+        gives="the Shapley value of each patch: what it is worth, averaged over which others are there",
+        norm="frozen",
+        layers=None,
+        target="embedding",
+        units=PRE_ACTIVATION,
+        decomposes=True,
+        has_own_forwards=True,
+        needs_float32=True,
+    ),
+    REMOVAL: Method(
+        gives="the Shapley value of each patch, as a trained head predicts it from one forward",
+        norm="frozen",
+        layers=None,
+        target="embedding",
+        units=PRE_ACTIVATION,
+        decomposes=True,
+        needs_head=True,
+    ),
     "attention": Method(
         gives="attention of the CLS token, which knows nothing of the target",
         norm="none",
@@ -199,6 +223,8 @@ class Options:
     """What dense reads of a patch: its `token` in CLS's place, or its last `value` through the attention's output weights."""
     block: int = 1
     """Side, in patches, of the square that occlusion drops at once."""
+    subsets: int = 960
+    """Subsets of patches on which shapley runs the tower. With four times as many, its standard error is half as large."""
 
     def check(self) -> None:
         """ValueError for impossible values. Not at construction, because tyro would draw a box around the sentence."""
@@ -211,6 +237,8 @@ class Options:
             raise ValueError(f"discard {self.discard}: must be a share, from 0 to below 1")
         if self.block < 1:
             raise ValueError(f"block {self.block}: must be at least 1")
+        if self.subsets < 1:
+            raise ValueError(f"subsets {self.subsets}: must be at least 1")
 
     def norm_of(self, method: str) -> str:
         """The norm that a method is computed with: `frozen`, `exact`, or `Method.norm` if the method leaves no choice."""
@@ -273,72 +301,11 @@ def parse_methods(names: str) -> tuple[str, ...]:
     """`contrib,chefer` -> each method once, in that order; `auto` is none yet. ValueError for a name that is no method."""
     if names == AUTO:
         return ()
-    methods = _once(name.strip() for name in names.split(","))
+    methods = once(name.strip() for name in names.split(","))
     if unknown := [name for name in methods if name not in METHODS]:
         raise ValueError(f"method {unknown[0]}: must be one or several, joined by commas, of {', '.join(METHODS)}")
     return methods
 
 
-class TargetRequest(NamedTuple):
-    """The targets that are explained for every image."""
-
-    kept: bool
-    """Whether the image's kept latents are explained."""
-    latents: tuple[int, ...]
-    """Latents that are explained whether they are kept or not."""
-    texts: tuple[str, ...]
-    """Texts: the cosine between the embedding and the embedding of each text is explained."""
-    concepts: tuple[str, ...]
-    """Words: for each, the weighted sum of the latents that the word names is explained."""
-
-    @property
-    def words(self) -> tuple[str, ...]:
-        """The texts and words that CLIP's text tower must embed."""
-        return self.texts + self.concepts
-
-    def labels(self) -> list[str]:
-        """The names of the word targets in the column `target` of MAPS."""
-        return [f"text: {text}" for text in self.texts] + [f"concept: {word}" for word in self.concepts]
-
-    def specs(self) -> list[str]:
-        """The request as `parse_targets` reads it. Equal requests have one spelling, which goes into the fingerprint."""
-        numbers = ",".join(map(str, self.latents))
-        latents = ["kept"] * self.kept + [f"latents:{numbers}"] * bool(numbers)
-        words = [f"text:{text}" for text in self.texts] + [f"concept:{word}" for word in self.concepts]
-        return latents + words if latents else ["no-kept", *words]
-
-
-KEPT = TargetRequest(True, (), (), ())
-
-
-def parse_targets(specs: Sequence[str]) -> TargetRequest:
-    """`kept`, `no-kept`, `latents:3,17`, `text:a red square`, `concept:red`, in any number -> the request.
-
-    Texts and concepts add to the kept latents. Latents by number replace the kept latents unless `kept` is given too.
-    `no-kept` omits the kept latents. ValueError for any other text, for a contradiction, and if nothing is left to explain.
-    """
-    switches, latents, texts, concepts = set[str](), list[int](), list[str](), list[str]()
-    for spec in specs:
-        kind, _, rest = (part.strip() for part in spec.partition(":"))
-        if kind in ("kept", "no-kept") and not rest:
-            switches.add(kind)
-        elif kind == "latents" and all(number.strip().isdecimal() for number in rest.split(",")):
-            latents += [int(number) for number in rest.split(",")]
-        elif kind in ("text", "concept") and rest:
-            (texts if kind == "text" else concepts).append(rest)
-        else:
-            raise ValueError(
-                f"targets {spec!r}: must be kept, no-kept, latents:NUMBER[,NUMBER], text:A PHRASE or concept:A WORD"
-            )
-    if not specs:
-        raise ValueError("targets: give at least one, kept for example")
-    if len(switches) > 1:
-        raise ValueError("targets kept no-kept: one asks for what the other omits; give one of them")
-    if "no-kept" in switches and not (latents or texts or concepts):
-        raise ValueError("targets no-kept leaves nothing to explain; add a text:A PHRASE, for example")
-    kept = "kept" in switches or not (switches or latents)
-    return TargetRequest(kept, _once(latents), _once(texts), _once(concepts))
-
-
-def _once(items: Iterable[T]) -> tuple[T, ...]:
+def once(items: Iterable[T]) -> tuple[T, ...]:
     return tuple(dict.fromkeys(items))

@@ -29,14 +29,22 @@ from PIL import Image
 
 from saecore.images.decode import Decoded, ImageError, decode_image, open_rgb
 from saecore.images.preprocess import default_resize
-from saecore.methods import ACTIVATION, DEFAULT_OPTIONS, METHODS, Options, methods_for, parse_targets
+from saecore.methods import ACTIVATION, DEFAULT_OPTIONS, METHODS, Options, methods_for
 from saecore.pipeline.config import ExplainConfig
-from saecore.pipeline.models import check_latents, check_words, load_models, load_word_targets
+from saecore.pipeline.models import (
+    check_latents,
+    check_words,
+    head_for,
+    load_fitting_head,
+    load_models,
+    load_word_targets,
+)
 from saecore.relevance.explain import check_fits, explain_forward, trace_needs
 from saecore.relevance.maps import Maps
 from saecore.relevance.targets import TargetAxis, Targets, no_word_targets
 from saecore.relevance.tokens import explain_pooled
 from saecore.report import display
+from saecore.requests import parse_targets
 from saecore.sae import sites
 from saecore.sae.model import SAE
 from saecore.towers.tokens import TokenTower
@@ -133,6 +141,7 @@ def explain_image(
     options: Options = DEFAULT_OPTIONS,
     names: Mapping[int, str] | None = None,
     pool: str = "",
+    head: str = "",
 ) -> ExplainedImage:
     """Explain one picture: a path, the bytes of a file, or a PIL image.
 
@@ -155,7 +164,10 @@ def explain_image(
     check_latents(request, sae)
     check_words(request, sae.config.site)
     k = min(k, sae.config.n_latents if reads_tokens else sae.config.most_firing)
-    config = ExplainConfig(clip=clip, sae="", k=k, methods=(name,), targets=request, options=options, pool=pool)
+    head = head_for(clip, (name,), head)
+    config = ExplainConfig(
+        clip=clip, sae="", k=k, methods=(name,), targets=request, options=options, pool=pool, head=head
+    )
     data = _bytes_of(image)
     decoded = _decoded(data, tower, image)
     axis = TargetAxis.of(request, k)
@@ -201,11 +213,12 @@ class _Found(NamedTuple):
 def _of_embedding(models: Models, pixels: torch.Tensor, config: ExplainConfig, axis: TargetAxis) -> _Found:
     _, tower, sae = models
     words = load_word_targets(config, tower, sae) or no_word_targets(sae)
+    head = load_fitting_head(config, tower)
     (name,), options, k = config.methods, config.options, config.k
     embedding, trace = tower(pixels, **trace_needs((name,), options, len(tower.path())))
     code = sae.encode_sparse(embedding, at_least=k)
     targets = Targets(sae, axis.latents(code.latents[:, :k]), words.to(pixels.device))
-    maps = explain_forward((name,), tower, pixels, embedding, trace, targets, options)[name]
+    maps = explain_forward((name,), tower, pixels, embedding, trace, targets, options, head=head)[name]
     values = targets.values(embedding[:, None])[:, 0]
     latents, activations, pre_activations = (part[:, :k] for part in code)
     return _Found(latents, activations, pre_activations, targets.latents, values, maps)

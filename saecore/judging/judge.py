@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saecore import methods
 from saecore.evaluation import faithfulness, localisation, nulls, stability
 from saecore.judging.settings import Settings
 from saecore.judging.subject import Shown, Subject
@@ -41,7 +42,7 @@ from saecore.relevance.agreement import rank_correlation
 from saecore.relevance.maps import completeness_error, sink_share
 from saecore.removal.shapley import Shapley, shapley
 
-SAMPLED = ("shapley",)
+SAMPLED = (methods.SHAPLEY,)
 """Methods that take hundreds of forwards: their maps are not made again of every changed picture and model."""
 
 
@@ -68,8 +69,8 @@ class Judge(OnDevice[Judged]):
         references = ("occlusion",) if "agreement" in settings.checks else ()
         self.judged = subject.methods
         every = tuple(dict.fromkeys((*subject.methods, *references)))
-        sae = subject.sae.to(self.device)
-        self.subject = dataclasses.replace(subject, sae=sae, methods=every, words=words)
+        sae, head = subject.sae.to(self.device), None if subject.head is None else subject.head.to(self.device)
+        self.subject = dataclasses.replace(subject, sae=sae, methods=every, words=words, head=head)
         own = dataclasses.replace(self.subject, methods=tuple(m for m in subject.methods if m not in SAMPLED))
         rows = nulls.with_other_rows(sae, settings.seed)
         self.nulls, self.changed = dict[str, Subject](), dict[str, Subject]()
@@ -142,8 +143,8 @@ class Judge(OnDevice[Judged]):
         drop, P = shown.remove("drop"), self.tower.grid[0] * self.tower.grid[1]
         reference = None
         # Without a token of its own, a model makes nothing of no patches, and there is no Shapley value.
-        if settings.orders and model == TRAINED and self.tower.n_own:
-            reference = shapley(drop, P, len(pixels), settings.orders, seed=settings.seed)
+        if settings.shapley_subsets and model == TRAINED and self.tower.n_own:
+            reference = shapley(drop, P, len(pixels), settings.shapley_subsets, settings.seed)
             spread = reference.values.std(-1)
             sheet.write(Key(model, SHAPLEY, "shapley_error"), reference.error.mean(-1) / spread, fires)
         for name, relevance in self._sources(pixels, shown, reference).items():

@@ -33,8 +33,8 @@ class Settings(ExplainConfig):
     """How patches are taken out, some of `WAYS`; nulls are measured by the first."""
     steps: int = dataclasses.field(default=10, metadata=changes_results(Part("steps")))
     """In how many parts they are taken out."""
-    orders: int = dataclasses.field(default=60, metadata=changes_results(Part("orders")))
-    """Orders by which Shapley values are sampled; 0 for none."""
+    shapley_subsets: int = dataclasses.field(default=960, metadata=changes_results(Part("shapley-subsets")))
+    """Subsets of patches by which the Shapley values are sampled that maps are compared with; 0 for none."""
     checks: tuple[str, ...] = dataclasses.field(default=CHECKS, metadata=_listed("checks"))
     """Some of `CHECKS`."""
     null_latents: int = dataclasses.field(default=4, metadata=changes_results(Part("null-latents")))
@@ -51,10 +51,10 @@ def forwards(settings: Settings, n_patches: int, targets: int) -> float:
     A method with forwards of its own, and what is measured besides, are not counted but for the references.
     """
     lengths = settings.steps - 1
-    kinds = len(settings.methods) + 3 + bool(settings.orders)
+    kinds = len(settings.methods) + 3 + bool(settings.shapley_subsets)
     by_way = {"drop": 0.5, "mean": 1.0, "blur": 1.0}
     srg = 2 * lengths * targets * kinds * sum(by_way[way] for way in settings.ways)
     null = 2 * 2 * lengths * settings.null_latents * (kinds - 1) * 0.5 if "nulls" in settings.checks else 0
     reference = n_patches if "agreement" in settings.checks else 0
-    sampled = settings.orders * n_patches / 4 * 0.5
+    sampled = settings.shapley_subsets * 0.5
     return srg + null + reference * (3 if "nulls" in settings.checks else 1) + sampled

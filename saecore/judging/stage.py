@@ -15,7 +15,7 @@ from saecore.judging import places
 from saecore.judging.settings import Settings
 from saecore.judging.verdict import MODELS, TRAINED, Key
 from saecore.pipeline.config import at_once
-from saecore.pipeline.models import load_models, load_word_targets
+from saecore.pipeline.models import load_fitting_head, load_models, load_word_targets
 from saecore.pipeline.stages import in_batches, nested_rows, table_of, use_threads
 
 
@@ -39,7 +39,8 @@ class Evaluate:
         self.settings, self.cases = settings, cases
         tower, sae = load_models(settings.clip, settings.sae, settings.site)
         words = load_word_targets(settings, tower, sae)
-        subject = Subject(tower, sae, settings.methods, settings.options, settings.pool, words)
+        head = load_fitting_head(settings, tower)
+        subject = Subject(tower, sae, settings.methods, settings.options, settings.pool, words, head)
         self.infer = Judge(subject, settings, settings.device, keep_maps=cases is not None)
         self.schema = judged_schema()
 

@@ -20,6 +20,7 @@ from saecore.relevance.maps import Maps
 from saecore.relevance.pooling import Pooled, pool_tokens
 from saecore.relevance.targets import Targets, WordTargets, no_word_targets
 from saecore.relevance.tokens import explain_tokens, layers_needed, token_targets
+from saecore.removal.head import Head
 from saecore.removal.ways import Removal, removal
 from saecore.sae.model import SAE
 from saecore.towers.tokens import TokenTower
@@ -53,6 +54,8 @@ class Subject:
     pool: str = ""
     """How an SAE that reads tokens pools them."""
     words: WordTargets | None = None
+    head: Head | None = None
+    """What the method removal predicts with."""
 
     @property
     def least(self) -> int:
@@ -68,7 +71,8 @@ class Subject:
         if latents is None:
             latents = code.latents[:, :strongest]
         targets = Targets(self.sae, latents, self.words or no_word_targets(self.sae))
-        maps = explain_forward(self.methods, self.tower, pixels, embedding, trace, targets, self.options)
+        how = (self.methods, self.tower, pixels, embedding, trace, targets, self.options)
+        maps = explain_forward(*how, head=self.head)
         values = targets.values(embedding[:, None])[:, 0]
         active = code.dense(self.sae.config.n_latents).gather(1, latents) != 0
         fires = torch.cat([active, torch.ones_like(values[:, latents.shape[1] :], dtype=torch.bool)], 1)

@@ -12,7 +12,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from saecore.methods import DEFAULT_OPTIONS, KEPT, Options, TargetRequest, dtype_of
+from saecore.methods import DEFAULT_OPTIONS, SHAPLEY, Options, dtype_of
+from saecore.requests import KEPT, TargetRequest
 
 _SAYS = "fingerprint"
 
@@ -25,6 +26,8 @@ class ModelDigests(NamedTuple):
     sae: str = ""
     site: str = ""
     """Where the SAE reads, by its files or as it was told."""
+    head: str = ""
+    """The first 16 digits of the SHA-256 of a head, if a method needs one."""
 
 
 NO_DIGESTS = ModelDigests("")
@@ -87,8 +90,17 @@ def _norms(config: "ExplainConfig", _: ModelDigests) -> dict[str, str]:
 
 
 def _options(config: "ExplainConfig", _: ModelDigests) -> dict[str, Any]:
-    """All but `norm`: `norms` has what it comes to for each method."""
-    return {name: value for name, value in dataclasses.asdict(config.options).items() if name != "norm"}
+    """All but `norm`: `norms` has what it comes to for each method. `subsets` is younger than the first runs, and is among them
+    only where its method is."""
+    given = dataclasses.asdict(config.options)
+    del given["norm"]
+    if SHAPLEY not in config.methods:
+        del given["subsets"]
+    return given
+
+
+def _methods(config: "ExplainConfig", models: ModelDigests) -> str:
+    return " by the head ".join(filter(None, (",".join(config.methods), models.head)))
 
 
 def at_once(batch_size: int, device: str) -> int:
@@ -143,11 +155,12 @@ class ExplainConfig(EmbedConfig):
     """Latents kept per image."""
     methods: tuple[str, ...] = dataclasses.field(
         default=("contrib",),
-        metadata=changes_results(
-            Part("method", lambda config, _: ",".join(config.methods)), Part("norms", _norms), Part("dtype", _dtype)
-        ),
+        metadata=changes_results(Part("method", _methods), Part("norms", _norms), Part("dtype", _dtype)),
     )
     """How maps are computed."""
+    head: str = dataclasses.field(default="", metadata=changes_results(Part("method", _methods)))
+    """What removal predicts with: a folder, or `demo`. Empty without that method: the part `method` is then as it was before
+    there was this field."""
     targets: TargetRequest = dataclasses.field(
         default=KEPT,
         metadata=changes_results(

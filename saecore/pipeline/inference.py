@@ -14,10 +14,12 @@ import numpy as np
 import torch
 
 from saecore import heatmaps
-from saecore.methods import DEFAULT_OPTIONS, KEPT, METHODS, Options, TargetRequest, dtype_of
+from saecore.methods import DEFAULT_OPTIONS, METHODS, Options, dtype_of
 from saecore.relevance.explain import explain_forward, trace_needs
 from saecore.relevance.maps import Maps, completeness_error, sink_share
 from saecore.relevance.targets import TargetAxis, Targets, WordTargets, no_word_targets
+from saecore.removal.head import Head
+from saecore.requests import KEPT, TargetRequest
 from saecore.sae.model import SAE, Code
 from saecore.towers.stopped import StoppedTower
 from saecore.towers.tokens import TokenTower
@@ -169,8 +171,10 @@ class Inference(OnDevice[Inferred]):
         options: Options = DEFAULT_OPTIONS,
         precision: str = "auto",
         embeddings: bool = False,
+        head: Head | None = None,
     ) -> None:
         super().__init__(tower, device, methods, precision)
+        self.head = None if head is None else head.to(self.device)
         self.sae = sae.to(self.device)
         self.k, self.methods, self.options = k, tuple(methods), options
         self.axis = TargetAxis.of(request, k)
@@ -186,7 +190,9 @@ class Inference(OnDevice[Inferred]):
         code = self.sae.encode_sparse(embedding, at_least=self.k)
         kept = code.latents[:, : self.k]
         targets = Targets(self.sae, self.axis.latents(kept), self.words)
-        by_method = explain_forward(self.methods, self.tower, pixels, embedding, trace, targets, self.options)
+        by_method = explain_forward(
+            self.methods, self.tower, pixels, embedding, trace, targets, self.options, head=self.head
+        )
         values = targets.values(embedding[:, None])[:, 0]
         maps = list(by_method.values())
         stored, scale = heatmaps.encode(torch.stack([m.relevance for m in maps], 1))

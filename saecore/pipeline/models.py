@@ -5,14 +5,18 @@
 PyTorch is loaded with the first model: workers that only decode import this module too, and do not wait for PyTorch.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from saecore.methods import BLANK_TEXT, TargetRequest
+from saecore.methods import BLANK_TEXT, METHODS, REMOVAL
 from saecore.pipeline.config import ExplainConfig, at_once
+from saecore.requests import TargetRequest
 from saecore.sae import sites
+from saecore.untrusted import about
 
 if TYPE_CHECKING:
     from saecore.relevance.targets import WordTargets
+    from saecore.removal.head import Head
     from saecore.sae.model import SAE
     from saecore.towers.tower import ImageTower
 
@@ -104,3 +108,23 @@ def load_word_targets(config: ExplainConfig, tower: "ImageTower", sae: "SAE") ->
     of_words, of_blank = embeddings[: len(request.words)], embeddings[len(request.words) :]
     how = (config.concept_latents, config.concept_positive)
     return word_targets(sae, of_words, len(request.texts), *how, of_blank)
+
+
+def head_for(clip: str, methods: Sequence[str], head: str) -> str:
+    """The address of the head that methods need, as given; of the embedded model it is known. Empty if none needs one."""
+    if not any(METHODS[name].needs_head for name in methods):
+        return ""
+    return head or ("demo" if clip == "demo" else "")
+
+
+def load_fitting_head(config: ExplainConfig, tower: "ImageTower") -> "Head | None":
+    """The head that a method needs; None if no method needs one. ValueError if there is none, or one of another tower."""
+    from saecore.relevance.explain import check_head
+    from saecore.removal.saved import load_head
+
+    if not any(METHODS[name].needs_head for name in config.methods):
+        return None
+    head = load_head(config.head) if config.head else None
+    with about(config.head or f"method {REMOVAL}"):
+        check_head(tower, config.methods, head)
+    return head

@@ -23,7 +23,7 @@ from saecore.images.effort import MAX_PIXELS
 from saecore.images.preprocess import Preprocess, Resize
 from saecore.pipeline.config import EmbedConfig, ExplainConfig, SiteConfig, at_once
 from saecore.pipeline.decoder import Limited
-from saecore.pipeline.models import as_far_as, load_models, load_word_targets
+from saecore.pipeline.models import as_far_as, load_fitting_head, load_models, load_word_targets
 from saecore.sae import sites
 
 if TYPE_CHECKING:
@@ -163,6 +163,7 @@ class Explain:
                 config.options,
                 config.precision,
                 config.embeddings,
+                load_fitting_head(config, tower),
             )
             self.infer = Inference(tower, sae, config.k, *how)
         self.n_patches = tower.grid[0] * tower.grid[1]

@@ -8,12 +8,13 @@ Shapes: B images, k kept latents, M methods, n targets of maps, P patches.
 import torch
 
 from saecore import heatmaps
-from saecore.methods import DEFAULT_OPTIONS, KEPT, METHODS, Options, TargetRequest
+from saecore.methods import DEFAULT_OPTIONS, METHODS, Options
 from saecore.pipeline.inference import Inferred, OnDevice, image_embedding, worst_error
 from saecore.relevance.agreement import peak_distance, rank_correlation
 from saecore.relevance.maps import Maps, sink_share
 from saecore.relevance.targets import TargetAxis
 from saecore.relevance.tokens import explain_pooled
+from saecore.requests import KEPT, TargetRequest
 from saecore.sae.model import SAE
 from saecore.towers.tokens import TokenTower
 

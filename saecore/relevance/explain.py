@@ -12,15 +12,18 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from saecore.methods import DEFAULT_OPTIONS, METHODS, Options
+from saecore.methods import DEFAULT_OPTIONS, METHODS, REMOVAL, SHAPLEY, Options
 from saecore.relevance import maps, tokens
 from saecore.relevance.maps import Batch, Maps
-from saecore.relevance.occlusion import occlusion
+from saecore.relevance.occlusion import occlusion, predicted, sampled
 from saecore.relevance.rollout import rollout
 from saecore.relevance.targets import Targets, WordTargets, no_word_targets
+from saecore.removal import head as removal
+from saecore.removal.head import Head
 from saecore.sae.model import SAE
 from saecore.towers.tokens import TokenTower
 from saecore.towers.tower import ImageTower, Trace
+from saecore.untrusted import about
 
 FUNCTIONS: dict[str, Callable[[Batch], Maps]] = {
     "contrib": maps.contrib,
@@ -31,6 +34,8 @@ FUNCTIONS: dict[str, Callable[[Batch], Maps]] = {
     "rollout": rollout,
     "dense": maps.dense,
     "occlusion": occlusion,
+    SHAPLEY: sampled,
+    REMOVAL: predicted,
     "attention": maps.attention,
 }
 """The function of each method of `saecore.methods.OF_EMBEDDING`. All take one `Batch`, and none changes it."""
@@ -43,7 +48,11 @@ def trace_needs(methods: Iterable[str], options: Options, n_layers: int) -> dict
     streams are kept, the last layer cannot compute only the CLS token.
     """
     depths = {
-        name: options.layers_of(name, n_layers) if METHODS[name].takes_layers else 1
+        name: n_layers
+        if METHODS[name].needs_head
+        else options.layers_of(name, n_layers)
+        if METHODS[name].takes_layers
+        else 1
         for name in methods
         if not METHODS[name].has_own_forwards
     }
@@ -74,6 +83,21 @@ def check_fits(tower: ImageTower, methods: Sequence[str], options: Options) -> N
         raise ValueError(
             f"block {options.block}: this model has {max(tower.grid)} patches a side, and nothing else to see"
         )
+    for name in {SHAPLEY, REMOVAL}.intersection(methods):
+        with about(f"method {name}"):
+            removal.check_tower(tower)
+    n_patches = tower.grid[0] * tower.grid[1]
+    if SHAPLEY in methods and options.subsets < n_patches:
+        raise ValueError(f"subsets {options.subsets}: do not tell the values of this model's {n_patches} patches")
+
+
+def check_head(tower: ImageTower, methods: Sequence[str], head: Head | None) -> None:
+    """ValueError if a method needs a head and there is none, or one that belongs to another tower."""
+    if not any(METHODS[name].needs_head for name in methods):
+        return
+    if head is None:
+        raise ValueError(f"method {REMOVAL}: needs a head that was trained on this model, and none is given")
+    removal.check_belongs(head.config, tower)
 
 
 def explain_latents(
@@ -85,18 +109,22 @@ def explain_latents(
     options: Options = DEFAULT_OPTIONS,
     words: WordTargets | None = None,
     heads: bool = False,
+    head: Head | None = None,
 ) -> dict[str, Maps]:
     """Maps by every method of latents, int64 (B, k), and of `words`, in images, uint8 (B, height, width, 3): one forward.
 
-    heads: keeps the heads of the attention apart, see `saecore.relevance.maps.Batch`.
+    heads: keeps the heads of the attention apart, see `saecore.relevance.maps.Batch`. head: what removal predicts with.
     """
     options.check()
     check_fits(tower, methods, options)
+    check_head(tower, methods, head)
     words = words or no_word_targets(sae)
     if needs_blank(tower, methods, options) and not len(words.blank):
         raise ValueError("legrad of a SigLIP needs `WordTargets.blank`, or options with legrad_correction=False")
     embedding, trace = tower(pixels, **trace_needs(methods, options, len(tower.path())))
-    return explain_forward(methods, tower, pixels, embedding, trace, Targets(sae, latents, words), options, heads)
+    return explain_forward(
+        methods, tower, pixels, embedding, trace, Targets(sae, latents, words), options, heads, head=head
+    )
 
 
 def explain_forward(
@@ -109,6 +137,7 @@ def explain_forward(
     options: Options,
     heads: bool = False,
     check: bool = True,
+    head: Head | None = None,
 ) -> dict[str, Maps]:
     """Maps by every method of one forward, whose trace must hold what `trace_needs` says.
 
@@ -116,7 +145,7 @@ def explain_forward(
     """
     exact = {name: options.norm_of(name) == "exact" for name in methods}
     batches = {
-        norm: maps.batch_of(tower, pixels, embedding, trace, targets, norm, options, heads, check)
+        norm: maps.batch_of(tower, pixels, embedding, trace, targets, norm, options, heads, check, head)
         for norm in set(exact.values())
     }
     return {name: FUNCTIONS[name](batches[exact[name]]) for name in methods}

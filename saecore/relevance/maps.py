@@ -16,7 +16,8 @@ which is flat wherever a latent is off. With A the CLS attention row of a layer 
 The remainder is defined for the first two, and NaN for the others. `saecore.methods.Options` documents the options.
 SigLIP has no CLS token: the learned query of its pooling takes CLS's place below, on a path of one layer.
 
-Left out: methods that need more than one forward (`saecore.relevance.occlusion`, `saecore.relevance.rollout`).
+Left out: methods that remove patches, or need more than one forward (`saecore.relevance.occlusion`,
+`saecore.relevance.rollout`).
 
 Shapes are those of `saecore.towers.tower`: B images, k targets, N tokens, P patches, H heads, D width.
 """
@@ -32,6 +33,7 @@ from saecore.methods import DEFAULT_OPTIONS, Options
 from saecore.relevance import tangent
 from saecore.relevance.own_targets import own_target_gradients
 from saecore.relevance.targets import Targets, cosine_read_outs
+from saecore.removal.head import Head
 from saecore.towers.cls_path import attention_gradients, by_head
 from saecore.towers.tower import ImageTower, Trace
 
@@ -60,6 +62,8 @@ class Batch(NamedTuple):
     """Whether heads are kept apart, by contrib, contrib_grad, chefer of one layer, legrad and attention."""
     check: bool
     """Whether contrib_grad checks its gradient, which costs one row a layer."""
+    head: Head | None = None
+    """What removal predicts with."""
 
 
 class Maps(NamedTuple):
@@ -73,6 +77,8 @@ class Maps(NamedTuple):
     gradient_error: Tensor | None = None
     """float32 (B, k), of contrib_grad only: the distance of its terms, added with fixed signs, from the derivative taken
     forwards (`saecore.relevance.tangent`); None if that was not computed."""
+    standard_error: Tensor | None = None
+    """float32 (B, k, P), of shapley only: of the sampling."""
 
 
 def batch_of(
@@ -85,10 +91,11 @@ def batch_of(
     options: Options = DEFAULT_OPTIONS,
     heads: bool = False,
     check: bool = True,
+    head: Head | None = None,
 ) -> Batch:
     """The batch, with the targets' read-outs computed."""
     read_outs = targets.read_outs(embedding, exact)
-    return Batch(tower, pixels, embedding, trace, targets, exact, *read_outs, options, heads, check)
+    return Batch(tower, pixels, embedding, trace, targets, exact, *read_outs, options, heads, check, head)
 
 
 def contrib(batch: Batch) -> Maps:

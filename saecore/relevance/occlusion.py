@@ -1,8 +1,16 @@
-"""Token-drop occlusion: what each target loses if patches are taken out of the sequence. The reference for other methods.
+"""What removing patches does to each target: alone, or on average over what else is there.
 
-    R_b = (z(x) - z(x without the patches of b)) / |b|      b: a square of patches, one patch by default
+    occlusion      R_b = (z(x) - z(x without the patches of b)) / |b|      b: a square of patches, one patch by default
+    shapley        R_i = w . phi_i                                         phi_i by sampling (`saecore.removal.shapley`)
+    removal        R_i = w . phi_i                                         phi_i by a trained head (`saecore.removal.head`)
 
-It costs one forward for each square, which all targets share. `Options.block` is the side of a square.
+phi_i is the Shapley value of patch i for the embedding, a vector, with sum_i phi_i = e(x) - e(no patches), and z = w . e + c a
+read-out of the embedding. Shapley values are linear in the function that they divide, so w . phi_i is the Shapley value for
+w . e + c, for every latent, concept and text at once. Norms of a sample (a text's |e|, an SAE's own normaliser) are held at the
+image's values, as in `contrib`; without them it is the Shapley value of the target itself.
+
+Occlusion costs one forward for each square, which all targets share; shapley one shorter forward for each subset.
+`Options.block` is the side of a square.
 
 Shapes are those of `saecore.relevance.maps`.
 """
@@ -13,7 +21,9 @@ import torch
 from torch import Tensor
 
 from saecore.relevance.maps import Batch, Maps
-from saecore.removal.ways import ROWS, ROWS_ON_CPU
+from saecore.removal.head import nothing
+from saecore.removal.shapley import shapley
+from saecore.removal.ways import ROWS, ROWS_ON_CPU, dropping
 from saecore.towers.tower import ImageTower
 
 
@@ -27,6 +37,30 @@ def occlusion(batch: Batch) -> Maps:
     targets, whole = batch.targets, batch.targets.values(batch.embedding[:, None])[:, 0]  # (B, k)
     relevance = losses(batch.tower, batch.pixels, whole, lambda rest, _: targets.values(rest), batch.options.block)
     return Maps(relevance, torch.full_like(whole, torch.nan))
+
+
+def sampled(batch: Batch) -> Maps:
+    """Shapley values by `Options.subsets` sampled subsets, which all targets share. The remainder is the target without any
+    patch: map and remainder add up to the pre-activation."""
+    w, c = batch.read_outs, batch.offsets
+    remove = dropping(batch.tower, batch.pixels, lambda embeddings: embeddings @ w.mT + c[:, None])
+    images, n_patches = len(batch.pixels), batch.tower.grid[0] * batch.tower.grid[1]
+    found = shapley(remove, n_patches, images, batch.options.subsets)
+    return Maps(found.values, _without_patches(batch, nothing(batch.tower)), standard_error=found.error)
+
+
+def predicted(batch: Batch) -> Maps:
+    """Shapley values by the batch's head, from the forward that the other methods share: read-outs of one vector for each
+    patch. ValueError without a head."""
+    if batch.head is None:
+        raise ValueError("removal needs a head")
+    phi = batch.head(batch.tower, batch.trace, batch.embedding)
+    return Maps(batch.read_outs @ phi.mT, _without_patches(batch, batch.head.empty))
+
+
+def _without_patches(batch: Batch, empty: Tensor) -> Tensor:
+    """What the embedding without patches (E,) gives the targets, (B, k)."""
+    return batch.read_outs @ empty + batch.offsets
 
 
 def losses(

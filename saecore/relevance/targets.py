@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from saecore.methods import TargetRequest
+from saecore.requests import TargetRequest
 from saecore.sae.model import SAE
 
 

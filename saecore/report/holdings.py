@@ -4,8 +4,9 @@ import json
 from typing import Any, NamedTuple
 
 from saecore.judging import verdict
-from saecore.methods import KEPT, OF_EMBEDDING, OF_TOKENS, TargetRequest
+from saecore.methods import OF_EMBEDDING, OF_TOKENS
 from saecore.query.results import Results
+from saecore.requests import KEPT, TargetRequest
 from saecore.storage import join_uri
 
 LISTED = 6

@@ -84,7 +84,7 @@ def test_equal_patches_come_in_an_order_that_tells_nothing() -> None:
 
 def test_they_are_exact_where_z_is_additive() -> None:
     w = worths()
-    found = shapley(additive(w), P, IMAGES, permutations=20, at_once=4)
+    found = shapley(additive(w), P, IMAGES, subsets=100)
     torch.testing.assert_close(found.values, w, rtol=1e-4, atol=1e-4)
     assert found.error.max() < 1e-4
 
@@ -124,7 +124,7 @@ def entangled(stay: frozenset[int]) -> float:
 @pytest.mark.parametrize("of", [redundant, entangled])
 def test_they_are_near_the_definition(of: Game) -> None:
     n = 8
-    found = shapley(game(of), n, 1, permutations=400, at_once=1)
+    found = shapley(game(of), n, 1, subsets=3000)
     values, error, expected = found.values[0, 0].numpy(), found.error[0, 0].numpy(), np.array(exact(of, n))
     assert np.abs(values - expected).max() < max(0.06, 5 * error.max())
     assert 0 < error.max() < 0.1
@@ -133,9 +133,9 @@ def test_they_are_near_the_definition(of: Game) -> None:
         assert np.abs(values - [0, 0.5, 0.5, 0, 0.5, 0, 0, 0]).max() < 0.06
 
 
-def test_too_few_orders_are_refused() -> None:
+def test_too_few_subsets_are_refused() -> None:
     with pytest.raises(ValueError, match="subsets do not tell the values of 20 patches"):
-        shapley(additive(worths()), P, IMAGES, permutations=2, at_once=19)
+        shapley(additive(worths()), P, IMAGES, subsets=19)
 
 
 # ---- What taking out means.
@@ -276,7 +276,7 @@ def test_the_perfect_map_has_the_srg_computed_by_hand_and_methods_find_it() -> N
         remove = ways.removal("drop", tower, pixels, targets.values)
         found = {name: float(curves(remove, order_of(one.relevance), steps=8).srg) for name, one in made.items()}
         inverted = float(curves(remove, order_of(-expected[None, None]), steps=8).srg)
-        worth = shapley(remove, 16, 1, permutations=400, at_once=1)
+        worth = shapley(remove, 16, 1, subsets=3000)
     assert found["contrib"] == pytest.approx(by_hand, abs=1e-3)
     assert found["contrib_grad"] == pytest.approx(by_hand, abs=1e-3)
     assert inverted == pytest.approx(-by_hand, abs=1e-3)

@@ -21,8 +21,8 @@ FEW = [
     "2",
     "--steps",
     "3",
-    "--shapley-orders",
-    "20",
+    "--shapley-subsets",
+    "200",
     "--checks",
     "agreement,nulls",
 ]
@@ -118,7 +118,7 @@ def test_it_stands_in_the_run_and_on_its_pages(shards: Path, tmp_path: Path) -> 
     assert explain.main([*given, "--limit", "16", "--local", "--out", str(run)]) == 0
     assert report.main(["--run", str(run)]) == 0
     assert "evaluate --run" in (run / "report" / "index.html").read_text()
-    few = ["--images-sample", "3", "--latents", "2", "--steps", "2", "--shapley-orders", "0", "--checks", "none"]
+    few = ["--images-sample", "3", "--latents", "2", "--steps", "2", "--shapley-subsets", "0", "--checks", "none"]
     assert evaluate.main(["--run", str(run), *few]) == 0
     assert report.main(["--run", str(run)]) == 0
     page = (run / "report" / "evaluation.html").read_text()
@@ -140,7 +140,7 @@ def test_it_stands_in_the_run_and_on_its_pages(shards: Path, tmp_path: Path) -> 
         (["--checks", "all"], "--checks 'all'"),
         (["--images-sample", "0"], "--images-sample 0"),
         (["--latents", "0", "--steps", "0"], "--steps 0"),
-        (["--shapley-orders", "4"], "--shapley-orders 4: must be 0, or at least 18"),
+        (["--shapley-subsets", "4"], "--shapley-subsets 4: must be 0, or at least 192"),
         (["--local", "--ray"], "--local"),
         (["--gpus-per-replica", "1", "--local"], "no GPU"),
     ],

@@ -18,9 +18,9 @@ from saecore.judging.settings import Settings
 from saecore.judging.stage import Evaluate
 from saecore.judging.subject import Subject
 from saecore.judging.verdict import OTHER_ROWS, SHAPLEY, TRAINED, UNTRAINED, Key
-from saecore.methods import parse_targets
 from saecore.pipeline.models import load_models
 from saecore.removal import ways
+from saecore.requests import parse_targets
 from saecore.towers.tokens import TokenTower
 
 TOKENS: dict[str, Any] = {"sae": "demo-patches", "pool": "max", "methods": ("activation", "contrib", "attention")}
@@ -35,7 +35,7 @@ def settings(**given: Any) -> Settings:
         "of": "",
         "sample": 3,
         "steps": 4,
-        "orders": 0,
+        "shapley_subsets": 0,
         "null_latents": 2,
         "precision": "float32",
     }
@@ -115,7 +115,7 @@ def test_only_what_fires_is_judged() -> None:
 
 
 def test_scores_are_those_of_their_definitions() -> None:
-    given = settings(orders=24)
+    given = settings(shapley_subsets=400)
     judged, shown = judge(given, keep_maps=True), torch.from_numpy(pixels())
     found = judged(pixels())
     score: dict[tuple[str, str, str], Any] = {key: found.scores[:, place] for place, key in enumerate(judged.keys)}

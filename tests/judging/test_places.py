@@ -94,7 +94,7 @@ def test_scores_are_those_of_each_map_and_its_mask() -> None:
 
 def test_the_command_says_where_maps_lie(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, out = folder / "run", folder / "judged"
-    few = ["--steps", "1", "--shapley-orders", "0", "--checks", "none", "--images-sample", "80", "--out", str(out)]
+    few = ["--steps", "1", "--shapley-subsets", "0", "--checks", "none", "--images-sample", "80", "--out", str(out)]
     given = ["--run", str(run), *few, "--masks", str(folder / "masks.parquet")]
     assert evaluate.main(given) == 0
     assert "labels, latents follow" in capsys.readouterr().out

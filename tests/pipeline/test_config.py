@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from jobs import collection, explain
-from saecore.methods import Options, parse_targets
+from saecore.methods import Options
 from saecore.pipeline.config import (
     EmbedConfig,
     ExplainConfig,
@@ -20,6 +20,7 @@ from saecore.pipeline.config import (
     restored,
     said_of,
 )
+from saecore.requests import parse_targets
 from saecore.runs.run import fingerprint
 from tests.conftest import command
 

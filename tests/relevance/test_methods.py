@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from saecore.methods import METHODS, OF_EMBEDDING, Options, dtype_of, parse_methods, parse_targets
+from saecore.methods import METHODS, OF_EMBEDDING, Options, dtype_of, parse_methods
 from saecore.relevance.explain import explain_latents
 from saecore.relevance.maps import completeness_error
 from saecore.relevance.targets import Targets, concept_weights, word_targets
+from saecore.requests import parse_targets
 from saecore.sae.checkpoints import load_sae
 from saecore.sae.model import SAE
 from saecore.towers.clip import ClipTower
