@@ -170,7 +170,10 @@ def evaluate(argv: list[str]) -> int:
     print("\n".join([verdict_tables(found), "", *found.sentences, "", run_summary(arguments.place, record)]))
     if record.n_refused:
         print(refused_images(arguments.place, refusals(job.run), is_explained=False))
-    commands.propose(f"next          {commands.line('report', '--run', arguments.run)}    # pages, with this verdict")
+    if not arguments.out:  # pages look for it in the run
+        commands.propose(
+            f"next          {commands.line('report', '--run', arguments.run)}    # pages, with this verdict"
+        )
     return 0
 
 
