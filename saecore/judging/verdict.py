@@ -10,6 +10,7 @@ It loads no PyTorch: pages read it too.
 """
 
 import json
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +39,12 @@ BASELINES = ("random", "centre", "edges")
 CONTROLS = ("attention", *BASELINES)
 """What knows no target."""
 
+KINDS = ("latent", "text", "concept")
+"""Of targets."""
+
+PLAIN = 0.2
+"""The largest of some numbers from which on two places are enough."""
+
 LEAST_IMAGES = 30
 """With fewer, an interval by bootstrap says too little, and the verdict says so."""
 
@@ -52,8 +59,9 @@ class Key(NamedTuple):
 
 
 class Row(NamedTuple):
-    """The mean of a score."""
+    """The mean of a score over the targets of a kind."""
 
+    kind: str
     model: str
     method: str
     metric: str
@@ -64,6 +72,7 @@ class Row(NamedTuple):
 class Apart(NamedTuple):
     """By how much a method's SRG exceeds another's, case by case."""
 
+    kind: str
     method: str
     other: str
     mean: Mean
@@ -84,16 +93,21 @@ class Verdict(NamedTuple):
 
     images: int
     cases: int
+    """Of the first kind."""
+    kinds: list[str]
+    """Of targets, those of `KINDS` that there are: their values have different units, so each has means of its own."""
     methods: list[str]
     """As they were asked for, then `SHAPLEY` if it was sampled, then `BASELINES`."""
     rows: list[Row]
     apart: list[Apart]
     courses: list[Course]
+    """Of the first kind."""
     sentences: list[str]
 
-    def mean(self, method: str, metric: str, model: str = TRAINED) -> Mean | None:
-        """The mean of a score, None if it was not measured."""
-        return next((row.mean for row in self.rows if row[:3] == (model, method, metric)), None)
+    def mean(self, method: str, metric: str, model: str = TRAINED, kind: str = "") -> Mean | None:
+        """The mean of a score over the targets of a kind, by default the first; None if it was not measured."""
+        wanted = (kind or self.kinds[0], model, method, metric)
+        return next((row.mean for row in self.rows if row[:4] == wanted), None)
 
 
 def judged(uri: str, asked: list[str]) -> Verdict:
@@ -102,17 +116,27 @@ def judged(uri: str, asked: list[str]) -> Verdict:
     curves = open_dataset(uri, "curves").to_table()
     names = table["method"].unique().to_pylist()
     methods = [*asked, *(name for name in (SHAPLEY, *BASELINES) if name in names)]
-    cases = _cases(table)
-    held = _by_key(table, cases)
-    rows = [Row(*key, len(values), mean_over_images(values, images)) for key, (values, images, _) in held.items()]
-    rows.sort(key=lambda row: (MODELS.index(row.model), methods.index(row.method), row.metric))
-    srg = {method: held[TRAINED, method, "srg"] for method in methods if (TRAINED, method, "srg") in held}
-    first = methods[0]
-    apart = [_apart(srg, first, other) for other in srg if other != first] if first in srg else []
-    n_images = len(table["image_id"].unique())
-    n_cases = len(srg[first][0]) if first in srg else 0
-    verdict = Verdict(n_images, n_cases, methods, rows, apart, _courses(curves, methods), [])
+    of_rows, of_curves = _kinds(table), _kinds(curves)
+    kinds = [kind for kind in KINDS if (of_rows == kind).any()]
+    held = {kind: _by_key(table.filter(pa.array(of_rows == kind))) for kind in kinds}
+    rows = [
+        Row(kind, *key, len(values), mean_over_images(values, images))
+        for kind, by_key in held.items()
+        for key, (values, images, _) in by_key.items()
+    ]
+    rows.sort(key=lambda row: (KINDS.index(row.kind), MODELS.index(row.model), methods.index(row.method), row.metric))
+    apart = [one for kind in kinds for one in _all_apart(kind, held[kind], methods)]
+    courses = _courses(curves.filter(pa.array(of_curves == (kinds or KINDS)[0])), methods)
+    srg = held[kinds[0]].get((TRAINED, methods[0], "srg")) if kinds else None
+    n_cases = 0 if srg is None else len(srg[0])
+    verdict = Verdict(len(table["image_id"].unique()), n_cases, kinds, methods, rows, apart, courses, [])
     return verdict._replace(sentences=_sentences(verdict, held))
+
+
+def _kinds(table: pa.Table) -> np.ndarray:
+    """The kind of each row's target."""
+    words = pc.replace_substring_regex(pc.fill_null(table["target"], KINDS[0]), ":.*", "")
+    return np.array(words.to_pylist(), object)
 
 
 def _cases(table: pa.Table) -> np.ndarray:
@@ -126,8 +150,9 @@ def _cases(table: pa.Table) -> np.ndarray:
 Held = dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
-def _by_key(table: pa.Table, cases: np.ndarray) -> Held:
+def _by_key(table: pa.Table) -> Held:
     """By model, method and metric: values, images and cases, in the order of the cases."""
+    cases = _cases(table)
     keys = [table[name].combine_chunks().dictionary_encode() for name in ("model", "method", "metric")]
     names = [key.dictionary.to_pylist() for key in keys]
     numbers = np.ravel_multi_index([key.indices.to_numpy() for key in keys], [max(1, len(name)) for name in names])
@@ -142,11 +167,13 @@ def _by_key(table: pa.Table, cases: np.ndarray) -> Held:
     return held
 
 
-def _apart(srg: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], method: str, other: str) -> Apart:
-    """Both have the same cases, in the same order."""
-    (one, images, cases), (two, _, others) = srg[method], srg[other]
-    assert np.array_equal(cases, others), (method, other)
-    return Apart(method, other, mean_over_images(one - two, images))
+def _all_apart(kind: str, held: Held, methods: list[str]) -> Iterator[Apart]:
+    """The first method beside every other one; both have the same cases, in the same order."""
+    srg = {method: held[TRAINED, method, "srg"] for method in methods if (TRAINED, method, "srg") in held}
+    for other, (two, _, others) in list(srg.items())[1:] if methods[0] in srg else ():
+        one, images, cases = srg[methods[0]]
+        assert np.array_equal(cases, others), (methods[0], other)
+        yield Apart(kind, methods[0], other, mean_over_images(one - two, images))
 
 
 def _courses(curves: pa.Table, methods: list[str]) -> list[Course]:
@@ -173,36 +200,44 @@ def _courses(curves: pa.Table, methods: list[str]) -> list[Course]:
 
 
 def signed(mean: Mean) -> str:
-    """`+1.95 [1.70, 2.20]`."""
-    return f"{mean.value:+.2f} [{mean.low:.2f}, {mean.high:.2f}]"
+    """`+1.95 [1.70, 2.20]`; smaller numbers, as those of cosines, with more places."""
+    places = 2 if max(map(abs, mean)) >= PLAIN else 4
+    return f"{mean.value:+.{places}f} [{mean.low:.{places}f}, {mean.high:.{places}f}]"
 
 
-def _sentences(verdict: Verdict, held: Held) -> list[str]:
+def _sentences(verdict: Verdict, of_kinds: dict[str, Held]) -> list[str]:
     """The verdict in plain words, the most important first."""
+    said = list[str]()
+    for kind, held in of_kinds.items():
+        about = "" if kind == verdict.kinds[0] else f"Of {kind}s: "
+        said += [about + one for one in _of_kind(verdict, kind, held)]
+    if said and verdict.images < LEAST_IMAGES:
+        said.append(f"These are {verdict.images} images: with fewer than {LEAST_IMAGES}, intervals say little.")
+    return said
+
+
+def _of_kind(verdict: Verdict, kind: str, held: Held) -> Iterator[str]:
     first = verdict.methods[0]
-    if verdict.mean(first, "srg") is None:
-        return []
-    apart = {one.other: one.mean for one in verdict.apart}
-    n = f"n = {verdict.images:,} images, {verdict.cases:,} targets"
-    said = [_compared(first, "attention" if "attention" in apart else "random", apart, n)]
+    apart = {one.other: one.mean for one in verdict.apart if one.kind == kind}
+    if not apart:
+        return
+    n = f"n = {verdict.images:,} images, {len(held[TRAINED, first, 'srg'][0]):,} targets"
+    yield _compared(first, "attention" if "attention" in apart else "random", apart, n)
     if "attention" in apart:
-        said.append(_compared(first, "random", apart, ""))
+        yield _compared(first, "random", apart, "")
     if (TRAINED, first, "srg_of_another") in held:
         (own, images, _), (another, _, _) = held[TRAINED, first, "srg"], held[TRAINED, first, "srg_of_another"]
         gain = mean_over_images(own - another, images)
         if gain.low > 0:
-            said.append(f"{first} knows its target: its SRG is {signed(gain)} above that by another target's map.")
+            yield f"{first} knows its target: its SRG is {signed(gain)} above that by another target's map."
         else:
-            said.append(
-                f"{first} is not shown to know its target: by another target's map, SRG differs by {signed(gain)}."
-            )
-    said += [_compared(first, other, apart, "") for other in apart if other not in (*CONTROLS, SHAPLEY)]
+            yield f"{first} is not shown to know its target: by another target's map, SRG differs by {signed(gain)}."
+    for other in apart:
+        if other not in (*CONTROLS, SHAPLEY):
+            yield _compared(first, other, apart, "")
     if SHAPLEY in apart:
-        said.append(_beside_shapley(first, apart[SHAPLEY], held))
-    said += _nulls(verdict, first)
-    if verdict.images < LEAST_IMAGES:
-        said.append(f"These are {verdict.images} images: with fewer than {LEAST_IMAGES}, intervals say little.")
-    return said
+        yield _beside_shapley(first, apart[SHAPLEY], held)
+    yield from _nulls(verdict, first, kind)
 
 
 def _compared(first: str, other: str, apart: dict[str, Mean], n: str) -> str:
@@ -223,19 +258,12 @@ def _beside_shapley(first: str, apart: Mean, held: Held) -> str:
     return f"{share}." if apart.high < 0 else f"{share}: they cannot be told apart, {signed(apart)}."
 
 
-def _nulls(verdict: Verdict, first: str) -> list[str]:
-    """What the method has without training, as a part of what all patches together explain there."""
-    shares = {}
-    for model in MODELS:
-        srg, span = verdict.mean(first, "srg", model), verdict.mean(first, "span", model)
-        if srg is not None and span is not None:
-            shares[model] = f"{srg.value:.2f}"
-    if len(shares) < len(MODELS):
-        return []
-    return [
-        f"Nulls: the SRG of {first} is {shares[TRAINED]}; with random rows in the SAE it is {shares[OTHER_ROWS]}, which the "
-        f"tower alone gives, and in a tower that nobody trained it is {shares[UNTRAINED]}."
-    ]
+def _nulls(verdict: Verdict, first: str, kind: str) -> Iterator[str]:
+    means = [verdict.mean(first, "srg", model, kind) for model in MODELS]
+    found = [f"{mean.value:.2f}" for mean in means if mean is not None]
+    if len(found) == len(MODELS):
+        rows = f"with random rows in the SAE it is {found[1]}, which the tower alone gives"
+        yield f"Nulls: the SRG of {first} is {found[0]}; {rows}, and in a tower that nobody trained it is {found[2]}."
 
 
 # ---- As a file.

@@ -5,10 +5,11 @@ out, the most important first (which falls, if the map is faithful) and the leas
 SRG.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from saecore.judging.verdict import BASELINES, OTHER_ROWS, TRAINED, UNTRAINED, Course, Verdict
+from saecore.evaluation.localisation import Mean
+from saecore.judging.verdict import BASELINES, OTHER_ROWS, PLAIN, TRAINED, UNTRAINED, Course, Verdict
 
 QUESTIONS = {
     "Does removing what a map shows remove the target?": {
@@ -88,21 +89,29 @@ class Table(NamedTuple):
 
 
 def tables_of(found: Verdict) -> list[Table]:
-    """The questions that were measured, with only the columns that were."""
-    made = [_table(found, question, columns) for question, columns in QUESTIONS.items()]
+    """The questions that were measured, with only the columns that were; first of the first kind of targets."""
+    made = [_table(found, kind, question) for kind in found.kinds for question in QUESTIONS]
     # SRG alone is an answer to the first question only.
-    return [table for place, table in enumerate(made) if set(table.columns) - {"SRG"} or (table.columns and not place)]
+    first = next(iter(QUESTIONS))
+    return [t for t in made if set(t.columns) - {"SRG"} or (t.columns and t.question.endswith(first[1:]))]
 
 
-def _table(found: Verdict, question: str, columns: Mapping[str, tuple[str, str]]) -> Table:
-    means = {name: [found.mean(method, *of) for method in found.methods] for name, of in columns.items()}
+def _table(found: Verdict, kind: str, question: str) -> Table:
+    means = {
+        name: [found.mean(method, *of, kind) for method in found.methods] for name, of in QUESTIONS[question].items()
+    }
     means = {name: column for name, column in means.items() if any(column)}
-    rows = []
-    for method, cells in zip(found.methods, zip(*means.values(), strict=True), strict=False):
-        if any(cells):
-            said = ["" if m is None else f"{m.value:.2f} ± {(m.high - m.low) / 2:.2f}" for m in cells]
-            rows.append((method, said))
-    return Table(question, list(means), rows)
+    said = [_column(column) for column in means.values()]
+    rows = [(method, list(cells)) for method, cells in zip(found.methods, zip(*said, strict=True), strict=False)]
+    title = question if kind == found.kinds[0] else f"Of {kind}s: {question[0].lower()}{question[1:]}"
+    return Table(title, list(means), [(method, cells) for method, cells in rows if any(cells)])
+
+
+def _column(means: Sequence[Mean | None]) -> list[str]:
+    """`mean ± half of its interval`, all with the same number of places."""
+    largest = max(abs(mean.value) for mean in means if mean is not None)
+    places = 3 if 0 < largest < PLAIN else 2
+    return ["" if m is None else f"{m.value:.{places}f} ± {(m.high - m.low) / 2:.{places}f}" for m in means]
 
 
 # ---- The curves as a picture.

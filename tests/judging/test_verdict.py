@@ -18,6 +18,10 @@ IMAGES, LATENTS = 60, 4
 LEVEL = {"contrib": 3.0, "contrib_grad": 3.05, "dense": 1.0, "attention": 1.5, "random": 0.0, SHAPLEY: 4.0}
 
 
+TEXT, COSINE = "text: a cat", 0.01
+"""A target whose values are a hundredth of those of latents, and whose best method is another."""
+
+
 def write(folder: Path, level: dict[str, float], images: int = IMAGES, noise: float = 0.5) -> str:
     """A run's tables: SRG of each method is its level, plus what the case has for all methods, plus noise of its own."""
     drawn = np.random.default_rng(4)
@@ -38,6 +42,10 @@ def write(folder: Path, level: dict[str, float], images: int = IMAGES, noise: fl
                         ]
                 both = {"mif": [4.0, 0.0, -1.0], "lif": [4.0, 4.0 + mean, -1.0]}
                 curves.append({**case, "model": TRAINED, "method": method, "way": "drop", **both})
+        for method, mean in level.items():
+            case = {"image_id": image, "latent": None, "target": TEXT, "model": TRAINED, "method": method}
+            rows.append({**case, "metric": "srg", "value": COSINE * (5 - mean + drawn.normal(0, noise))})
+            curves.append({**case, "way": "drop", "mif": [9.0, 9.0, 9.0], "lif": [9.0, 9.0, 9.0]})
     files = []
     for name, table in {"faithfulness": (rows, schema.FAITHFULNESS), "curves": (curves, schema.CURVES)}.items():
         (folder / name).mkdir(parents=True)
@@ -62,7 +70,7 @@ def test_means_and_differences_are_those_that_were_planted(found: Verdict) -> No
         assert mean is not None
         assert mean.low < mean.value < mean.high
         assert mean.value == pytest.approx(level, abs=0.6), "what all methods share moves them together"
-    apart = {one.other: one.mean for one in found.apart}
+    apart = {one.other: one.mean for one in found.apart if one.kind == "latent"}
     assert apart.keys() == LEVEL.keys() - {"contrib"}
     for other, mean in apart.items():
         assert mean.value == pytest.approx(LEVEL["contrib"] - LEVEL[other], abs=0.15), "paired: what is shared cancels"
@@ -83,6 +91,17 @@ def test_sentences_say_what_the_intervals_allow(found: Verdict) -> None:
     assert "intervals say little" not in said
 
 
+def test_targets_of_another_unit_have_means_of_their_own(found: Verdict) -> None:
+    assert found.kinds == ["latent", "text"]
+    mean = found.mean("contrib", "srg", kind="text")
+    assert mean is not None
+    assert mean.value == pytest.approx(COSINE * 2, abs=COSINE * 0.3)
+    (of_dense,) = (one.mean for one in found.apart if (one.kind, one.other) == ("text", "dense"))
+    assert of_dense.high < 0
+    assert any(one.startswith("Of texts: dense beats contrib: SRG +0.02") for one in found.sentences)
+    assert found.sentences[0].startswith("contrib beats attention")
+
+
 def test_a_verdict_that_is_bad_is_said_too(tmp_path: Path) -> None:
     worse = verdict.judged(write(tmp_path / "worse", {"attention": 3.0, "random": 4.0}, images=12), ["attention"])
     assert worse.sentences[0].startswith("random beats attention: SRG +")
@@ -98,7 +117,9 @@ def test_a_verdict_is_read_as_it_was_written(found: Verdict, tmp_path: Path) -> 
 
 
 def test_tables_have_what_was_measured_and_nothing_else(found: Verdict) -> None:
-    first, second = tables_of(found)
+    first, second, of_texts = tables_of(found)
+    assert of_texts.question == "Of texts: does removing what a map shows remove the target?"
+    assert of_texts.columns == ["SRG"]
     assert first.columns == ["SRG", "random rows", "untrained tower"]
     assert second.columns == ["SRG", "by another's"]
     rows = dict(first.rows)
