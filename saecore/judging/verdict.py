@@ -252,7 +252,7 @@ def _compared(first: str, other: str, apart: dict[str, Mean], n: str) -> str:
 def _beside_shapley(first: str, apart: Mean, held: Held) -> str:
     own, most = (float(held[TRAINED, method, "srg"][0].mean()) for method in (first, SHAPLEY))
     if apart.low > 0:
-        noisy = "Shapley values by sampling are too noisy to be a reference here: sample more orders"
+        noisy = "Shapley values by sampling are too noisy to be a reference here: sample more subsets"
         return f"{noisy} ({first} beats them, SRG {signed(apart)})."
     share = f"{first} has {own / most:.0%} of the SRG of {most:.2f} that Shapley values by sampling have"
     return f"{share}." if apart.high < 0 else f"{share}: they cannot be told apart, {signed(apart)}."
