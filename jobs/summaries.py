@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 
 from saecore.images.chunks import count_images
 from saecore.judging.verdict import Verdict
-from saecore.judging.wording import Table, tables_of
+from saecore.judging.wording import Answer, tables_of
 from saecore.runs import durations, latents
 from saecore.runs.record import Record, Unread
 from saecore.runs.refusals import Refusal
@@ -231,7 +231,7 @@ def verdict_tables(found: Verdict) -> str:
     return "\n\n".join(_verdict_table(table) for table in tables_of(found))
 
 
-def _verdict_table(table: Table) -> str:
+def _verdict_table(table: Answer) -> str:
     lines = [f"{'':<16}" + "".join(f"{name:>16}" for name in table.columns)]
     lines += [f"{method:<16}" + "".join(f"{cell:>16}" for cell in cells).rstrip() for method, cells in table.rows]
     return "\n".join([table.question, *lines])

@@ -147,7 +147,7 @@ def explain_image(
 
     k: how many of the strongest latents are kept; at most as many as the SAE lets fire. method: one of
     `saecore.methods.OF_EMBEDDING`, or `OF_TOKENS` for an SAE that reads tokens. targets: what the maps explain, as
-    `saecore.methods.parse_targets` reads it: `kept`, `latents:3,17`, `text:a red square`, `concept:red`. names: the names of
+    `saecore.requests.parse_targets` reads it: `kept`, `latents:3,17`, `text:a red square`, `concept:red`. names: the names of
     latents, by number. pool: how values at tokens become one, `saecore.sae.sites.POOLS`. ValueError for a picture that cannot
     be decoded, or for a wrong argument.
     """

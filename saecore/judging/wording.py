@@ -79,7 +79,7 @@ MEANINGS = {
 """What each column says, for a reader of a page."""
 
 
-class Table(NamedTuple):
+class Answer(NamedTuple):
     """The answers to one question."""
 
     question: str
@@ -88,7 +88,7 @@ class Table(NamedTuple):
     """A method, and `mean ± half of its interval` for each column; empty where it was not measured."""
 
 
-def tables_of(found: Verdict) -> list[Table]:
+def tables_of(found: Verdict) -> list[Answer]:
     """The questions that were measured, with only the columns that were; first of the first kind of targets."""
     made = [_table(found, kind, question) for kind in found.kinds for question in QUESTIONS]
     # SRG alone is an answer to the first question only.
@@ -96,7 +96,7 @@ def tables_of(found: Verdict) -> list[Table]:
     return [t for t in made if set(t.columns) - {"SRG"} or (t.columns and t.question.endswith(first[1:]))]
 
 
-def _table(found: Verdict, kind: str, question: str) -> Table:
+def _table(found: Verdict, kind: str, question: str) -> Answer:
     means = {
         name: [found.mean(method, *of, kind) for method in found.methods] for name, of in QUESTIONS[question].items()
     }
@@ -104,7 +104,7 @@ def _table(found: Verdict, kind: str, question: str) -> Table:
     said = [_column(column) for column in means.values()]
     rows = [(method, list(cells)) for method, cells in zip(found.methods, zip(*said, strict=True), strict=False)]
     title = question if kind == found.kinds[0] else f"Of {kind}s: {question[0].lower()}{question[1:]}"
-    return Table(title, list(means), [(method, cells) for method, cells in rows if any(cells)])
+    return Answer(title, list(means), [(method, cells) for method, cells in rows if any(cells)])
 
 
 def _column(means: Sequence[Mean | None]) -> list[str]:

@@ -107,6 +107,7 @@ def test_what_is_missing_and_what_would_add_it(tmp_path: Path) -> None:
         "Embeddings": "python -m planted --keep-embeddings --out NEW_FOLDER",
         "Names": f"python -m jobs.name --run {tmp_path / 'run'}",
         "Index": f"python -m jobs.index --run {tmp_path / 'run'}",
+        "Judgement": f"python -m jobs.evaluate --run {tmp_path / 'run'}",
         "explorer": f"python -m jobs.report --run {tmp_path / 'run'} --serve",
     }
     bare = results.open(planted.write(tmp_path / "bare", methods=()))
