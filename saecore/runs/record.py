@@ -89,7 +89,7 @@ class Record:
 
     @property
     def kind(self) -> str:
-        """`explain`, `embed` or `evaluate`. Runs of jobs.explain carry none: their fingerprints are older than the second kind."""
+        """`explain`, `embed` or `evaluate`. Runs of jobs.explain carry none: their fingerprints are older than kinds."""
         return str(self.parts.get("kind", "explain"))
 
     @property
