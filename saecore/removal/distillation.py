@@ -104,7 +104,7 @@ class Distillation:
         self.head.unwhiten.copy_((directions * deviation).mT)
 
     def step(self) -> float:
-        """One step; returns its loss, of which 1 is about what no head at all would have."""
+        """One step; returns its loss."""
         recipe, number = self.recipe, self.done
         with torch.no_grad():
             group = self._batch(number)
@@ -114,8 +114,8 @@ class Distillation:
         with self.half:
             phi = self.head.whitened(self.tower, trace)
         loss = (apart - group.members.to(self.device) @ completed(phi.float(), total)).square().mean()
-        for group in self.optimiser.param_groups:
-            group["lr"] = recipe.rate * min(1.0, (number + 1) / WARM_UP) * (1 - number / recipe.steps)
+        for settings in self.optimiser.param_groups:
+            settings["lr"] = recipe.rate * min(1.0, (number + 1) / WARM_UP) * (1 - number / recipe.steps)
         self.optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
@@ -139,7 +139,8 @@ class Distillation:
         turn, place = divmod(number, groups)
         era = turn // self.recipe.reuse
         if era != self._era:
-            self._era, self._held = era, {}
+            self._era = era
+            self._held.clear()
         group = int(torch.randperm(groups, generator=self._generator(turn, 0))[place])
         if group not in self._held:
             self._held[group] = self._make(era, group)
