@@ -15,6 +15,7 @@ from tests.helpers.towers import random_head, random_tower
 SMALL = [
     "--clip", "demo", "--steps", "6", "--images-per-step", "4", "--subsets", "4", "--width", "32", "--blocks", "1",
     "--held-out", "2", "--held-out-subsets", "1280", "--checkpoint-minutes", "0",
+    "--precision", "bfloat16",
 ]  # fmt: skip
 
 
