@@ -32,7 +32,7 @@ from benchmarks.precision import Precision
 from benchmarks.speed import Job, Peers, Steps
 from benchmarks.storage import Storage
 from jobs import commands, console, origin
-from saecore.methods import DEFAULT_OPTIONS, OF_EMBEDDING, Options, parse_methods
+from saecore.methods import DEFAULT_OPTIONS, OF_EVERY_TOWER, REMOVAL, Options, parse_methods
 from saecore.sae import sites
 
 
@@ -85,8 +85,8 @@ class Maps:
 
     shapes: tuple[str, ...] = ("B/32", "B/16", "L/14")
     """Shapes of image towers: B/32, B/16, L/14, or demo, the embedded model's."""
-    method: Annotated[str, tyro.conf.arg(aliases=["--methods"])] = ",".join(OF_EMBEDDING)
-    """Methods, joined by commas; those that run the model again (rollout, occlusion) take most of the time."""
+    method: Annotated[str, tyro.conf.arg(aliases=["--methods"])] = ",".join((*OF_EVERY_TOWER, REMOVAL))
+    """Methods, joined by commas; those that run the model again (rollout, occlusion, shapley) take most of the time."""
     k: int = 32
     """Latents explained of each image; 32 is what bounds are on."""
     latents: int = 6144
@@ -256,8 +256,8 @@ class Truth:
 
     scenes: int = 2000
     """Scenes to measure on; as many others choose the latents."""
-    method: str = ",".join(OF_EMBEDDING)
-    """Methods, joined by commas; those that run the model again (rollout, occlusion) take most of the time."""
+    method: str = ",".join((*OF_EVERY_TOWER, REMOVAL))
+    """Methods, joined by commas; those that run the model again (rollout, occlusion, shapley) take most of the time."""
     pool: str = ""
     """Measure the demo's SAE of patch tokens instead, pooled so, by every method that explains tokens: max, mean or sum."""
     options: tyro.conf.OmitArgPrefixes[Options] = DEFAULT_OPTIONS
@@ -281,6 +281,7 @@ class Truth:
         from benchmarks import token_truth, truth
         from saecore.pipeline.models import load_models
         from saecore.relevance.explain import check_fits
+        from saecore.removal.saved import load_head
         from saecore.towers.tokens import TokenTower
 
         console.hush()
@@ -294,7 +295,8 @@ class Truth:
         if isinstance(tower, TokenTower):
             followers, by_title = token_truth.measure(tower, sae, self.pool, self.scenes, tell)
         else:
-            measured = truth.measure(tower, sae, self.scenes, truth.rows(methods, self.options), tell)
+            listed = truth.rows(methods, self.options)
+            measured = truth.measure(tower, sae, self.scenes, listed, tell, load_head("demo"))
             followers, by_title = measured.followers, measured.tables()
         if self.json:
             tables = {title: truth.table(cases) for title, cases in by_title.items()}

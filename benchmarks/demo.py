@@ -31,6 +31,7 @@ from saecore.demo.figures import embed, sae_figures, zero_shot
 from saecore.demo.lessons import photo
 from saecore.methods import METHODS, OF_EMBEDDING
 from saecore.relevance.explain import explain_latents
+from saecore.removal.saved import load_head
 from saecore.report import display
 from saecore.sae.checkpoints import load_folder
 from saecore.towers.loading import load_tower
@@ -107,7 +108,9 @@ def draw_methods(config: DrawMethods) -> None:
     latents = [following[thing.colour] for thing in scene.things if thing.colour in following]
     pixels = torch.from_numpy(photo(scene)[None])
     values = sae.pre_activations(tower.embed(pixels))[0, latents].tolist()
-    by_method = explain_latents(tower, sae, pixels, torch.tensor([latents]), OF_EMBEDDING).values()
+    by_method = explain_latents(
+        tower, sae, pixels, torch.tensor([latents]), OF_EMBEDDING, head=load_head("demo")
+    ).values()
     sheet = display.sheet(
         [drawing.render(scene, 4 * config.side)] * len(latents),
         [f"latent {latent}   {value:.2f}" for latent, value in zip(latents, values, strict=True)],

@@ -31,10 +31,11 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from benchmarks import naive_maps
 from benchmarks.tables import aligned
 from saecore.images.preprocess import Preprocess
-from saecore.methods import DEFAULT_OPTIONS, Options, dtype_of
+from saecore.methods import DEFAULT_OPTIONS, METHODS, Options, dtype_of
 from saecore.relevance.explain import explain_forward, trace_needs
 from saecore.relevance.maps import Maps
 from saecore.relevance.targets import Targets, no_word_targets
+from saecore.removal.head import Head, config_for
 from saecore.sae.model import SAE, SAEConfig
 from saecore.towers.clip import ClipTower
 
@@ -129,6 +130,10 @@ def cost_of_maps(
     towers = {dtype: tower_in(dtype, model, shape) for dtype in {default, *dtypes.values()}}
     tower = towers[default]
     model.to(getattr(torch, default))
+    heads = {
+        dtype: Head(config_for(towers[dtype], shape.width // 2, 2)).eval().requires_grad_(False).to(device)
+        for dtype in {dtypes[name] for name in methods if METHODS[name].needs_head}
+    }
     size = (shape.batch, shape.image_size, shape.image_size, 3)
     pixels = torch.randint(256, size, dtype=torch.uint8, device=device)
     ways: dict[str, Callable[[], object]] = {
@@ -137,7 +142,9 @@ def cost_of_maps(
     }
     for method in methods:
         for name, options in variants(method, tower):
-            ways[name] = functools.partial(maps_of, towers[dtypes[method]], sae, pixels, k, method, options)
+            ways[name] = functools.partial(
+                maps_of, towers[dtypes[method]], sae, pixels, k, method, options, heads.get(dtypes[method])
+            )
     ways = {name: torch.inference_mode()(way) for name, way in ways.items()}
     if naive_latents:
         plain = naive_maps.with_plain_attention(model)
@@ -201,12 +208,14 @@ def variants(method: str, tower: ClipTower) -> list[tuple[str, Options]]:
     return [(method, DEFAULT_OPTIONS)]
 
 
-def maps_of(tower: ClipTower, sae: SAE, pixels: Tensor, k: int, method: str, options: Options) -> Maps:
+def maps_of(
+    tower: ClipTower, sae: SAE, pixels: Tensor, k: int, method: str, options: Options, head: Head | None = None
+) -> Maps:
     """Pixels -> maps of the k strongest latents."""
     embedding, trace = tower(pixels, **trace_needs((method,), options, len(tower.path())))
     latents = sae.encode_sparse(embedding, at_least=k).latents[:, :k]
     targets = Targets(sae, latents, no_word_targets(sae))
-    return explain_forward((method,), tower, pixels, embedding, trace, targets, options, check=False)[method]
+    return explain_forward((method,), tower, pixels, embedding, trace, targets, options, check=False, head=head)[method]
 
 
 def time_in_turn(

@@ -25,9 +25,10 @@ from saecore.demo.lessons import FACETS, WORDS, photo
 from saecore.demo.scenes import SEED_EVALUATION, Scene, scenes_of
 from saecore.evaluation import localisation
 from saecore.evaluation.localisation import Mean, mean_over_images
-from saecore.methods import DEFAULT_OPTIONS, OF_EMBEDDING, Options
+from saecore.methods import DEFAULT_OPTIONS, OF_EVERY_TOWER, Options
 from saecore.relevance.explain import explain_latents
 from saecore.relevance.targets import word_targets
+from saecore.removal.head import Head
 from saecore.sae.model import SAE
 from saecore.towers.loading import load_text_tower
 from saecore.towers.text import embed_texts
@@ -156,8 +157,9 @@ def measure(
     tower: ImageTower,
     sae: SAE,
     n_scenes: int,
-    listed: Sequence[Row] = tuple(rows(OF_EMBEDDING)),
+    listed: Sequence[Row] = tuple(rows(OF_EVERY_TOWER)),
     tell: Callable[[int], object] = nothing,
+    head: Head | None = None,
 ) -> Measured:
     """Maps of every latent that follows a word, and of every colour and shape as a text, in `n_scenes` scenes.
 
@@ -176,7 +178,9 @@ def measure(
         fires.append(((code.latents == latents[:, None, None]) & (code.activations > 0)).any(-1).T.numpy())
         for options in {row.options: None for row in listed}:  # One forward for all methods with the same options.
             titles = {row.method: row.title for row in listed if row.options == options}
-            maps = explain_latents(tower, sae, pixels, latents.expand(len(pixels), -1), tuple(titles), options, words)
+            maps = explain_latents(
+                tower, sae, pixels, latents.expand(len(pixels), -1), tuple(titles), options, words, head=head
+            )
             for method, title in titles.items():
                 parts[title].append(maps[method].relevance.numpy())
         tell(len(pixels))

@@ -10,6 +10,7 @@ there, and ends at the same weights as one that was not interrupted.
 Left out: several machines; images that end the process that decodes them (`jobs.explain` finds these).
 """
 
+import copy
 import dataclasses
 import io
 import json
@@ -132,7 +133,7 @@ def distill(argv: list[str]) -> int:
 
 
 def load(arguments: Arguments) -> "ImageTower":
-    """The tower as far as the site, on its device; ValueError for one that no head can be trained for."""
+    """The tower as far as the site, on its device, in float32; ValueError for one that no head can be trained for."""
     import torch
 
     from saecore.removal.head import check_tower
@@ -146,11 +147,7 @@ def load(arguments: Arguments) -> "ImageTower":
             check_tower(tower)
         except ValueError as error:
             raise ValueError(f"{clip}: {error}") from None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tower = tower.to(device)
-    if dtype_of(device, (), arguments.precision) == "bfloat16":
-        tower.run_in(torch.bfloat16)
-    return tower
+    return tower.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def parts_of(arguments: Arguments, shards: Sequence[Shard], tower: "ImageTower") -> dict[str, Any]:
@@ -214,23 +211,25 @@ def work(
 
     from saecore.relevance.agreement import rank_correlation
     from saecore.removal.distillation import Distillation, held_out
-    from saecore.removal.head import Head, config_for
+    from saecore.removal.head import Head, config_for, nothing
     from saecore.removal.saved import load_head, save_head
 
     recipe, out, start = arguments.recipe, resolved(arguments.out), time.monotonic()
     torch.manual_seed(recipe.seed)
     command = commands.called("distill", *argv)
     head = Head(config_for(tower, recipe.width, recipe.blocks, command)).to(tower.mean.device)
-    every = torch.from_numpy(pixels)
-    course = Distillation(head, tower, every[: -arguments.held_out], recipe)
+    every, teacher = torch.from_numpy(pixels), copy.deepcopy(tower)
+    teacher.run_in(getattr(torch, parts["dtype"]))
+    course = Distillation(head, teacher, every[: -arguments.held_out], recipe)
     if saved:
         course.load(saved["course"])
     else:
         course.begin()
     train(course, lambda: save(out, {"parts": parts, "course": course.state()}), arguments.checkpoint_minutes)
+    with torch.no_grad():
+        head.empty.copy_(nothing(tower))  # in float32, as maps are
     save_head(head, out)
     kept = load_head(out).to(tower.mean.device)
-    tower.run_in(torch.float32)  # differences of embeddings
     compared = held_out(kept, tower, every[-arguments.held_out :].to(tower.mean.device), arguments.held_out_subsets)
     record = {
         "parts": parts,

@@ -197,7 +197,7 @@ def prepare(arguments: Arguments, argv: list[str], locked: contextlib.ExitStack)
     tower = tower_at(config.sae, sae, config.clip, tower)
     settings = configure(arguments, record, config, tower)
     with commands.given("--head"):
-        head = load_fitting_head(settings, tower)
+        head = load_fitting_head(settings.head, settings.methods, tower)
     digests = digests._replace(head="" if head is None else digest_of(head))
     image_ids = sample.draw(resolved(arguments.run), arguments.images_sample, arguments.seed)
     if not len(image_ids):

@@ -24,10 +24,17 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import tyro
 
 from saecore.demo.writing import write_shards
-from saecore.methods import AUTO, DEFAULT_OPTIONS, REMOVAL, Options, check_precision, methods_for, parse_methods
+from saecore.methods import AUTO, DEFAULT_OPTIONS, Options, check_precision, methods_for, parse_methods
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.config import ExplainConfig, ModelDigests, keeps_results
-from saecore.pipeline.models import check_latents, check_words, load_word_targets, tower_at
+from saecore.pipeline.models import (
+    check_latents,
+    check_words,
+    head_for,
+    load_fitting_head,
+    load_word_targets,
+    tower_at,
+)
 from saecore.pipeline.stages import Explain
 from saecore.report.preview import write_preview
 from saecore.requests import parse_targets
@@ -37,7 +44,6 @@ from saecore.runs.refusals import refusals
 from saecore.sae import sites
 from saecore.spellings import Model, telling
 from saecore.storage import writing
-from saecore.untrusted import about
 from saecore.upkeep.lock import Lock
 
 from . import collection, commands, console, decoding, exits, locks, pipeline
@@ -85,7 +91,7 @@ class Arguments(collection.Arguments):
     """Latents kept of each image. 0 is 32, or as many as the SAE lets fire if these are fewer."""
     method: str = dataclasses.field(default=AUTO, metadata=keeps_results("`ExplainConfig.methods` holds it"))
     """How maps are computed: one or several of contrib (exact), contrib_grad (exact gradient), chefer, legrad, gradeclip,
-    rollout, dense, occlusion, shapley, removal (predicts shapley by a --head), attention, joined by commas. Of an SAE that
+    rollout, dense, occlusion, shapley, removal (needs a head), attention, joined by commas. Of an SAE that
     reads tokens: activation, contrib, contrib_grad, occlusion, attention. `auto` is contrib, and for tokens
     contrib,activation."""
     targets: tuple[str, ...] = ("kept",)
@@ -224,6 +230,7 @@ class Loaded(NamedTuple):
 
 def load(arguments: Arguments) -> Loaded:
     """CLIP and SAE; ValueError if one cannot be had, or they do not belong together."""
+    from saecore.removal.saved import digest_of
     from saecore.sae.checkpoints import load_running_sae
     from saecore.towers.loading import load_tower
 
@@ -240,31 +247,12 @@ def load(arguments: Arguments) -> Loaded:
         "--sae", address, sae.config.trained_on, f"--clip {clip}", named, arguments.any_clip
     )
     sae.firing_threshold()  # a BatchTopK SAE may have none yet
-    head, head_digest = load_head(arguments, clip, tower, sites.reads_tokens(sae.config.site))
-    digests = ModelDigests(digest, sae.sha256()[:16], sae.config.site, head_digest)
-    return Loaded(clip, address, tower, sae, head, digests, remark)
-
-
-def load_head(arguments: Arguments, clip: str, tower: "ImageTower", reads_tokens: bool) -> tuple[str, str]:
-    """The address of the head that a method needs, and its digest; both empty if none needs one. ValueError if it cannot be
-    had, or belongs to another model."""
-    from saecore.pipeline.models import head_for
-    from saecore.relevance.explain import check_head
-    from saecore.removal import saved
-
     with commands.given_fields(arguments):
-        methods = methods_for(arguments.method, reads_tokens)
-    head = head_for(clip, methods, collection.address(arguments.head) if arguments.head else "")
-    if not head:
-        if arguments.head:
-            raise ValueError(f"--head {arguments.head}: only the method {REMOVAL} takes one")
-        if REMOVAL in methods:
-            raise ValueError(f"--method {REMOVAL}: needs a head that was trained on --clip {clip}, by --head")
-        return "", ""
-    with commands.given("--head"), about(head):
-        loaded = saved.load_head(head)
-        check_head(tower, methods, loaded)
-    return head, saved.digest_of(loaded)
+        methods = methods_for(arguments.method, sites.reads_tokens(sae.config.site))
+        head = head_for(clip, methods, collection.address(arguments.head) if arguments.head else "")
+        fitting = load_fitting_head(head, methods, tower)
+    digests = ModelDigests(digest, sae.sha256()[:16], sae.config.site, digest_of(fitting) if fitting else "")
+    return Loaded(clip, address, tower, sae, head, digests, remark)
 
 
 def configure(arguments: Arguments, loaded: Loaded) -> ExplainConfig:

@@ -45,6 +45,8 @@ class Method:
     """Whether it explains read-outs of one vector of an image: of the embedding, or of CLS after a layer."""
     of_tokens: bool = False
     """Whether it explains what an SAE reads of an image's tokens."""
+    needs_own_token: bool = False
+    """Whether it begins at the embedding without any patch, which only a tower with a token of its own has."""
     needs_head: bool = False
     """Whether it needs a head that was trained on its tower (`saecore.removal.head`)."""
     needs_float32: bool = False
@@ -141,6 +143,7 @@ METHODS = {
         units=PRE_ACTIVATION,
         decomposes=True,
         has_own_forwards=True,
+        needs_own_token=True,
         needs_float32=True,
     ),
     REMOVAL: Method(
@@ -150,6 +153,7 @@ METHODS = {
         target="embedding",
         units=PRE_ACTIVATION,
         decomposes=True,
+        needs_own_token=True,
         needs_head=True,
     ),
     "attention": Method(
@@ -174,6 +178,7 @@ METHODS = {
 """Every method, by name."""
 
 OF_EMBEDDING = tuple(name for name, method in METHODS.items() if method.of_embedding)
+OF_EVERY_TOWER = tuple(name for name in OF_EMBEDDING if not METHODS[name].needs_own_token)
 OF_TOKENS = tuple(name for name, method in METHODS.items() if method.of_tokens)
 
 AUTO = "auto"

@@ -213,7 +213,7 @@ class _Found(NamedTuple):
 def _of_embedding(models: Models, pixels: torch.Tensor, config: ExplainConfig, axis: TargetAxis) -> _Found:
     _, tower, sae = models
     words = load_word_targets(config, tower, sae) or no_word_targets(sae)
-    head = load_fitting_head(config, tower)
+    head = load_fitting_head(config.head, config.methods, tower)
     (name,), options, k = config.methods, config.options, config.k
     embedding, trace = tower(pixels, **trace_needs((name,), options, len(tower.path())))
     code = sae.encode_sparse(embedding, at_least=k)

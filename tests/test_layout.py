@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 GROUND = [
     "saecore.schema",
     "saecore.methods",
+    "saecore.requests",
     "saecore.storage",
     "saecore.stores",
     "saecore.web",

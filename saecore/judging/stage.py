@@ -39,7 +39,7 @@ class Evaluate:
         self.settings, self.cases = settings, cases
         tower, sae = load_models(settings.clip, settings.sae, settings.site)
         words = load_word_targets(settings, tower, sae)
-        head = load_fitting_head(settings, tower)
+        head = load_fitting_head(settings.head, settings.methods, tower)
         subject = Subject(tower, sae, settings.methods, settings.options, settings.pool, words, head)
         self.infer = Judge(subject, settings, settings.device, keep_maps=cases is not None)
         self.schema = judged_schema()

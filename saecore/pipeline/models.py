@@ -112,19 +112,25 @@ def load_word_targets(config: ExplainConfig, tower: "ImageTower", sae: "SAE") ->
 
 def head_for(clip: str, methods: Sequence[str], head: str) -> str:
     """The address of the head that methods need, as given; of the embedded model it is known. Empty if none needs one."""
-    if not any(METHODS[name].needs_head for name in methods):
-        return ""
-    return head or ("demo" if clip == "demo" else "")
+    if any(METHODS[name].needs_head for name in methods):
+        return head or ("demo" if clip == "demo" else "")
+    if head:
+        raise ValueError(f"head {head}: only the method {REMOVAL} takes one")
+    return ""
 
 
-def load_fitting_head(config: ExplainConfig, tower: "ImageTower") -> "Head | None":
-    """The head that a method needs; None if no method needs one. ValueError if there is none, or one of another tower."""
+def load_fitting_head(address: str, methods: Sequence[str], tower: "ImageTower") -> "Head | None":
+    """The head that methods need; None if none needs one. ValueError if it is not there, or belongs to another tower."""
     from saecore.relevance.explain import check_head
     from saecore.removal.saved import load_head
 
-    if not any(METHODS[name].needs_head for name in config.methods):
+    if not address:
+        check_head(tower, methods, None)
         return None
-    head = load_head(config.head) if config.head else None
-    with about(config.head or f"method {REMOVAL}"):
-        check_head(tower, config.methods, head)
+    try:
+        head = load_head(address)
+        with about(address):
+            check_head(tower, methods, head)
+    except ValueError as error:
+        raise ValueError(f"head {error}") from error
     return head

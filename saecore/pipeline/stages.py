@@ -163,7 +163,7 @@ class Explain:
                 config.options,
                 config.precision,
                 config.embeddings,
-                load_fitting_head(config, tower),
+                load_fitting_head(config.head, config.methods, tower),
             )
             self.infer = Inference(tower, sae, config.k, *how)
         self.n_patches = tower.grid[0] * tower.grid[1]

@@ -18,8 +18,7 @@ from saecore.relevance.maps import Batch, Maps
 from saecore.relevance.occlusion import occlusion, predicted, sampled
 from saecore.relevance.rollout import rollout
 from saecore.relevance.targets import Targets, WordTargets, no_word_targets
-from saecore.removal import head as removal
-from saecore.removal.head import Head
+from saecore.removal.head import Head, check_belongs, check_tower
 from saecore.sae.model import SAE
 from saecore.towers.tokens import TokenTower
 from saecore.towers.tower import ImageTower, Trace
@@ -79,13 +78,13 @@ def check_fits(tower: ImageTower, methods: Sequence[str], options: Options) -> N
         most = tower.n_layers if each_layer else len(tower.path())
         if METHODS[name].takes_layers and options.layers > most:
             raise ValueError(f"layers {options.layers}: {name} has {most} to look at in this model")
+        if METHODS[name].needs_own_token:
+            with about(f"method {name}"):
+                check_tower(tower)
     if "occlusion" in methods and options.block >= max(tower.grid) and not tower.n_own:
         raise ValueError(
             f"block {options.block}: this model has {max(tower.grid)} patches a side, and nothing else to see"
         )
-    for name in {SHAPLEY, REMOVAL}.intersection(methods):
-        with about(f"method {name}"):
-            removal.check_tower(tower)
     n_patches = tower.grid[0] * tower.grid[1]
     if SHAPLEY in methods and options.subsets < n_patches:
         raise ValueError(f"subsets {options.subsets}: do not tell the values of this model's {n_patches} patches")
@@ -97,7 +96,7 @@ def check_head(tower: ImageTower, methods: Sequence[str], head: Head | None) -> 
         return
     if head is None:
         raise ValueError(f"method {REMOVAL}: needs a head that was trained on this model, and none is given")
-    removal.check_belongs(head.config, tower)
+    check_belongs(head.config, tower)
 
 
 def explain_latents(

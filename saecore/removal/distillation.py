@@ -104,7 +104,7 @@ class Distillation:
         self.head.unwhiten.copy_((directions * deviation).mT)
 
     def step(self) -> float:
-        """One step; returns its loss, of which 1 is about what no head at all would have."""
+        """One step; returns its loss."""
         recipe, number = self.recipe, self.done
         with torch.no_grad():
             group = self._batch(number)
@@ -139,7 +139,8 @@ class Distillation:
         turn, place = divmod(number, groups)
         era = turn // self.recipe.reuse
         if era != self._era:
-            self._era, self._held = era, {}
+            self._era = era
+            self._held.clear()
         group = int(torch.randperm(groups, generator=self._generator(turn, 0))[place])
         if group not in self._held:
             self._held[group] = self._make(era, group)

@@ -109,7 +109,7 @@ def test_a_table_of_every_way(capsys: pytest.CaptureFixture[str]) -> None:
     rows = {row["way"]: row for row in table.pop("rows")}
     assert table == {"shape": "demo", "batch_size": 2, "device": "cpu", "threads": 1}
     assert list(rows)[:2] == ["forward", "transformers"]
-    assert {*OF_EMBEDDING} - {*rows} == {"occlusion"}
+    assert {*OF_EMBEDDING} - {*rows} == {"occlusion", "shapley"}
     assert {*rows} - {*OF_EMBEDDING} == {
         "forward",
         "transformers",

@@ -8,6 +8,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Siglip
 
 from saecore.images.decode import decode_image
 from saecore.images.preprocess import Preprocess
+from saecore.removal.head import Head, config_for
 from saecore.sae.model import SAE, SAEConfig
 from saecore.towers.clip import ClipTower
 from saecore.towers.loading import load_tower
@@ -111,6 +112,15 @@ def random_sae(n_inputs: int = 24, n_latents: int = 96, k: int = 8, seed: int = 
         tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
     sae.scale.fill_(1.7)
     return sae.eval().requires_grad_(False)
+
+
+def random_head(tower: ImageTower, width: int = 32, blocks: int = 1) -> Head:
+    """A head for a tower, with weights that all matter."""
+    torch.manual_seed(3)
+    head = Head(config_for(tower, width, blocks))
+    for tensor in head.state_dict().values():
+        tensor.copy_(torch.randn_like(tensor) * (0.3 if tensor.ndim < 2 else tensor.shape[-1] ** -0.5))
+    return head.eval().requires_grad_(False)
 
 
 def hidden_state(model: Any, tower: ImageTower, data: bytes, layer: int) -> np.ndarray:

@@ -200,7 +200,7 @@ def test_all_methods_and_targets_in_one_run(shards: Path, local_run: Path, tmp_p
     method, a latent that is kept and asked for once."""
     out = tmp_path / "out"
     targets = ["kept", "latents:3,60", "text:a red square", "concept:red"]
-    more = ["--local", "--limit", "16", "--method", ",".join(OF_EMBEDDING), "--targets", *targets]
+    more = ["--local", "--limit", "16", "--method", ",".join(OF_EMBEDDING), "--subsets", "96", "--targets", *targets]
     assert explain.main([*command(shards, out), *more]) == 0
     kept, before, others = (
         rows(run, table) for run, table in ((out, "activations"), (local_run, "activations"), (local_run, "maps"))

@@ -29,7 +29,7 @@ def write(folder: Path, level: dict[str, float], images: int = IMAGES, noise: fl
     for image in range(images):
         common = drawn.normal(0, 2, LATENTS)
         for latent in range(LATENTS):
-            case = {"image_id": image, "latent": latent, "target": None}
+            case: dict[str, object] = {"image_id": image, "latent": latent, "target": None}
             for method, mean in level.items():
                 score = {"srg": mean + common[latent] + drawn.normal(0, noise)}
                 if method not in ("random", SHAPLEY):
@@ -43,7 +43,8 @@ def write(folder: Path, level: dict[str, float], images: int = IMAGES, noise: fl
                 both = {"mif": [4.0, 0.0, -1.0], "lif": [4.0, 4.0 + mean, -1.0]}
                 curves.append({**case, "model": TRAINED, "method": method, "way": "drop", **both})
         for method, mean in level.items():
-            case = {"image_id": image, "latent": None, "target": TEXT, "model": TRAINED, "method": method}
+            case = {"image_id": image, "latent": None, "target": TEXT}
+            case |= {"model": TRAINED, "method": method}
             rows.append({**case, "metric": "srg", "value": COSINE * (5 - mean + drawn.normal(0, noise))})
             curves.append({**case, "way": "drop", "mif": [9.0, 9.0, 9.0], "lif": [9.0, 9.0, 9.0]})
     files = []

@@ -46,6 +46,7 @@ OF_MODELS = {
     "clip": ModelDigests("d" * 16, *MODELS[1:]),
     "sae": MODELS._replace(sae="6" * 16),
     "site": MODELS._replace(site="x"),
+    "head": MODELS._replace(head="7" * 16),
 }
 """Other models, for the fields that only say where to find them."""
 
@@ -76,6 +77,7 @@ def test_what_changes_results_changes_the_fingerprint_and_nothing_else_does() ->
         "clip": "elsewhere/demo",
         "sae": "elsewhere/sae",
         "site": "embedding",
+        "head": "elsewhere/head",
     }
     assert OTHERS.keys() | same.keys() == {field.name for field in dataclasses.fields(ExplainConfig)}
     before = parts_of(CONFIG, MODELS)
@@ -116,12 +118,25 @@ def test_a_precision_is_the_same_part_however_it_was_asked_for() -> None:
 def test_options_change_the_fingerprint_each_by_itself() -> None:
     options: dict[str, Any] = {
         "layers": 1, "norm": "exact", "legrad_target": "cls", "legrad_correction": False, "gradeclip_cosine": "projected",
-        "discard": 0.5, "dense": "value", "block": 2,
+        "discard": 0.5, "dense": "value", "block": 2, "subsets": 128,
     }  # fmt: skip
     assert options.keys() == {field.name for field in dataclasses.fields(Options)}
-    before = parts_of(CONFIG, MODELS)
+    sampled = dataclasses.replace(CONFIG, methods=("shapley",))
+    before = parts_of(sampled, MODELS)
     for name, value in options.items():
-        assert parts_of(dataclasses.replace(CONFIG, options=Options(**{name: value})), MODELS) != before, name
+        assert parts_of(dataclasses.replace(sampled, options=Options(**{name: value})), MODELS) != before, name
+
+
+def test_what_removal_brought_changes_no_older_fingerprint() -> None:
+    """Neither its head nor the number of subsets is a part of runs by other methods."""
+    assert parts_of(dataclasses.replace(CONFIG, options=Options(subsets=128)), MODELS) == parts_of(CONFIG, MODELS)
+    assert "subsets" not in parts_of(CONFIG, MODELS)["options"]
+    predicted = dataclasses.replace(CONFIG, methods=("removal",), head="demo")
+    assert parts_of(predicted, MODELS)["method"] == "removal"
+    assert parts_of(predicted, MODELS._replace(head="7" * 16))["method"] == "removal by the head 7777777777777777"
+    old = {name: value for name, value in dataclasses.asdict(CONFIG).items() if name != "head"}
+    del old["options"]["subsets"]
+    assert restored("explain", old) == CONFIG
 
 
 def test_fingerprints_are_what_they_were(shards: Path, local_run: Path, tmp_path: Path) -> None:

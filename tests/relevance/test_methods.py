@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saecore.methods import METHODS, OF_EMBEDDING, Options, dtype_of, parse_methods
+from saecore.methods import METHODS, OF_EVERY_TOWER, Options, dtype_of, parse_methods
 from saecore.relevance.explain import explain_latents
 from saecore.relevance.maps import completeness_error
 from saecore.relevance.targets import Targets, concept_weights, word_targets
@@ -28,7 +28,7 @@ from tests.helpers.derivations import (
     replayed,
     some_latents,
 )
-from tests.helpers.towers import SHAPES, demo_tower, random_pixels, random_sae, random_tower
+from tests.helpers.towers import SHAPES, demo_tower, random_head, random_pixels, random_sae, random_tower
 
 ALL = [*range(len(SHAPES)), "demo"]
 
@@ -204,8 +204,10 @@ def test_decompositions_and_their_remainder_add_up(which: Any, layers: int, norm
         words = word_targets(sae, texts, n_texts=2, n_latents=6, positive=False)
         pixels, latents = random_pixels(tower, 4), some_latents(sae, 4, 20)
         with torch.inference_mode():
-            options = Options(layers=layers, norm=norm)
-            by_method = explain_latents(tower, sae, pixels, latents, DECOMPOSITIONS, options, words)
+            options = Options(layers=layers, norm=norm, subsets=320)
+            by_method = explain_latents(
+                tower, sae, pixels, latents, DECOMPOSITIONS, options, words, head=random_head(tower)
+            )
             embedding = tower.embed(pixels)
             z = Targets(sae, latents, words).values(embedding[:, None])[:, 0]
             pre = sae.pre_activations(embedding).gather(1, latents)
@@ -256,7 +258,7 @@ def test_concept_weights_by_hand() -> None:
     assert latents.tolist() == [0, 3]
 
 
-@pytest.mark.parametrize("name", OF_EMBEDDING)
+@pytest.mark.parametrize("name", OF_EVERY_TOWER)
 def test_a_map_depends_on_its_image_and_its_read_out_only(name: str) -> None:
     """Batch and single, k = 1 and k = 64 agree."""
     _, tower, sae = models(0)
@@ -274,9 +276,9 @@ def test_several_methods_share_one_forward() -> None:
     forwards = []
     tower.register_forward_hook(lambda *_: forwards.append(1))
     with torch.inference_mode():
-        together = explain_latents(tower, sae, pixels, latents, OF_EMBEDDING)
+        together = explain_latents(tower, sae, pixels, latents, OF_EVERY_TOWER)
     assert len(forwards) == 1
-    for name in OF_EMBEDDING:
+    for name in OF_EVERY_TOWER:
         torch.testing.assert_close(
             together[name].relevance, ours(tower, sae, pixels, latents, name), rtol=1e-4, atol=1e-6
         )
@@ -303,8 +305,8 @@ def test_methods_in_bfloat16_are_nearly_the_same() -> None:
         tower, sae = demo_tower(), load_sae("demo")
         tower.run_in(dtype)
         with torch.inference_mode():
-            by_dtype.append(explain_latents(tower, sae, pixels, latents, OF_EMBEDDING))
-    for name in [name for name in OF_EMBEDDING if not METHODS[name].needs_float32]:
+            by_dtype.append(explain_latents(tower, sae, pixels, latents, OF_EVERY_TOWER))
+    for name in [name for name in OF_EVERY_TOWER if not METHODS[name].needs_float32]:
         exact, rounded = (maps[name].relevance for maps in by_dtype)
         assert rounded.dtype == torch.float32
         largest = exact.abs().amax(-1).clamp(min=1e-6)  # gradeclip has maps that are zero everywhere

@@ -287,7 +287,12 @@ def test_the_table_of_methods_in_the_docs_says_what_the_code_says() -> None:
 def test_norms_and_layers_are_the_methods_own_unless_asked_otherwise() -> None:
     norms = {name: DEFAULT_OPTIONS.norm_of(name) for name in OF_EMBEDDING}
     assert {name for name, norm in norms.items() if norm == "exact"} == {"chefer", "legrad", "gradeclip", "rollout"}
-    assert {name for name, norm in norms.items() if norm == "frozen"} == {"contrib", "contrib_grad"}
+    assert {name for name, norm in norms.items() if norm == "frozen"} == {
+        "contrib",
+        "contrib_grad",
+        "shapley",
+        "removal",
+    }
     assert Options(dense="value").norm_of("dense") == "frozen"
     asked = {name: Options(norm="frozen").norm_of(name) for name in OF_EMBEDDING}
     assert {name for name, norm in asked.items() if norm != "frozen"} == {"dense", "occlusion", "attention"}

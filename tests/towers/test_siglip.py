@@ -27,7 +27,7 @@ from transformers import (
 
 from jobs import embed, explain
 from saecore.demo import drawing, scenes
-from saecore.methods import METHODS, OF_EMBEDDING, Options
+from saecore.methods import METHODS, OF_EVERY_TOWER, Options
 from saecore.relevance.explain import check_fits, explain_latents
 from saecore.relevance.maps import completeness_error
 from saecore.relevance.targets import Targets, WordTargets, word_targets
@@ -40,7 +40,7 @@ from tests.helpers.derivations import Layer, assert_close, fused, ours, plain_la
 from tests.helpers.mistakes import mistake
 from tests.helpers.towers import SIGLIP_SHAPES, fill, random_pixels, random_sae, random_siglip
 
-DECOMPOSITIONS = [name for name, method in METHODS.items() if method.decomposes]
+DECOMPOSITIONS = [name for name in OF_EVERY_TOWER if METHODS[name].decomposes]
 
 
 class Pooled(NamedTuple):
@@ -205,7 +205,7 @@ def test_decompositions_and_their_remainder_add_up(case: Case, norm: str) -> Non
             assert maps.relevance.sum(-1).std(0).mean() > 0.005
 
 
-@pytest.mark.parametrize("name", OF_EMBEDDING)
+@pytest.mark.parametrize("name", OF_EVERY_TOWER)
 def test_a_map_depends_on_its_image_and_its_read_out_only(name: str) -> None:
     _, tower = random_siglip(**SIGLIP_SHAPES[0])
     sae, pixels = random_sae(n_inputs=32), random_pixels(tower, 4)
@@ -227,7 +227,7 @@ def test_layers_in_bfloat16_give_nearly_the_same() -> None:
         embedding = tower.embed(pixels)
         assert embedding.dtype == torch.float32
         assert torch.cosine_similarity(embedding, exact).min() > 0.999
-        found = explain_latents(tower, sae, pixels, latents, OF_EMBEDDING, words=blank(sae))
+        found = explain_latents(tower, sae, pixels, latents, OF_EVERY_TOWER, words=blank(sae))
         pre = sae.pre_activations(embedding).gather(1, latents)
     assert {maps.relevance.dtype for maps in found.values()} == {torch.float32}
     for maps in (found[name] for name in DECOMPOSITIONS):
@@ -311,7 +311,7 @@ def test_explain_on_a_saved_model(
         "--out",
         str(tmp_path / "run"),
     ]
-    given += ["--method", ",".join(OF_EMBEDDING), "--targets", "kept", "text:a Red circle", "concept:blue"]
+    given += ["--method", ",".join(OF_EVERY_TOWER), "--targets", "kept", "text:a Red circle", "concept:blue"]
     assert explain.main([*given, "--keep-embeddings", "--limit", "6", "--local"]) == 0
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (
@@ -328,7 +328,7 @@ def test_explain_on_a_saved_model(
     rows = open_dataset(str(tmp_path / "run"), "images").to_table().sort_by("image_id").to_pylist()
     maps = open_dataset(str(tmp_path / "run"), "maps").to_table().to_pylist()
     assert len(rows) == 6
-    assert len(maps) == 6 * len(OF_EMBEDDING) * (8 + 2)
+    assert len(maps) == 6 * len(OF_EVERY_TOWER) * (8 + 2)
     assert {row["target"] for row in maps} == {None, "text: a Red circle", "concept: blue"}
 
     again = [*given, "--norm", "frozen", "--keep-embeddings", "--limit", "6", "--local"]

@@ -13,6 +13,7 @@ from tests.helpers.derivations import plain_forward, plain_layers
 from tests.helpers.towers import (
     SHAPES,
     SIGLIP_SHAPES,
+    random_head,
     random_pixels,
     random_sae,
     random_siglip,
@@ -57,7 +58,9 @@ def test_every_method_runs_there_and_sums_add_up(layer: int, norm: str) -> None:
     tower = stopped_at(whole, layer)
     sae, pixels, latents = random_sae(tower.n_outputs), random_pixels(tower, 3), torch.arange(20).expand(3, -1)
     with torch.inference_mode():
-        made = explain_latents(tower, sae, pixels, latents, OF_EMBEDDING, Options(norm=norm))
+        made = explain_latents(
+            tower, sae, pixels, latents, OF_EMBEDDING, Options(norm=norm, subsets=60), head=random_head(tower)
+        )
         pre = sae.pre_activations(tower.embed(pixels)).gather(1, latents)
     for name, maps in made.items():
         assert maps.relevance.isfinite().all(), name
