@@ -176,16 +176,19 @@ def prepare(arguments: Arguments, run: Run, commits: Sequence[Commit], n_images:
 
 def models(out: str, config: EmbedConfig) -> tuple[Any, ModelDigests]:
     """How CLIP's images are preprocessed, and the hashes of the models; ValueError if one cannot be loaded any more."""
+    from saecore.removal.saved import digest_of, load_head
     from saecore.sae.checkpoints import load_running_sae
     from saecore.towers.loading import load_tower
 
     try:
         tower = load_tower(config.clip)
-        sae = load_running_sae(config.sae, config.site) if isinstance(config, ExplainConfig) else None
+        held = ModelDigests(tower.sha256()[:16])
+        if isinstance(config, ExplainConfig):
+            sae = load_running_sae(config.sae, config.site)
+            head = digest_of(load_head(config.head)) if config.head else ""
+            held = held._replace(sae=sae.sha256()[:16], site=sae.config.site, head=head)
     except ValueError as error:
         raise ValueError(f"the models that made {out} are needed again: {error}") from error
-    clip = tower.sha256()[:16]
-    held = ModelDigests(clip) if sae is None else ModelDigests(clip, sae.sha256()[:16], sae.config.site)
     return tower.preprocess, held
 
 
