@@ -34,13 +34,15 @@ def models(out: str, config: EmbedConfig) -> Models:
 
     try:
         tower = load_tower(config.clip)
-        sae = load_running_sae(config.sae, config.site) if isinstance(config, ExplainConfig) else None
+        sae, head = None, ""
+        if isinstance(config, ExplainConfig):
+            sae = load_running_sae(config.sae, config.site)
+            head = digest_of(load_head(config.head)) if config.head else ""
     except ValueError as error:
         raise ValueError(f"the models that made {out} are needed again: {error}") from error
     clip = tower.sha256()[:16]
     if sae is None:
         return Models(tower, None, ModelDigests(clip))
-    head = digest_of(load_head(config.head)) if isinstance(config, ExplainConfig) and config.head else ""
     return Models(tower, sae, ModelDigests(clip, sae.sha256()[:16], sae.config.site, head))
 
 

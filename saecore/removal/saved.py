@@ -24,12 +24,18 @@ from saecore.untrusted import about, check_values, read_json_file, read_safetens
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "head.safetensors"
 
+EXACT = ("empty",)
+"""Tensors that stay in single precision: remainders are read out of them."""
+
 FORMAT = {"format": "relevance-map-sae-removal", "version": 1}
 
 
 def save_head(head: Head, folder: str) -> None:
     """Write a head into a folder; the configuration comes last, so a folder that has it is whole."""
-    tensors = {name: tensor.detach().cpu().to(torch.float16).contiguous() for name, tensor in head.state_dict().items()}
+    tensors = {
+        name: tensor.detach().cpu().to(torch.float32 if name in EXACT else torch.float16).contiguous()
+        for name, tensor in head.state_dict().items()
+    }
     storage.write_atomic(storage.join_uri(folder, WEIGHTS_FILE), safetensors.torch.save(tensors))
     config = {**FORMAT, **dataclasses.asdict(head.config)}
     storage.write_atomic(storage.join_uri(folder, CONFIG_FILE), (json.dumps(config, indent=2) + "\n").encode())

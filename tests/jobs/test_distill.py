@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs import distill, explain
+from jobs import distill, explain, retry
+from saecore.pipeline.config import parts_of, restored
 from saecore.query.tables import open_dataset
 from saecore.removal.distillation import Distillation
 from tests.conftest import N_SCENES, command
@@ -73,6 +74,9 @@ def test_maps_of_removal_in_a_run(trained: Path, shards: Path, tmp_path: Path) -
         assert record["worst_completeness_error"] < 1e-5
         assert record["parts"]["method"].startswith("removal,shapley by the head ")
         assert record["parts"]["options"]["subsets"] == 128
+        config = restored("explain", record["config"])
+        _, digests = retry.models(str(out), config)
+        assert parts_of(config, digests).items() <= record["parts"].items()  # what a retry compares
     maps = {name: open_dataset(str(out), "maps").to_table().to_pylist() for name, out in runs.items()}
     assert [row["method"] for row in maps["demo"]] == [row["method"] for row in maps["own"]]
     for one, other in zip(maps["demo"], maps["own"], strict=True):
