@@ -91,9 +91,9 @@ class Arguments(collection.Arguments):
     """Latents kept of each image. 0 is 32, or as many as the SAE lets fire if these are fewer."""
     method: str = dataclasses.field(default=AUTO, metadata=keeps_results("`ExplainConfig.methods` holds it"))
     """How maps are computed: one or several of contrib (exact), contrib_grad (exact gradient), chefer, legrad, gradeclip,
-    rollout, dense, occlusion, shapley, removal (needs a head), attention, joined by commas. Of an SAE that
-    reads tokens: activation, contrib, contrib_grad, occlusion, attention. `auto` is contrib, and for tokens
-    contrib,activation."""
+    rollout, dense, occlusion, shapley, removal (needs a head), attention, joined by commas. Of an SAE that reads tokens:
+    activation, contrib, contrib_grad, occlusion, attention. `auto` is contrib, or removal if there is a --head; for tokens it
+    is contrib,activation."""
     targets: tuple[str, ...] = ("kept",)
     """What the maps explain, one or several: `kept`, the latents kept of each image; text:A PHRASE and concept:A WORD, which
     are added to these; latents:NUMBER[,NUMBER] in place of these; `no-kept` for maps of texts and concepts only."""
@@ -248,7 +248,7 @@ def load(arguments: Arguments) -> Loaded:
     )
     sae.firing_threshold()  # a BatchTopK SAE may have none yet
     with commands.given_fields(arguments):
-        methods = methods_for(arguments.method, sites.reads_tokens(sae.config.site))
+        methods = methods_for(arguments.method, sites.reads_tokens(sae.config.site), bool(arguments.head))
         head = head_for(clip, methods, collection.address(arguments.head) if arguments.head else "")
         fitting = load_fitting_head(head, methods, tower)
     digests = ModelDigests(digest, sae.sha256()[:16], sae.config.site, digest_of(fitting) if fitting else "")
@@ -265,7 +265,7 @@ def configure(arguments: Arguments, loaded: Loaded) -> ExplainConfig:
     if arguments.k > most:
         raise ValueError(f"--k {arguments.k}: this SAE lets {most} latents fire, so at most that many can be kept")
     with commands.given_fields(arguments, arguments.options):
-        methods = methods_for(arguments.method, reads_tokens)
+        methods = methods_for(arguments.method, reads_tokens, bool(arguments.head))
         check_precision(arguments.precision, methods)
         sites.check_pool(arguments.pool, sites.parse(sae.site).tokens)
         check_latents(targets, loaded.sae)

@@ -183,8 +183,9 @@ OF_TOKENS = tuple(name for name, method in METHODS.items() if method.of_tokens)
 
 AUTO = "auto"
 
-DEFAULT_METHODS = {"embedding": ("contrib",), "tokens": ("contrib", ACTIVATION)}
-"""The methods of a run that names none, by what its SAE reads."""
+DEFAULT_METHODS = {"embedding": ("contrib",), "head": (REMOVAL,), "tokens": ("contrib", ACTIVATION)}
+"""The methods of a run that names none, by what its SAE reads; `head` where that is one vector and a head was given. docs/maps.md
+says why: of the maps that need no training contrib points best and costs least, and those of a head are far more faithful."""
 
 UNKNOWN = Method(gives="", norm="none", layers=None, target="none", is_cause=False)
 """Stands for the methods of another version, whose runs can still be read, and for a run without maps."""
@@ -288,11 +289,11 @@ def _need_float32(methods: Sequence[str]) -> list[str]:
     return [method for method in methods if METHODS[method].needs_float32]
 
 
-def methods_for(names: str, reads_tokens: bool) -> tuple[str, ...]:
-    """`parse_methods` for an SAE that reads tokens, or one vector of an image; `auto` is what suits it. ValueError for a method
-    that has no meaning there."""
+def methods_for(names: str, reads_tokens: bool, has_head: bool = False) -> tuple[str, ...]:
+    """`parse_methods` for an SAE that reads tokens, or one vector of an image; `auto` is what suits it, and the head if one was
+    given. ValueError for a method that has no meaning there."""
     if names == AUTO:
-        return DEFAULT_METHODS["tokens" if reads_tokens else "embedding"]
+        return DEFAULT_METHODS["tokens" if reads_tokens else "head" if has_head else "embedding"]
     methods = parse_methods(names)
     known, reads = (OF_TOKENS, "the tokens of a layer") if reads_tokens else (OF_EMBEDDING, "one vector for each image")
     if unknown := [name for name in methods if name not in known]:

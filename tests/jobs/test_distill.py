@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import distill, explain, retry
+from jobs import distill, explain, remade
 from saecore.pipeline.config import parts_of, restored
 from saecore.query.tables import open_dataset
 from saecore.removal.distillation import Distillation
@@ -75,7 +75,7 @@ def test_maps_of_removal_in_a_run(trained: Path, shards: Path, tmp_path: Path) -
         assert record["parts"]["method"].startswith("removal,shapley by the head ")
         assert record["parts"]["options"]["subsets"] == 128
         config = restored("explain", record["config"])
-        _, digests = retry.models(str(out), config)
+        digests = remade.models(str(out), config).digests
         assert parts_of(config, digests).items() <= record["parts"].items()  # what a retry compares
     maps = {name: open_dataset(str(out), "maps").to_table().to_pylist() for name, out in runs.items()}
     assert [row["method"] for row in maps["demo"]] == [row["method"] for row in maps["own"]]
@@ -87,7 +87,8 @@ def test_mistakes(trained: Path, shards: Path, tmp_path: Path, capsys: pytest.Ca
     def of_explain(*more: str) -> str:
         return mistake(explain.main, [*command(shards, tmp_path / "run"), "--local", *more], capsys)
 
-    assert of_explain("--head", str(trained)) == f"--head {trained}: only the method removal takes one"
+    only = f"--head {trained}: only the method removal takes one"
+    assert of_explain("--head", str(trained), "--method", "contrib") == only
     assert "no head of removal there" in of_explain("--method", "removal", "--head", str(shards))
     assert "--subsets 12: do not tell the values of this model's 64 patches" in of_explain(
         "--method", "shapley", "--subsets", "12"
@@ -105,6 +106,12 @@ def test_mistakes(trained: Path, shards: Path, tmp_path: Path, capsys: pytest.Ca
     words = ["--images", str(shards), "--out", str(tmp_path / "new"), *SMALL]
     assert "--subsets 5: must be even" in mistake(distill.main, [*words, "--subsets", "5"], capsys)
     assert "a head is of one vector" in mistake(distill.main, [*words, "--site", "layer1.residual:patches"], capsys)
+
+
+def test_a_head_is_used_if_no_method_is_named(trained: Path, shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert explain.main([*command(shards, out), "--local", "--limit", "2", "--head", str(trained)]) == 0
+    assert read_record(str(out)).methods == ["removal"]
 
 
 def test_without_a_head_another_clip_is_refused(
