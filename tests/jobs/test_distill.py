@@ -9,6 +9,7 @@ from jobs import distill, explain, remade
 from saecore.pipeline.config import parts_of, restored
 from saecore.query.tables import open_dataset
 from saecore.removal.distillation import Distillation
+from saecore.runs.record import read_record
 from tests.conftest import N_SCENES, command
 from tests.helpers.mistakes import mistake
 from tests.helpers.towers import random_head, random_tower
