@@ -33,12 +33,14 @@ from saecore.removal.recipe import Recipe
 from saecore.runs.run import listing_hash
 from saecore.sae import sites
 from saecore.storage import exists, join_uri, names_in, read_bytes, read_json, resolved, write_atomic
+from saecore.untrusted import about
 
 from . import collection, commands, console, origin
 from .summaries import distill_summary
 
 if TYPE_CHECKING:
     from saecore.removal.distillation import Distillation
+    from saecore.removal.head import Head
     from saecore.towers.tower import ImageTower
 
 CHECKPOINT_FILE, RECORD_FILE = "checkpoint.pt", "distill.json"
@@ -62,6 +64,8 @@ class Arguments:
     """Folder for the head: a path, or an s3:// or gs:// address. The same command again resumes."""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     """How to train."""
+    start: str = ""
+    """Begin with the weights of this head, a folder or `demo`, which was trained for the same CLIP and has the same size."""
     site: str = "embedding"
     """What the head predicts: the embedding, or layerN.residual:cls for SAEs that read CLS after layer N."""
     limit: int = 20_000
@@ -104,6 +108,7 @@ def distill(argv: list[str]) -> int:
     with console.quiet() as log:
         with commands.mistakes():
             tower = load(arguments)
+            first = load_first(arguments, tower)
             with commands.given("--images"):
                 shards = list_shards(list(arguments.images), say=print)
             parts = parts_of(arguments, shards, tower)
@@ -122,7 +127,7 @@ def distill(argv: list[str]) -> int:
                         f"held_out {arguments.held_out}: {len(pixels):,} images are too few to hold out so many"
                     )
             try:
-                record = work(arguments, argv, parts, saved, tower, pixels)
+                record = work(arguments, argv, parts, saved, tower, pixels, first)
             except KeyboardInterrupt as error:
                 raise commands.UnfinishedError("the same command resumes from the last checkpoint") from error
     print(distill_summary(record, arguments.out))
@@ -150,6 +155,24 @@ def load(arguments: Arguments) -> "ImageTower":
     return tower.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def load_first(arguments: Arguments, tower: "ImageTower") -> "Head | None":
+    """The head whose weights the training begins with, if there is one; ValueError if it is another tower's, or of another
+    size."""
+    from saecore.removal.head import check_belongs
+    from saecore.removal.saved import load_head
+
+    if not arguments.start:
+        return None
+    with commands.given("--start"):
+        head = load_head(collection.address(arguments.start))
+        with about(arguments.start):
+            check_belongs(head.config, tower)
+            for name in ("width", "blocks"):
+                if (held := getattr(head.config, name)) != (asked := getattr(arguments.recipe, name)):
+                    raise ValueError(f"its {name} is {held}, and {asked} is asked for")
+    return head
+
+
 def parts_of(arguments: Arguments, shards: Sequence[Shard], tower: "ImageTower") -> dict[str, Any]:
     """What changes the head: a training goes on only with the same."""
     return {
@@ -160,6 +183,7 @@ def parts_of(arguments: Arguments, shards: Sequence[Shard], tower: "ImageTower")
         "held-out": arguments.held_out,
         "dtype": dtype_of(tower.mean.device.type, (), arguments.precision),
         "inputs": listing_hash(shards)[:16],
+        "start": arguments.start,
     }
 
 
@@ -205,6 +229,7 @@ def work(
     saved: dict[str, Any] | None,
     tower: "ImageTower",
     pixels: np.ndarray,
+    first: "Head | None" = None,
 ) -> dict[str, Any]:
     """Train to the end, compare with sampled Shapley values, write the head and its record; returns the record."""
     import torch
@@ -224,7 +249,7 @@ def work(
     if saved:
         course.load(saved["course"])
     else:
-        course.begin()
+        course.begin(first)
     train(course, lambda: save(out, {"parts": parts, "course": course.state()}), arguments.checkpoint_minutes)
     with torch.no_grad():
         head.empty.copy_(nothing(tower))  # in float32, as maps are

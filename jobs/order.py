@@ -15,7 +15,7 @@ from . import commands
 
 READ = ("images", "run", "embeddings", "labels", "texts", "text", "vocabulary", "interpreter", "masks")
 WRITTEN = ("out", "save", "pages", "npy", "log_json")
-MODELS = ("clip", "sae", "head", "against")
+MODELS = ("clip", "sae", "head", "start", "against")
 """Arguments of commands that name places: to read, to write, and models, which may also be names on the Hugging Face Hub."""
 
 NO_PLACES = ("", "demo", "demo-patches", "-")

@@ -93,9 +93,16 @@ class Distillation:
         )
 
     @torch.no_grad()
-    def begin(self) -> None:
-        """Measure what the head needs of the tower: its embedding without patches, and the metric, on a few batches."""
+    def begin(self, first: Head | None = None) -> None:
+        """Measure what the head needs of the tower: its embedding without patches, and the metric, on a few batches.
+
+        first: a head of the same size whose weights, and whose metric, are taken instead.
+        """
+        if first is not None:
+            self.head.load_state_dict(first.state_dict())
         self.head.empty.copy_(nothing(self.tower))
+        if first is not None:
+            return
         groups = min(MEASURED, max(1, len(self.pixels) // self.recipe.images_per_step))
         apart = torch.cat([self._batch(number).apart.flatten(0, 1) for number in range(groups)]).double()
         values, directions = torch.linalg.eigh(apart.mT @ apart / len(apart))

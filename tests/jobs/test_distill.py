@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from jobs import distill, explain, remade
 from saecore.pipeline.config import parts_of, restored
 from saecore.query.tables import open_dataset
 from saecore.removal.distillation import Distillation
+from saecore.removal.saved import load_head
 from saecore.runs.record import read_record
 from tests.conftest import N_SCENES, command
 from tests.helpers.mistakes import mistake
@@ -128,3 +130,14 @@ def test_without_a_head_another_clip_is_refused(
     words.remove("demo")  # that of --clip, which comes first
     words.remove("--clip")
     assert mistake(explain.main, words, capsys).startswith("--method removal: needs a head")
+
+
+def test_a_training_may_begin_with_another_head(
+    trained: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With its weights and its metric; of another size there is none to begin with."""
+    words = ["--images", str(shards), *SMALL, "--start", str(trained), "--out", str(tmp_path / "head")]
+    assert "its width is 32, and 64 is asked for" in mistake(distill.main, [*words, "--width", "64"], capsys)
+    assert distill.main([*words, "--rate", "1e-9", "--seed", "4"]) == 0
+    one, other = (load_head(str(folder)).state_dict() for folder in (trained, tmp_path / "head"))
+    assert all(torch.allclose(tensor, other[name], rtol=1e-2, atol=1e-3) for name, tensor in one.items())
