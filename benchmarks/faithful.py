@@ -28,7 +28,7 @@ import tyro
 from benchmarks import truth
 from benchmarks.tables import aligned
 from saecore.evaluation import faithfulness, localisation
-from saecore.evaluation.faithfulness import curves, order_of, swapped
+from saecore.evaluation.faithfulness import curves, order_of
 from saecore.evaluation.localisation import Mean, mean_over_images
 from saecore.methods import OF_EMBEDDING, REMOVAL, SHAPLEY, Options, parse_methods
 from saecore.pipeline.models import load_models
@@ -129,12 +129,13 @@ def measure(tower: ImageTower, sae: SAE, given: Arguments, head: Head | None = N
             scores.add(SHAPLEY, "Shapley", rank_correlation(own, reference), taken)
         for name, values in maps.items():
             order = order_of(values)
-            scores.add(name, "SRG", curves(remove, order).srg, images)
+            found = curves(remove, order)
+            scores.add(name, "SRG", found.srg, images)
             if reference is not None:
                 scores.add(name, "Shapley", rank_correlation(values[:n_sampled], reference), images[:n_sampled])
             if given.brief:
                 continue
-            scores.add(name, "of another's", curves(remove, swapped(order)).srg, images)
+            scores.add(name, "of another's", found.srg_of_another, images)
             scores.add(name, "alike", faithfulness.alikeness(values), images)
             if name != "occlusion":
                 scores.add(name, "occlusion", rank_correlation(values, maps["occlusion"]), images)

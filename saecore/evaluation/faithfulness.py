@@ -87,8 +87,3 @@ def alikeness(maps: Tensor) -> Tensor:
     if n == 1:
         return torch.full_like(maps[..., 0], torch.nan)
     return torch.stack([rank_correlation(maps, maps.roll(by, 1)).abs() for by in range(1, n)]).nanmean(0)
-
-
-def swapped(order: Tensor) -> Tensor:
-    """Orders of targets (B, n, P), of which each target gets that of the next: their SRG says what another's map would do."""
-    return order.roll(1, dims=1)

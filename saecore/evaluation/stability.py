@@ -1,12 +1,12 @@
-"""Does a map stay when the picture changes a little? Changes that no viewer notices, and the rank correlation of the maps.
+"""Does a map stay when the picture changes a little? Changes that no viewer notices.
 
     shifted    the picture moves by a few pixels: far less than a patch, though every patch holds other pixels
     as_jpeg    the picture is written as JPEG, and read again
 
-Both are maps of the same targets: whoever compares them computes the map of the changed picture for the latents of the original
-one. A shift moves a map by less than a patch, which is not undone.
+Whoever compares maps computes that of the changed picture for the targets of the original one. A shift moves a map by less than a
+patch, which is not undone.
 
-Shapes: B images, n targets, P patches; pixels are uint8 (B, height, width, 3).
+Shapes: B images; pixels are uint8 (B, height, width, 3).
 """
 
 import io
@@ -16,8 +16,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-
-from saecore.relevance.agreement import rank_correlation
 
 
 def shifted(pixels: Tensor, rows: int = 2, columns: int = 2) -> Tensor:
@@ -43,11 +41,3 @@ def as_jpeg(pixels: Tensor, quality: int = 90) -> Tensor:
 
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {"shift": shifted, "jpeg": as_jpeg}
 """The changes that maps ought to withstand, as they are measured."""
-
-
-def steadiness(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rank correlation of the maps (B, n, P) of each method before and after a change, float32 (B, n); NaN for constant maps.
-
-    Both hold the same methods, and their maps the same targets in the same order.
-    """
-    return {method: rank_correlation(maps, after[method]) for method, maps in before.items()}
