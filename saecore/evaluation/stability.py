@@ -3,8 +3,8 @@
     shifted    the picture moves by a few pixels: far less than a patch, though every patch holds other pixels
     as_jpeg    the picture is written as JPEG, and read again
 
-Whoever compares maps computes that of the changed picture for the targets of the original one. A shift moves a map by less than a
-patch, which is not undone.
+Whoever compares maps computes that of the changed picture for the targets of the original one. A shift moves a map by less than
+a patch, which is not undone.
 
 Shapes: B images; pixels are uint8 (B, height, width, 3).
 """

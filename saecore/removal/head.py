@@ -162,12 +162,14 @@ def contributions(tower: ImageTower, trace: Trace, basis: Tensor) -> Tensor:
 
     The final LayerNorm is frozen, as for `contrib` (`saecore.relevance.maps`), whose maps are read-outs of these vectors.
     """
-    added = torch.zeros((), device=basis.device)
-    for layer, v, A in zip(tower.path(), trace.values, trace.query_attention, strict=True):
-        weighted = by_head(v, tower.n_heads) * A.transpose(1, 2).unsqueeze(-1).to(v.dtype)
-        added = added + (weighted.flatten(2) @ layer.out.T).float()
+    weighted = [
+        (by_head(v, tower.n_heads) * A.transpose(1, 2).unsqueeze(-1).to(v.dtype)).flatten(2)
+        for v, A in zip(trace.values, trace.query_attention, strict=True)
+    ]
+    # One product for all layers adds them up.
+    added = torch.cat(weighted, -1) @ torch.cat([layer.out for layer in tower.path()], 1).T
     direction, _ = tower.pull_back(basis.T[None], trace.query_final)
-    return added @ direction.mT
+    return added.float() @ direction.mT
 
 
 def nothing(tower: ImageTower) -> Tensor:
