@@ -25,7 +25,7 @@ from saecore import schema
 from saecore.images.changes import other_files, shortened
 from saecore.images.effort import MAX_PIXELS
 from saecore.judging import sample, verdict
-from saecore.judging.places import places_of
+from saecore.judging.places import Sight, places_of
 from saecore.judging.settings import CHECKS, PICTURES_AT_ONCE, WAYS, Settings, forwards
 from saecore.judging.stage import Evaluate
 from saecore.judging.wording import curves_svg
@@ -71,8 +71,9 @@ class Arguments:
     colour) and blur, joined by commas."""
     steps: int = 10
     """In how many parts patches are taken out."""
-    shapley_subsets: int = 960
-    """Subsets of the patches by which Shapley values are sampled; 0 does without. Four times as many halve their error."""
+    shapley_subsets: int = -1
+    """Subsets of the patches by which Shapley values are sampled; -1 is 15 for each patch, 0 does without. Four times as many
+    halve their error."""
     checks: str = ",".join(CHECKS)
     """What is measured besides, joined by commas: agreement (with occlusion), randomisation (of encoder rows and layers),
     stability (a shift, JPEG, bfloat16), nulls (an SAE and a tower that nobody trained). `none` is none."""
@@ -125,7 +126,7 @@ class Arguments:
 
     def check(self) -> None:
         """See `commands.Checked.check`."""
-        commands.at_least(self, images_sample=1, latents=0, steps=1, shapley_subsets=0, seed=0)
+        commands.at_least(self, images_sample=1, latents=0, steps=1, shapley_subsets=-1, seed=0)
         commands.at_least(self, replicas=0, wait_minutes=0, image_seconds=0, stop_seconds=0)
         self.ways  # noqa: B018
         self.checked  # noqa: B018
@@ -215,8 +216,7 @@ def prepare(arguments: Arguments, argv: list[str], locked: contextlib.ExitStack)
                 resolved(arguments.masks),
                 image_ids,
                 settings.targets.texts,
-                tower.grid,
-                tower.vision.config.patch_size,
+                Sight(tower.preprocess.size, tower.grid, tower.vision.config.patch_size),
                 arguments.seed,
             )
         cases, settings = found.table, dataclasses.replace(settings, masks=f"{arguments.masks} {found.sha256[:16]}")
@@ -264,7 +264,7 @@ def own_parts(config: ExplainConfig, digests: ModelDigests) -> dict[str, object]
 def configure(arguments: Arguments, record: Record, config: ExplainConfig, tower: "ImageTower") -> Settings:
     """What the replicas are told, without their device; ValueError for what these models cannot do."""
     from saecore.relevance.explain import check_fits
-    from saecore.removal.shapley import LEAST
+    from saecore.removal.shapley import ENOUGH, LEAST
 
     kept, targets = config.targets.kept and arguments.latents > 0, config.targets
     if not (kept or targets.latents or targets.words):
@@ -275,9 +275,9 @@ def configure(arguments: Arguments, record: Record, config: ExplainConfig, tower
         methods = methods_for(arguments.methods, record.reads_tokens) if arguments.methods else config.methods
         methods = tuple(dict.fromkeys((*methods, CONTROL)))
         check_fits(tower, methods, config.options)
-    if 0 < arguments.shapley_subsets < (least := LEAST * tower.grid[0] * tower.grid[1]):
-        given = f"--shapley-subsets {arguments.shapley_subsets}"
-        raise ValueError(f"{given}: must be 0, or at least {least} for the patches of this model")
+    given, n_patches = arguments.shapley_subsets, tower.grid[0] * tower.grid[1]
+    if 0 < given < (least := LEAST * n_patches):
+        raise ValueError(f"--shapley-subsets {given}: must be 0, or at least {least} for the patches of this model")
     known = {field.name: getattr(config, field.name) for field in dataclasses.fields(ExplainConfig)}
     n_latents = k or len(targets.latents)
     known |= {
@@ -295,7 +295,7 @@ def configure(arguments: Arguments, record: Record, config: ExplainConfig, tower
         sample=arguments.images_sample,
         ways=arguments.ways,
         steps=arguments.steps,
-        shapley_subsets=arguments.shapley_subsets if tower.n_own else 0,
+        shapley_subsets=(ENOUGH * n_patches if given < 0 else given) if tower.n_own else 0,
         checks=arguments.checked,
         null_latents=min(4, n_latents),
         seed=arguments.seed,

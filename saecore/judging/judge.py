@@ -131,7 +131,9 @@ class Judge(OnDevice[Judged]):
         shown, grid = pixels.cpu().numpy(), self.tower.grid
         # By the picture, not by the batch: rows must not depend on how pictures are batched.
         noise = [localisation.noise(1, grid, zlib.crc32(picture.tobytes()))[0] for picture in shown]
-        made = (np.stack(noise), localisation.centre(len(shown), grid), localisation.edges(shown, grid))
+        side = self.tower.vision.config.patch_size
+        in_patches = shown[:, : grid[0] * side, : grid[1] * side]  # pixels at the edges may fill no patch
+        made = (np.stack(noise), localisation.centre(len(shown), grid), localisation.edges(in_patches, grid))
         return {
             name: torch.from_numpy(m).float()[:, None].to(pixels.device)
             for name, m in zip(BASELINES, made, strict=True)

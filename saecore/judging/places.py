@@ -56,12 +56,21 @@ class Places(NamedTuple):
         return hashlib.sha256(sink.getvalue()).hexdigest()
 
 
-def places_of(
-    uri: str, address: str, image_ids: np.ndarray, texts: Sequence[str], grid: tuple[int, int], patch: int, seed: int
-) -> Places:
+class Sight(NamedTuple):
+    """What a tower sees of a picture."""
+
+    size: tuple[int, int]
+    """Height and width in pixels."""
+    grid: tuple[int, int]
+    """Rows and columns of patches. Pixels at the edges may fill none."""
+    patch: int
+    """The side of a patch in pixels."""
+
+
+def places_of(uri: str, address: str, image_ids: np.ndarray, texts: Sequence[str], sight: Sight, seed: int) -> Places:
     """The cases of some images of a run by the masks at an address; `texts` are its text targets, without `text: `.
 
-    grid: rows and columns of patches, of `patch` pixels each. ValueError for what is wrong with the masks.
+    ValueError for what is wrong with the masks.
     """
     wanted = pc.field("image_id").isin(pa.array(image_ids))
     columns = ["image_id", "key", "width", "height", "crop_left", "crop_top", "crop_right", "crop_bottom"]
@@ -73,8 +82,7 @@ def places_of(
         )
         for row in images
     ]
-    size = (grid[0] * patch, grid[1] * patch)
-    found = masks.covered(masks.open_masks(address, keys), keys, geometries, size, grid, patch)
+    found = masks.covered(masks.open_masks(address, keys), keys, geometries, *sight)
     kept = open_dataset(uri, "activations").to_table(filter=wanted)
     kept = kept.sort_by([("image_id", "ascending"), ("rank", "ascending")])
     latents, activations, pre = (

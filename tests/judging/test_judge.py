@@ -1,6 +1,7 @@
 """The scores of a batch of pictures: each against a derivation of its own, and none that depends on the batch."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,10 @@ from saecore.judging.verdict import OTHER_ROWS, SHAPLEY, TRAINED, UNTRAINED, Key
 from saecore.pipeline.models import load_models
 from saecore.removal import ways
 from saecore.requests import parse_targets
+from saecore.towers.stopped import stopped_at
 from saecore.towers.tokens import TokenTower
+from saecore.towers.tower import ImageTower
+from tests.helpers.towers import SHAPES, SIGLIP_SHAPES, random_pixels, random_sae, random_siglip, random_tower
 
 TOKENS: dict[str, Any] = {"sae": "demo-patches", "pool": "max", "methods": ("activation", "contrib", "attention")}
 
@@ -234,3 +238,39 @@ def test_given_latents_are_shown_where_tokens_are_read() -> None:
     torch.testing.assert_close(
         together.maps["contrib"].relevance, swapped.maps["contrib"].relevance.flip(0), rtol=1e-4, atol=1e-4
     )
+
+
+# ---- Other towers.
+
+
+def siglip() -> ImageTower:
+    return random_siglip(**SIGLIP_SHAPES[2])[1]
+
+
+def inside() -> ImageTower:
+    return stopped_at(random_tower(**SHAPES[2])[1], 1)
+
+
+@pytest.mark.parametrize("make", [siglip, inside])
+def test_towers_without_cls_and_towers_that_stop_are_judged(make: Callable[[], ImageTower]) -> None:
+    """Without a token of its own, a model needs a patch: there are no Shapley values, and the last point keeps one."""
+    tower = make()
+    sae = random_sae(tower.n_outputs)
+    asked = settings(steps=3, shapley_subsets=3 * tower.grid[0] * tower.grid[1], methods=("contrib", "attention"))
+    judged = Judge(Subject(tower, sae, asked.methods), asked, "cpu")
+    shown = random_pixels(tower, 2).numpy()
+    found = judged(shown)
+    score: dict[tuple[str, str, str], Any] = {key: found.scores[:, place] for place, key in enumerate(judged.keys)}
+    assert ((TRAINED, "contrib", "shapley") in score) == bool(tower.n_own)
+    assert {key[0] for key in score} == {TRAINED, OTHER_ROWS, UNTRAINED}
+    curve = found.curves[:, judged.curve_keys.index(Key(TRAINED, "contrib", "drop"))]
+    firing = ~np.isnan(curve[..., 0, 0])
+    assert firing.any()
+    with torch.inference_mode():
+        seen = judged.subject.show(torch.from_numpy(shown), None, 3)
+        order = order_of(seen.maps["contrib"].relevance)
+        remove = seen.remove("drop")
+        last = order[..., -1:] if not tower.n_own else order[..., :0]
+        ends = remove(last).diagonal(dim1=1, dim2=2)
+    np.testing.assert_allclose(curve[..., 0, 0][firing], seen.values[torch.from_numpy(firing)], atol=1e-4)
+    np.testing.assert_allclose(curve[..., 0, -1][firing], ends[torch.from_numpy(firing)], atol=1e-4)

@@ -12,11 +12,13 @@ from saecore.demo.scenes import COLOURS, SEED_DEMO, scene_at
 from saecore.demo.writing import write_masks, write_shards
 from saecore.evaluation import localisation
 from saecore.judging import places, verdict
-from saecore.judging.places import METRICS, Places, places_of, scored
+from saecore.judging.places import METRICS, Places, Sight, places_of, scored
 from saecore.runs.files import open_dataset
 from tests.helpers.mistakes import mistake
 
 SCENES = 96
+
+SIGHT = Sight((64, 64), (8, 8), 8)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(folder: Path) -> Places:
     ids = np.sort(open_dataset(str(folder / "run"), "images").to_table()["image_id"].to_numpy())
-    return places_of(str(folder / "run"), str(folder / "masks.parquet"), ids, ["red"], (8, 8), 8, seed=0)
+    return places_of(str(folder / "run"), str(folder / "masks.parquet"), ids, ["red"], SIGHT, seed=0)
 
 
 def test_latents_of_colours_are_judged_on_objects_of_their_colour(found: Places) -> None:
