@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from benchmarks import synthetic
 from saecore.query import by_latent, indexing, results, statistics
-from saecore.runs.files import TABLES, read_manifest
+from saecore.runs.files import EXPLAINED, read_manifest
 from saecore.runs.record import read_complete
 
 TOP = 100
@@ -120,7 +120,7 @@ def count(uri: str) -> None:
 def sizes_on_disk(uri: str) -> dict[str, int]:
     """Bytes of every table."""
     manifest = read_manifest(uri)
-    sizes = {table: pc.sum(manifest["bytes"].filter(pc.equal(manifest["table"], table))).as_py() for table in TABLES}
+    sizes = {table: pc.sum(manifest["bytes"].filter(pc.equal(manifest["table"], table))).as_py() for table in EXPLAINED}
     index = by_latent.read_index(uri, read_complete(uri).fingerprint)
     assert index is not None
     sizes[by_latent.ROWS] = sum(file.bytes for segment in index.segments for file in segment.rows)
@@ -181,7 +181,7 @@ def told(figures: dict[str, Any], sizes: Sizes) -> str:
     raw = {"activations": 8 * sizes.k, "maps": 4 * sizes.k * sizes.side**2}
     lines += ["", f"{'bytes per image':26}{'on disk':>9}{'as float32':>14}"]
     each = {name: size / sizes.images for name, size in figures["bytes"].items()}
-    run = sum(each[name] for name in TABLES)
+    run = sum(each[name] for name in EXPLAINED)
     for name, size in [*each.items(), ("a run without maps", run - each["maps"]), ("a run with maps", run)]:
         lines.append(f"{name:26}{size:>9,.0f}{raw.get(name, ''):>14}")
     states = list(figures["milliseconds"])

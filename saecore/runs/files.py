@@ -18,7 +18,10 @@ import pyarrow.parquet as pq
 from saecore import numbering
 from saecore.storage import Place, join_uri, read_parquet, write_atomic
 
-TABLES = ("images", "activations", "maps", "faithfulness", "curves")
+EXPLAINED = ("images", "activations", "maps")
+"""The tables of a run of jobs.explain."""
+
+TABLES = (*EXPLAINED, "faithfulness", "curves")
 """The tables that a run may have. Which it has follows from the payload that is written."""
 
 # The rows of one image should be one small read, the scan of a table few large reads.

@@ -33,7 +33,7 @@ from saecore.numbering import shard_of
 from saecore.pipeline import isolation
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.stages import Decode, Explain
-from saecore.runs.files import TABLES, open_dataset
+from saecore.runs.files import EXPLAINED, open_dataset
 from saecore.runs.record import read_record
 from saecore.sae.checkpoints import from_tensors, load_sae
 from tests.conftest import N_SCENES, command
@@ -680,5 +680,5 @@ def test_duckdb_reads_what_was_written(local_run: Path) -> None:
 
 
 def test_arrow_tables_of_a_run_are_plain(local_run: Path) -> None:
-    for table in TABLES:
+    for table in EXPLAINED:
         assert not any(isinstance(field.type, pa.ExtensionType) for field in open_dataset(str(local_run), table).schema)

@@ -17,6 +17,7 @@ from jobs import index, query
 from saecore import schema
 from saecore.query import results
 from saecore.runs import latents
+from saecore.runs.files import EXPLAINED
 from tests.helpers import planted
 from tests.helpers.mistakes import mistake
 from tests.helpers.planted import IDS
@@ -307,7 +308,7 @@ def test_every_table_in_every_reader(local_run: Path, tmp_path: Path) -> None:
     """The same values, and maps as bytes, in DuckDB, pandas and Polars, of a real run."""
     shutil.copytree(local_run, tmp_path / "run")
     assert index.main(["--run", str(tmp_path / "run")]) == 0
-    for name in ("images", "activations", "maps", "by_latent", "top_images", "latents.parquet"):
+    for name in (*EXPLAINED, "by_latent", "top_images", "latents.parquet"):
         place = str(tmp_path / "run" / name)
         files = place if name.endswith(".parquet") else f"{place}/*.parquet"
         columns = {
