@@ -29,7 +29,7 @@ from saecore.judging.places import Sight, places_of
 from saecore.judging.settings import CHECKS, PICTURES_AT_ONCE, WAYS, Settings, forwards
 from saecore.judging.stage import Evaluate
 from saecore.judging.wording import curves_svg
-from saecore.methods import methods_for
+from saecore.methods import METHODS, methods_for
 from saecore.pipeline.clock import Clock
 from saecore.pipeline.config import ExplainConfig, ModelDigests, parts_of
 from saecore.pipeline.decoder import IMAGE_SECONDS
@@ -275,6 +275,9 @@ def configure(arguments: Arguments, record: Record, config: ExplainConfig, tower
         methods = methods_for(arguments.methods, record.reads_tokens) if arguments.methods else config.methods
         methods = tuple(dict.fromkeys((*methods, CONTROL)))
         check_fits(tower, methods, config.options)
+        # The run's own head serves where a method needs one; the methods that are judged may be others than those of the run.
+        own = config.head if any(METHODS[name].needs_head for name in methods) else ""
+        head = head_for(config.clip, methods, collection.address(arguments.head) if arguments.head else own)
     given, n_patches = arguments.shapley_subsets, tower.grid[0] * tower.grid[1]
     if 0 < given < (least := LEAST * n_patches):
         raise ValueError(f"--shapley-subsets {given}: must be 0, or at least {least} for the patches of this model")
@@ -287,7 +290,7 @@ def configure(arguments: Arguments, record: Record, config: ExplainConfig, tower
         "batch_size": 0,
         "precision": "float32",
         "embeddings": False,
-        "head": head_for(config.clip, methods, collection.address(arguments.head) if arguments.head else config.head),
+        "head": head,
     }
     return Settings(
         **known,

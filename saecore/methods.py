@@ -185,7 +185,7 @@ AUTO = "auto"
 
 DEFAULT_METHODS = {"embedding": ("contrib",), "head": (REMOVAL,), "tokens": ("contrib", ACTIVATION)}
 """The methods of a run that names none, by what its SAE reads; `head` where that is one vector and a head is given. Of the maps
-that need no training contrib points best and costs least; those of a head are far more faithful (docs/maps.md)."""
+that need no training contrib points best, at a few percent of a forward; those of a head are more faithful (docs/maps.md)."""
 
 UNKNOWN = Method(gives="", norm="none", layers=None, target="none", is_cause=False)
 """Stands for the methods of another version, whose runs can still be read, and for a run without maps."""

@@ -72,14 +72,14 @@ class Judge(OnDevice[Judged]):
         sae, head = subject.sae.to(self.device), None if subject.head is None else subject.head.to(self.device)
         self.subject = dataclasses.replace(subject, sae=sae, methods=every, words=words, head=head)
         own = dataclasses.replace(self.subject, methods=tuple(m for m in subject.methods if m not in SAMPLED))
-        rows = nulls.with_other_rows(sae, settings.seed)
         self.nulls, self.changed = dict[str, Subject](), dict[str, Subject]()
         if "nulls" in settings.checks and settings.null_latents:
             without = dataclasses.replace(self.subject, words=None)
-            self.nulls[OTHER_ROWS] = dataclasses.replace(without, sae=rows)
+            self.nulls[OTHER_ROWS] = dataclasses.replace(without, sae=nulls.with_other_rows(sae, settings.seed))
             anew = nulls.untrained(self.tower, settings.seed).to(self.device)
             self.nulls[UNTRAINED] = dataclasses.replace(without, tower=anew)
         if "randomisation" in settings.checks:
+            rows = nulls.with_other_rows(sae, settings.seed)
             self.changed["other_row"] = dataclasses.replace(own, sae=rows, words=None)
             n = self.tower.n_layers
             for name, layers in {"cascade_1": 1, "cascade_half": n // 2, "cascade_all": n}.items():
@@ -107,15 +107,15 @@ class Judge(OnDevice[Judged]):
             latents.append(_numbers(seen, sheet.n))
         own = {name: shown.maps[name].relevance for name in self.own.methods}
         self._changed(sheet, pixels, shown, own)
-        maps = self._sources(pixels, shown, reference)
         self.keys, self.curve_keys = list(sheet.scores), list(sheet.curves)
+        maps = self._sources(pixels, shown, reference) if self.keep_maps else {}
         self.sources = list(maps)
-        kept = torch.stack(list(maps.values()), 1) if self.keep_maps else shown.values[:, None, :, None][:, :0]
+        kept = torch.stack(list(maps.values()), 1) if maps else shown.values[:, None, :, None][:, :0]
         made = (
             torch.stack(latents, 1).int(),
             torch.stack(list(sheet.scores.values()), 1),
             torch.stack(list(sheet.curves.values()), 1),
-            kept.masked_fill(~shown.fires[:, None, :, None], torch.nan) if self.keep_maps else kept,
+            kept.masked_fill(~shown.fires[:, None, :, None], torch.nan),
         )
         return Judged(*(tensor.cpu().numpy() for tensor in made))
 

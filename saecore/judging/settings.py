@@ -54,7 +54,9 @@ def forwards(settings: Settings, n_patches: int, targets: int) -> float:
     kinds = len(settings.methods) + 3 + bool(settings.shapley_subsets)
     by_way = {"drop": 0.5, "mean": 1.0, "blur": 1.0}
     srg = 2 * lengths * targets * kinds * sum(by_way[way] for way in settings.ways)
-    null = 2 * 2 * lengths * settings.null_latents * (kinds - 1) * 0.5 if "nulls" in settings.checks else 0
+    null = (
+        2 * 2 * lengths * settings.null_latents * (len(settings.methods) + 3) * 0.5 if "nulls" in settings.checks else 0
+    )
     reference = n_patches if "agreement" in settings.checks else 0
     sampled = settings.shapley_subsets * 0.5
     return srg + null + reference * (3 if "nulls" in settings.checks else 1) + sampled

@@ -174,6 +174,25 @@ def test_images_that_are_gone_are_told(shards: Path, tmp_path: Path, capsys: pyt
     assert "are gone or have changed since it was made" in mistake(evaluate.main, ["--run", str(run)], capsys)
 
 
+def test_a_run_by_a_head_is_judged_by_its_methods_and_by_others(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    given = ["--images", str(shards), "--clip", "demo", "--sae", "demo", "--limit", "4", "--k", "2", "--local"]
+    assert explain.main([*given, "--head", "demo", "--out", str(run)]) == 0
+    assert read_record(str(run)).methods == ["removal"]
+    few = ["--images-sample", "2", "--steps", "2", "--shapley-subsets", "0", "--checks", "nulls"]
+    assert evaluate.main(["--run", str(run), *few]) == 0
+    found = read(str(run / "evaluation"))
+    assert found is not None
+    assert found.methods[:2] == ["removal", "attention"]
+    others = ["--run", str(run), "--methods", "contrib", "--dry-run"]
+    assert evaluate.main(others) == 0
+    assert "by contrib, attention" in capsys.readouterr().out
+    only = "--head demo: only the method removal takes one"
+    assert only in mistake(evaluate.main, [*others, "--head", "demo"], capsys)
+
+
 def test_a_dry_run_says_what_it_would_cost(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate.main(command(run, tmp_path / "out", "--dry-run")) == 0
     said = capsys.readouterr().out

@@ -13,6 +13,7 @@ from saecore.demo.writing import write_masks, write_shards
 from saecore.evaluation import localisation
 from saecore.judging import places, verdict
 from saecore.judging.places import METRICS, Places, Sight, places_of, scored
+from saecore.numbering import index_of, shard_of
 from saecore.runs.files import open_dataset
 from tests.helpers.mistakes import mistake
 
@@ -65,8 +66,11 @@ def test_latents_of_colours_are_judged_on_objects_of_their_colour(found: Places)
 
 
 def test_only_the_half_that_did_not_choose_is_judged(found: Places) -> None:
-    ids = sorted({row["image_id"] for row in found.table.to_pylist() if row["latent"] is not None})
-    assert len(ids) <= SCENES // 2 + 1
+    """Two shards of equal length, so an image's place follows from its number."""
+    ids = np.array([row["image_id"] for row in found.table.to_pylist() if row["latent"] is not None])
+    placed = shard_of(ids) * (SCENES // 2) + index_of(ids)
+    assert not localisation.halves(SCENES, seed=0)[placed].any()
+    assert len(np.unique(placed)) > SCENES // 4
 
 
 def test_scores_are_those_of_each_map_and_its_mask() -> None:
