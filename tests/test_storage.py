@@ -154,8 +154,8 @@ def test_the_end_of_python_waits_for_files_that_a_thread_of_arrow_still_holds(tm
 
         def let_go():
             time.sleep(0.3)
+            print("let go", flush=True)  # before, since Python may end at once after it
             held.clear()
-            print("let go")
 
         threading.Thread(target=let_go, daemon=True).start()
     """)
