@@ -62,9 +62,7 @@ PLAN = pa.schema(
         pa.field("start", pa.int64(), nullable=False),  # first image's index in the shard
         pa.field("end", pa.int64(), nullable=False),  # one past the last
         pa.field("bytes", pa.int64(), nullable=False),  # size of the shard's file, or of all its files
-        pa.field(
-            "mtime_ns", pa.int64(), nullable=False
-        ),  # when the shard's file, or the newest of its files, last changed
+        pa.field("mtime_ns", pa.int64(), nullable=False),  # when the shard's file, or its newest, last changed
         pa.field("offset", pa.int64()),  # tar: byte at which the chunk's first member header starts, uncompressed
         pa.field("members", pa.list_(pa.string())),  # folder: the files' names inside it
         pa.field("column", pa.string()),  # parquet: the column that holds the images
@@ -81,9 +79,7 @@ GROWTHS = b"growths"
 _IDENTITY = [
     pa.field("image_id", pa.int64(), nullable=False),
     pa.field("uri", pa.string(), nullable=False),
-    pa.field(
-        "key", pa.string(), nullable=False
-    ),  # the image's name inside the shard; another shard may have the same name
+    pa.field("key", pa.string(), nullable=False),  # the name inside the shard; another shard may have the same
 ]
 _ERROR = [
     pa.field("error", pa.string()),  # why the row has nothing else: a short stable reason; null if all is well
@@ -141,12 +137,13 @@ def activations_schema(reads_tokens: bool) -> pa.Schema:
     return TOKEN_ACTIVATIONS if reads_tokens else ACTIVATIONS
 
 
-def maps_schema(n_patches: int, reads_tokens: bool = False) -> pa.Schema:
+def maps_schema(n_patches: int, reads_tokens: bool = False, samples: bool = False) -> pa.Schema:
     """Relevance maps of an image's targets, for each method; value = int8 x `scale`, in the method's units.
 
     A target is a latent, kept or asked for by number, or a text or concept that `target` names: "text: a red square".
 
-    Where the SAE reads tokens, two more columns say how far a map lies from the latent's activation.
+    Where the SAE reads tokens, two more columns say how far a map lies from the latent's activation. `samples`: one of the
+    methods samples, and a column says how well.
 
     `map` is fixed-size binary because Parquet stores 8-bit list elements as 32-bit integers (35 to 40 % larger, 15 times
     slower to write). One line of NumPy decodes it: `np.frombuffer(map, np.int8).reshape(grid_height, grid_width) * scale`.
@@ -164,6 +161,8 @@ def maps_schema(n_patches: int, reads_tokens: bool = False) -> pa.Schema:
             ),  # what the map and its remainder add up to; of a text, the cosine
             pa.field("remainder", pa.float32(), nullable=False),  # NaN if the method is no decomposition
             pa.field("sink_share", pa.float32(), nullable=False),  # the part of sum |map| that lies on sinks, in [0, 1]
+            # Of the map's values, root mean square over patches; null if the method does not sample.
+            *([pa.field("standard_error", pa.float32())] if samples else []),
             *(_AGREEMENT if reads_tokens else []),
         ]
     )
@@ -303,7 +302,7 @@ def growths_of(plan: pa.Table) -> list[dict[str, Any]]:
     return growths
 
 
-def explained_schema(n_patches: int, reads_tokens: bool = False) -> pa.Schema:
+def explained_schema(n_patches: int, reads_tokens: bool = False, samples: bool = False) -> pa.Schema:
     """One row per image: the IMAGES columns, and its rows of ACTIVATIONS and MAPS, nested (null if the image is refused).
 
     `completeness` is the worst `saecore.relevance.maps.completeness_error` of the image's maps, before these are rounded to
@@ -314,7 +313,7 @@ def explained_schema(n_patches: int, reads_tokens: bool = False) -> pa.Schema:
             *IMAGES,
             pa.field("completeness", pa.float32()),
             pa.field("activations", pa.list_(nested(activations_schema(reads_tokens)))),
-            pa.field("maps", pa.list_(nested(maps_schema(n_patches, reads_tokens)))),
+            pa.field("maps", pa.list_(nested(maps_schema(n_patches, reads_tokens, samples)))),
         ]
     )
 

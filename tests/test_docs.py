@@ -135,7 +135,7 @@ TOKENS_MORE = pa.schema([field for field in schema.TOKEN_LATENTS if field.name n
 SCHEMAS = {
     "images": [schema.TOKEN_IMAGES],
     "activations": [schema.activations_schema(reads_tokens=True)],
-    "maps": [schema.maps_schema(64, reads_tokens=True)],
+    "maps": [schema.maps_schema(64, reads_tokens=True, samples=True)],
     "latents.parquet": [schema.LATENTS, TOKENS_MORE, schema.NAMES],
     "by_latent and top_images": [
         by_latent.top_schema(

@@ -59,6 +59,8 @@ class Inferred(NamedTuple):
     """float32 (B, M, n)."""
     sink_share: np.ndarray
     """float32 (B, M, n)."""
+    standard_error: np.ndarray
+    """float32 (B, M, n): of a map's values, root mean square over patches; NaN if the method does not sample."""
 
     # Of an SAE that reads tokens; of others (B, 0).
     patch: np.ndarray
@@ -210,6 +212,7 @@ class Inference(OnDevice[Inferred]):
             "map_pre_activation": values,
             "remainder": torch.stack([m.remainder for m in maps], 1),
             "sink_share": torch.stack([sink_share(m, trace.sinks) for m in maps], 1),
+            "standard_error": torch.stack([_standard_error(m) for m in maps], 1),
             **dict.fromkeys(("patch", "patches", "rank_correlation", "peak_distance"), values[:, :0]),
         }
         return Inferred(**{name: tensor.cpu().numpy() for name, tensor in columns.items()})
@@ -228,6 +231,13 @@ class Inference(OnDevice[Inferred]):
 def image_embedding(tower: "StoppedTower | TokenTower", streams: torch.Tensor) -> torch.Tensor:
     """Streams of all tokens (B, N, D) where they leave the last layer that an SAE needs -> the image embedding (B, E)."""
     return tower.whole.embed_tokens(streams, tower.start)
+
+
+def _standard_error(maps: Maps) -> torch.Tensor:
+    """(B, n): of the values of each map, root mean square over patches; NaN if they are not sampled."""
+    if maps.standard_error is None:
+        return torch.full_like(maps.remainder, torch.nan)
+    return maps.standard_error.square().mean(-1).sqrt()
 
 
 def worst_error(by_method: dict[str, Maps], values: torch.Tensor) -> torch.Tensor:

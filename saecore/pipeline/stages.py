@@ -21,6 +21,7 @@ from saecore import schema
 from saecore.images.decode import Decoded, ImageError, decode_image
 from saecore.images.effort import MAX_PIXELS
 from saecore.images.preprocess import Preprocess, Resize
+from saecore.methods import SHAPLEY
 from saecore.pipeline.config import EmbedConfig, ExplainConfig, SiteConfig, at_once
 from saecore.pipeline.decoder import Limited
 from saecore.pipeline.models import as_far_as, load_fitting_head, load_models, load_word_targets
@@ -168,7 +169,8 @@ class Explain:
             self.infer = Inference(tower, sae, config.k, *how)
         self.n_patches = tower.grid[0] * tower.grid[1]
         self.reads_tokens = isinstance(tower, TokenTower)
-        self.schema = schema.explained_schema(self.n_patches, self.reads_tokens)
+        self.samples = SHAPLEY in config.methods
+        self.schema = schema.explained_schema(self.n_patches, self.reads_tokens, self.samples)
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
         shown, batch = in_batches(self.infer, decoded, at_once(self.config.batch_size, self.config.device))
@@ -219,9 +221,9 @@ class Explain:
             "pre_activation": batch["map_pre_activation"][image, target],
             **{name: batch[name][written] for name in ("scale", "remainder", "sink_share")},
         }
-        if self.reads_tokens:
-            apart = ("rank_correlation", "peak_distance")
-            flat |= {name: pa.array(batch[name][written], from_pandas=True) for name in apart}  # null for NaN
+        apart = ("rank_correlation", "peak_distance") if self.reads_tokens else ()
+        for name in (*apart, *(["standard_error"] if self.samples else [])):
+            flat[name] = pa.array(batch[name][written], from_pandas=True)  # null for NaN
         return self._nested("maps", flat, shown, written.sum((1, 2)))
 
     def _nested(self, name: str, flat: dict[str, Any], shown: np.ndarray, lengths: np.ndarray) -> pa.Array:

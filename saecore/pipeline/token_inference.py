@@ -66,6 +66,7 @@ class TokenInference(OnDevice[Inferred]):
             "map_pre_activation": values[:, first:],
             "remainder": torch.stack([m.remainder for m in maps], 1),
             "sink_share": torch.stack([sink_share(m, trace.sinks) for m in maps], 1),
+            "standard_error": values[:, :0],
             **self._agreement(by_method, at_patches[:, first:]),
         }
         return Inferred(**{name: tensor.cpu().numpy() for name, tensor in columns.items()})

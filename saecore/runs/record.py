@@ -13,6 +13,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from saecore.methods import SHAPLEY
 from saecore.runs.fit import Fit
 from saecore.schema import VERSION
 from saecore.storage import is_file, join_uri, read_bytes, write_atomic
@@ -170,6 +171,11 @@ class Record:
     def methods(self) -> list[str]:
         """How maps were computed, empty if there are none."""
         return list(self.config.get("methods", []))
+
+    @property
+    def samples(self) -> bool:
+        """Whether a method of its maps samples, so that the table `maps` has a standard error."""
+        return SHAPLEY in self.methods
 
     @property
     def keeps_embeddings(self) -> bool:

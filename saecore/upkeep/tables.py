@@ -52,7 +52,7 @@ def wrong_form(file: Mapping[str, Any], table: pa.Table, record: Record) -> str:
     expected = {
         "images": schema.TOKEN_IMAGES if record.embeds_tokens else schema.IMAGES,
         "activations": schema.activations_schema(record.reads_tokens),
-        "maps": schema.maps_schema(height * width or 1, record.reads_tokens),
+        "maps": schema.maps_schema(height * width or 1, record.reads_tokens, record.samples),
         "faithfulness": schema.FAITHFULNESS,
         "curves": schema.CURVES,
     }

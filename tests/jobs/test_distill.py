@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs import distill, explain, remade
+from jobs import distill, explain, remade, verify
 from saecore.pipeline.config import parts_of, restored
 from saecore.query.tables import open_dataset
 from saecore.removal.distillation import Distillation
@@ -83,7 +83,10 @@ def test_maps_of_removal_in_a_run(trained: Path, shards: Path, tmp_path: Path) -
     maps = {name: open_dataset(str(out), "maps").to_table().to_pylist() for name, out in runs.items()}
     assert [row["method"] for row in maps["demo"]] == [row["method"] for row in maps["own"]]
     for one, other in zip(maps["demo"], maps["own"], strict=True):
-        assert (one["map"] == other["map"]) == (one["method"] == "shapley")
+        sampled = one["method"] == "shapley"
+        assert (one["map"] == other["map"]) == sampled == (one["standard_error"] is not None)
+        assert not sampled or 0 < one["standard_error"] < 127 * one["scale"]
+    assert verify.main([str(runs["own"])]) == 0
 
 
 def test_mistakes(trained: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
