@@ -3,7 +3,7 @@
     python tests/oldest.py                       # duckdb==1.5 huggingface_hub==0.34 ..
     python tests/oldest.py torch==2.13.0+cpu     # with another version of one of them
 
-PyPI has PyTorch 2.6 for Linux on x86 with CUDA only, 3 GB; the second form takes a build for the CPU that one has.
+PyPI has PyTorch 2.9 for Linux on x86 with CUDA only, 3 GB; the second form takes a build for the CPU that one has.
 """
 
 import re

@@ -60,7 +60,7 @@ def trace_needs(methods: Iterable[str], options: Options, n_layers: int) -> dict
         if name == "legrad" and options.legrad_target == "mean":
             # Each layer's own target is read from the tokens, and does not follow the CLS path.
             streams = max(streams, depth + 1)
-        elif (METHODS[name].follows_path and depth > 1) or name == "gradeclip":
+        elif (METHODS[name].follows_path and depth > 1) or METHODS[name].needs_head or name == "gradeclip":
             keys = True
         elif name == "dense" and options.dense == "token":
             streams = max(streams, 1)

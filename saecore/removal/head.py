@@ -2,12 +2,13 @@
 
     phi_i = the Shapley value of patch i for the vector e(S), the embedding without the patches that are not in S
 
-The head reads what a forward leaves of every layer: the value vectors of all tokens and the query's attention to them, and the
+The head reads what a forward leaves of every layer: the key vectors of all tokens and the query's attention to them, and the
 query's last stream. Its first guess is `contrib`'s, what each token adds to the query by attention, as a vector in embedding
-space. A small transformer over the tokens adds the correction. Completeness is no matter of training: what the patches lack of
-e(x) - e(no patches) is divided among them equally, which is the nearest point at which they add up to it.
+space; that holds what the head knows of values. A small transformer over the tokens adds the correction. Completeness is no
+matter of training: what the patches lack of e(x) - e(no patches) is divided among them equally, which is the nearest point at
+which they add up to it.
 
-    phi = out(transformer(in(LN(v_1) .. LN(v_L), log A, c))) + g c,     c = sum_l A_l v_l W_O' of each token, whitened
+    phi = out(transformer(in(LN(k_1) .. LN(k_L), log A, c))) + g c,     c = sum_l A_l v_l W_O' of each token, whitened
 
 Inside, embeddings are whitened: e -> e W with W'W the inverse of the regularised covariance of e(S) - e(no patches).
 `saecore.removal.distillation` trains the head; `saecore.removal.saved` keeps it in a folder.
@@ -132,7 +133,7 @@ class Head(nn.Module):
         self.register_buffer("unwhiten", torch.eye(E))
 
     def forward(self, tower: ImageTower, trace: Trace, embedding: Tensor) -> Tensor:
-        """One forward, with all layers in its trace, and its embedding (B, E) -> phi, float32 (B, P, E).
+        """One forward, with all layers and their keys in its trace, and its embedding (B, E) -> phi, float32 (B, P, E).
 
         phi.sum(1) is the embedding less `empty`, whatever the weights are.
         """
@@ -141,10 +142,10 @@ class Head(nn.Module):
     def whitened(self, tower: ImageTower, trace: Trace) -> Tensor:
         """phi in whitened coordinates, (B, P, E), before it is completed."""
         c = contributions(tower, trace, self.whiten)
-        values = [_normed(v) for v in trace.values]
+        keys = [_normed(k) for k in trace.keys]
         attention = torch.cat(trace.query_attention, 1).transpose(1, 2)  # B N LH
         logs = (attention * attention.shape[1]).clamp(min=LEAST_ATTENTION).log()
-        x = self.enter(torch.cat([*values, logs, c], -1)) + self.position
+        x = self.enter(torch.cat([*keys, logs, c], -1)) + self.position
         x = torch.cat([x[:, :1] + self.of_query(_normed(trace.query_final))[:, None], x[:, 1:]], 1)
         for block in self.blocks:
             x = block(x)

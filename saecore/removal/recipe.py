@@ -23,11 +23,13 @@ class Recipe:
     """Rounds over the images before other subsets are drawn: forwards without patches cost more than the head's steps."""
     rate: float = 1e-3
     """The largest rate of AdamW."""
+    muon_rate: float = 0.015
+    """The largest rate of Muon, which trains the matrices of the head's transformer."""
     ridge: float = 0.1
     """What is added to each variance before directions of the embedding are made equal, as a part of the mean variance."""
     width: int = 160
     """Width of the head's transformer."""
-    blocks: int = 2
+    blocks: int = 3
     """Its layers."""
     seed: int = 0
     """Of the weights, the order of the images and the subsets."""
@@ -46,6 +48,6 @@ class Recipe:
             raise ValueError(f"width {self.width}: must be a multiple of {HEAD_WIDTH}")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed {self.seed}: must be from 0 to below 2 ** 31")
-        for field in ("rate", "ridge"):
+        for field in ("rate", "muon_rate", "ridge"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"{field} {getattr(self, field):g}: must be above 0")

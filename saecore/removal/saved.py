@@ -27,7 +27,8 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "head.safetensors"
 EXACT = ("empty",)
 """Tensors that stay in single precision: remainders are read out of them."""
 
-FORMAT = {"format": "relevance-map-sae-removal", "version": 1}
+FORMAT = {"format": "relevance-map-sae-removal", "version": 2}
+"""Heads of version 1 had the same tensors, and read values in the place of keys."""
 
 
 def save_head(head: Head, folder: str) -> None:
@@ -85,7 +86,9 @@ def _read(folder: Path) -> Head:
 def _config(folder: Path) -> HeadConfig:
     fields = read_json_file(folder / CONFIG_FILE)
     if {name: fields.pop(name, None) for name in FORMAT} != FORMAT:
-        raise ValueError(f"{CONFIG_FILE} does not describe a head of removal ({FORMAT['format']}, version 1)")
+        raise ValueError(
+            f"{CONFIG_FILE} does not describe a head of removal ({FORMAT['format']}, version {FORMAT['version']})"
+        )
     known = {field.name for field in dataclasses.fields(HeadConfig)}
     if fields.keys() != known:
         raise ValueError(f"{CONFIG_FILE}: expected the fields {sorted(known)}, found {sorted(fields)}")
