@@ -39,18 +39,20 @@ from saecore.towers.loading import load_tower
 
 @dataclass(frozen=True)
 class DrawScenes:
-    """Draw the scenes that the SAE is trained on, as tar shards for `jobs.embed`."""
+    """Draw the scenes that the SAE is trained on, as tar shards for `jobs.embed`, or others that no model has seen."""
 
     scenes: int = 40_000
     """How many scenes."""
     shards: int = 16
     """Into how many tars."""
+    seed: int = scenes.SEED_SAE
+    """Which scenes: 102 are those of the SAE's training, 103 those by which models are measured, 104 those of the demo."""
     out: Path = Path("runs/scenes")
     """Folder for the tars."""
 
 
 def draw_scenes(config: DrawScenes) -> None:
-    writing.write_shards(config.out, config.scenes, config.shards, seed=scenes.SEED_SAE)
+    writing.write_shards(config.out, config.scenes, config.shards, seed=config.seed)
     print(f"{config.scenes} scenes in {config.shards} tars; written to {config.out}")
 
 
