@@ -29,6 +29,7 @@ from saecore.demo import drawing, scenes, writing
 from saecore.demo.build import CLIP_FOLDER, SAE_FOLDER, ClipBuild, train_clip
 from saecore.demo.figures import embed, sae_figures, zero_shot
 from saecore.demo.lessons import photo
+from saecore.demo.scenes import SEED_SAE
 from saecore.methods import METHODS, OF_EMBEDDING
 from saecore.relevance.explain import explain_latents
 from saecore.removal.saved import load_head
@@ -45,7 +46,7 @@ class DrawScenes:
     """How many scenes."""
     shards: int = 16
     """Into how many tars."""
-    seed: int = scenes.SEED_SAE
+    seed: int = SEED_SAE
     """Which scenes: 102 are those of the SAE's training, 103 those by which models are measured, 104 those of the demo."""
     out: Path = Path("runs/scenes")
     """Folder for the tars."""
