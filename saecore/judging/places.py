@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from saecore.evaluation import masks
 from saecore.evaluation.localisation import SCORES, halves
 from saecore.evaluation.masks import FOREGROUND, Geometry
-from saecore.runs.files import open_dataset
+from saecore.runs.files import of_images, open_dataset
 
 FOLLOWS = 0.95
 """The least area under the ROC curve by which a latent follows a label. In the demo's world the latents of colours have 0.99,
@@ -72,7 +72,7 @@ def places_of(uri: str, address: str, image_ids: np.ndarray, texts: Sequence[str
 
     ValueError for what is wrong with the masks.
     """
-    wanted = pc.field("image_id").isin(pa.array(image_ids))
+    wanted = of_images(image_ids)
     columns = ["image_id", "key", "width", "height", "crop_left", "crop_top", "crop_right", "crop_bottom"]
     images = open_dataset(uri, "images").to_table(columns=columns, filter=wanted).sort_by("image_id").to_pylist()
     keys = [row["key"] for row in images]
