@@ -7,7 +7,7 @@ import pytest
 from jobs import evaluate, explain
 from saecore.judging.verdict import SHAPLEY, Verdict, read
 
-METHODS = ("removal", "contrib", "contrib_grad", "dense", "attention")
+METHODS = ("removal", "contrib", "contrib_grad", "dense")
 
 pytestmark = pytest.mark.slow
 
@@ -15,41 +15,30 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def verdict(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Verdict:
     run = tmp_path_factory.mktemp("demo") / "run"
-    given = ["--images", str(shards), "--clip", "demo", "--sae", "demo", "--k", "6", "--limit", "24", "--local"]
+    given = ["--images", str(shards), "--clip", "demo", "--sae", "demo", "--k", "6", "--limit", "20", "--local"]
     assert explain.main([*given, "--method", ",".join(METHODS), "--out", str(run)]) == 0
-    judge = ["--latents", "6", "--shapley-subsets", "960", "--checks", "none"]
+    judge = ["--latents", "6", "--shapley-subsets", "640", "--checks", "none"]
     assert evaluate.main(["--run", str(run), *judge]) == 0
     found = read(str(run / "evaluation"))
     assert found is not None
     return found
 
 
-def low(verdict: Verdict, method: str, other: str) -> float:
-    """The lower end of the interval of what a method's SRG has more than another's."""
-    for one in verdict.apart:
-        if (one.method, one.other) == (method, other):
-            return one.mean.low
-        if (one.method, one.other) == (other, method):
-            return -one.mean.high
-    raise AssertionError((method, other))
-
-
 def test_a_map_of_a_target_beats_what_knows_none(verdict: Verdict) -> None:
+    srg = {row.method: row.mean for row in verdict.rows if row.metric == "srg"}
     for method in ("removal", "contrib", "contrib_grad"):
         for other in ("attention", "dense", "centre", "edges", "random"):
-            assert low(verdict, method, other) > 0, (method, other)
-    random = verdict.mean("random", "srg")
-    assert random is not None
-    assert random.low < 0 < random.high
+            assert srg[method].low > srg[other].high, (method, other)
+    assert srg["random"].low < 0 < srg["random"].high
 
 
 def test_the_head_tells_what_removal_does(verdict: Verdict) -> None:
     """By fewer subsets than the documentation's figures, so the agreement is lower."""
-    assert low(verdict, "removal", "contrib") > 0
-    assert low(verdict, "removal", "contrib_grad") > 0
+    above = {one.other: one.mean for one in verdict.apart if one.method == "removal"}
+    assert min(above["contrib"].low, above["contrib_grad"].low) > 0
     agreement = {name: verdict.mean(name, "shapley") for name in METHODS}
     ranks = {name: mean.value for name, mean in agreement.items() if mean is not None}
-    assert ranks["removal"] > 0.55
+    assert ranks["removal"] > 0.5
     assert all(ranks["removal"] > 0.1 + rank for name, rank in ranks.items() if name != "removal")
     sampled, predicted = (verdict.mean(name, "srg") for name in (SHAPLEY, "removal"))
     assert sampled is not None
