@@ -146,7 +146,7 @@ def test_a_table_on_a_store_is_read_by_one_thread(store: Path, monkeypatch: pyte
 
 
 def test_no_filter_of_a_data_set_shares_memory_with_numpy() -> None:
-    """Every 20th `evaluate --masks` with a wrong name was aborted for it. `of_images`, the one place that may, copies."""
+    """On a busy machine 3 of 28 `evaluate --masks` with a wrong name were aborted for it. `of_images` copies."""
     made = {
         path.relative_to(ROOT).as_posix()
         for folder in ("saecore", "jobs")
