@@ -40,14 +40,15 @@ from saecore.towers.loading import load_tower
 
 @dataclass(frozen=True)
 class DrawScenes:
-    """Draw the scenes that the SAE is trained on, as tar shards for `jobs.embed`, or others that no model has seen."""
+    """Draw the scenes that the SAE is trained on, as tar shards for `jobs.embed`, or others, on which no model was trained."""
 
     scenes: int = 40_000
     """How many scenes."""
     shards: int = 16
     """Into how many tars."""
     seed: int = SEED_SAE
-    """Which scenes: 102 are those of the SAE's training, 103 those by which models are measured, 104 those of the demo."""
+    """Which scenes: 101 are those of the CLIP's training and 102 those of the SAE's; no model was trained on 103, by which
+    models are measured, and on 104, which the demo shows."""
     out: Path = Path("runs/scenes")
     """Folder for the tars."""
 

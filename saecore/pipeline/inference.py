@@ -60,7 +60,8 @@ class Inferred(NamedTuple):
     sink_share: np.ndarray
     """float32 (B, M, n)."""
     standard_error: np.ndarray
-    """float32 (B, M, n): of a map's values, root mean square over patches; NaN if the method does not sample."""
+    """float32 (B, M, n): of a map's values, root mean square over patches; NaN if the method does not sample. (B, 0) of an
+    SAE that reads tokens."""
 
     # Of an SAE that reads tokens; of others (B, 0).
     patch: np.ndarray
